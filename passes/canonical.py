@@ -1,0 +1,99 @@
+"""One spelling per operator, so that rules and rewrites meet a single form.
+
+Holds: values are unchanged. Positional arguments are complete (defaults filled in), `chunk` and `split` name their
+sizes (parts are unequal once channels go), a view that may need a copy is a `reshape`, attention has an explicit scale.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+_RENAMED = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+_BOOKKEEPING = {
+    aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default, aten.sym_constrain_range.default,
+}
+_IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
+
+
+def canonicalise(graph_module: fx.GraphModule) -> None:
+    """Bring every operator of a functional graph into its canonical form, in place."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node._erased:
+            continue
+        if node.op == "call_module" and node.target == "_guards_fn":
+            graph.erase_node(node)
+        elif node.op == "call_function" and node.target in _BOOKKEEPING:
+            graph.erase_node(node)
+        elif node.op == "call_function" and node.target in _IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            node.target = _RENAMED.get(node.target, node.target)
+            _fill_defaults(node)
+            _plain_batch_norm(node)
+            _name_sizes(node)
+            _explicit_scale(node)
+
+
+def _fill_defaults(node: fx.Node) -> None:
+    """Positional arguments complete, keyword-only arguments as given."""
+    args: list[Any] = list(node.args)
+    kwargs = dict(node.kwargs)
+    for argument in node.target._schema.arguments[len(args) :]:  # type: ignore[union-attr]
+        if argument.kwarg_only:
+            continue
+        args.append(kwargs.pop(argument.name, argument.default_value))
+    kwargs.pop("output_size", None)  # reason: a hint of repeat_interleave that would have to follow the channels
+    node.args, node.kwargs = tuple(args), kwargs
+
+
+def _plain_batch_norm(node: fx.Node) -> None:
+    """The functional forms that return (output, mean, rstd) become `batch_norm`, whose mode is one argument."""
+    if node.target is aten._native_batch_norm_legit_no_training.default:
+        x, weight, bias, mean, var, momentum, eps = node.args
+        training = False
+    elif node.target is aten._native_batch_norm_legit.no_stats:
+        x, weight, bias, training, momentum, eps = node.args  # type: ignore[assignment]
+        mean = var = None
+    else:
+        return
+    if any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users if user.users):
+        return
+    node.target = aten.batch_norm.default
+    node.args = (x, weight, bias, mean, var, training, momentum, eps, True)
+    node.meta["val"] = node.meta["val"][0]
+    for user in list(node.users):
+        user.replace_all_uses_with(node)
+        node.graph.erase_node(user)
+
+
+def _name_sizes(node: fx.Node) -> None:
+    """`chunk(x, n)` and `split(x, size)` become `split_with_sizes(x, [..])`."""
+    if node.target not in (aten.chunk.default, aten.split.Tensor, aten.split_copy.Tensor, aten.unsafe_chunk.default):
+        return
+    axis = node.args[2]
+    sizes = [part.shape[axis] for part in node.meta["val"]]
+    if all(isinstance(size, int) for size in sizes):
+        node.target = aten.split_with_sizes.default
+        node.args = (node.args[0], sizes, axis)
+
+
+def _explicit_scale(node: fx.Node) -> None:
+    if node.target is not aten.scaled_dot_product_attention.default or node.kwargs.get("scale") is not None:
+        return
+    width = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+    node.kwargs = {**node.kwargs, "scale": 1.0 / math.sqrt(int(width))}
+
+
+def is_call(node: fx.Node) -> bool:
+    """Whether a node computes something (an operator or a Python function on sizes)."""
+    return node.op == "call_function" and node.target is not operator.getitem

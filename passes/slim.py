@@ -1,0 +1,217 @@
+"""`slim`: remove for good the channels that a plan drops.
+
+In: a traced graph, its channel groups, and the kept coordinates per group. Out: a new, smaller graph. Invariant: every
+kept activation coordinate equals that of the graph with the dropped channels masked, to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from sbs_fx.errors import PolicyError
+from sbs_fx.passes import dims as d
+from sbs_fx.passes.channel_groups import ChannelGroups
+from sbs_fx.passes.dims import Dim
+
+aten = torch.ops.aten
+
+
+def slim(graph_module: fx.GraphModule, groups: ChannelGroups, kept: Mapping[str, Sequence[int]]) -> fx.GraphModule:
+    """A copy of the graph without the channels that are not kept.
+
+    Args:
+        graph_module: the graph that `groups` was found on (unchanged).
+        groups: from `channel_groups`.
+        kept: group name -> kept coordinates, ascending; groups not named keep all.
+
+    Raises:
+        PolicyError: an unknown group, an index out of range or twice, or a group with nothing left.
+    """
+    index = Slices(groups, _checked(groups, kept))
+    tensors = {name: index.tensor(graph_module, name) for name in groups.inference.tensors}
+    result = copy_with(graph_module, tensors)
+    for node in list(result.graph.nodes):
+        _edit(node, groups, index)
+        if node.name in groups.inference.adapters:
+            _adapt(result, node, groups.inference.adapters[node.name].dim,
+                   groups.inference.adapters[node.name].type, index)
+    _retype(graph_module, result, index)
+    result.graph.lint()
+    result.recompile()
+    return result
+
+
+class Slices:
+    """Sizes and kept coordinates of types under one plan, each type's index computed once."""
+
+    def __init__(self, groups: ChannelGroups, kept: Mapping[str, Sequence[int]]) -> None:
+        self.groups = groups
+        self.kept = groups.kept_axes({name: list(indices) for name, indices in kept.items()})
+        self._index: dict[Dim, torch.Tensor] = {}
+
+    def changed(self, dim: Dim) -> bool:
+        return any(axis in self.kept for axis in d.axes(dim))
+
+    def size(self, dim: Dim) -> int:
+        return d.evaluate(dim, lambda axis: len(self.kept[axis]) if axis in self.kept else axis.size)
+
+    def index(self, dim: Dim) -> torch.Tensor:
+        """Kept coordinates of a type, int64, ascending."""
+        dim = d.resolve(dim)
+        if dim not in self._index:
+            self._index[dim] = d.kept_index(dim, self.kept)
+        return self._index[dim]
+
+    def select(self, tensor: torch.Tensor, dims: Sequence[Dim]) -> torch.Tensor:
+        """The kept coordinates of a tensor along every dimension."""
+        for i, dim in enumerate(dims):
+            if self.changed(dim):
+                tensor = tensor.index_select(i, self.index(dim).to(tensor.device))
+        return tensor
+
+    def tensor(self, graph_module: fx.GraphModule, name: str) -> torch.Tensor:
+        """A parameter or buffer of the slim graph."""
+        old = attribute(graph_module, name)
+        with torch.no_grad():
+            new = self.select(old.detach(), self.groups.inference.tensors[name]).contiguous()
+        new = new.clone() if new.data_ptr() == old.data_ptr() else new
+        return torch.nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+
+
+def attribute(graph_module: torch.nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer of that dotted name."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(graph_module.get_submodule(owner), leaf)
+
+
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that owns its own tensors; nodes keep their names and metadata."""
+    names = dict.fromkeys(str(n.target) for n in graph_module.graph.find_nodes(op="get_attr"))
+    tensors = {}
+    for name in names:
+        old = attribute(graph_module, name)
+        new = old.detach().clone()
+        tensors[name] = torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+    return copy_with(graph_module, tensors)
+
+
+def copy_with(graph_module: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """A copy of the graph that owns `tensors` and shares nothing with the original."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        owner: torch.nn.Module = root
+        *path, leaf = name.split(".")
+        for step in path:
+            if step not in owner._modules:
+                owner.add_module(step, torch.nn.Module())
+            owner = owner.get_submodule(step)
+        if isinstance(tensor, torch.nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor)
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(graph_module.graph, mapping))
+    for old, new in mapping.items():
+        new.meta = copy.copy(old.meta)
+        new.name = old.name
+    result = fx.GraphModule(root, graph)
+    result.graph._codegen = copy.deepcopy(graph_module.graph._codegen)
+    result.meta = dict(graph_module.meta)
+    return result
+
+
+def _retype(old: fx.GraphModule, new: fx.GraphModule, index: Slices) -> None:
+    """Shapes in `meta["val"]` follow the types, so that the slim graph can be analysed like a traced one."""
+    named = {node.name: node for node in new.graph.nodes}
+    for node in old.graph.nodes:
+        types, value = index.groups.inference.dims.get(node), node.meta.get("val")
+        if isinstance(value, torch.Tensor) and types:
+            named[node.name].meta["val"] = _resized(value, types, index)
+        elif isinstance(value, (tuple, list)) and types:
+            named[node.name].meta["val"] = tuple(_resized(v, t, index) for v, t in zip(value, types, strict=True))
+
+
+def _resized(value: torch.Tensor, types: Sequence[Dim], index: Slices) -> torch.Tensor:
+    if not any(index.changed(dim) for dim in types):
+        return value
+    shape = [
+        s if not index.changed(dim) else index.size(dim) if isinstance(s, int)
+        else s * index.size(dim) // d.resolve(dim).size
+        for s, dim in zip(value.shape, types, strict=True)
+    ]
+    return value.new_empty(shape)
+
+
+def _checked(groups: ChannelGroups, kept: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
+    for name, indices in kept.items():
+        if name not in groups:
+            raise PolicyError(f"the plan keeps channels of {name!r}, which is no channel group of this graph "
+                              f"({len(groups)} groups, the first: {list(groups)[:3]})")
+        size = groups[name].size
+        if not indices or list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= size:
+            raise PolicyError(f"the plan keeps {list(indices)[:8]} of channel group {name!r}; expected ascending, "
+                              f"distinct coordinates within [0, {size}), at least one")
+    return kept
+
+
+def _edit(node: fx.Node, groups: ChannelGroups, index: Slices) -> None:
+    """Integer arguments follow their types: an int becomes the new size, a symbolic one is scaled by new / old."""
+    edits = [e for e in groups.inference.edits.get(node.name, ()) if index.changed(e.dim)]
+    if not edits:
+        return
+    args: list[Any] = [list(a) if isinstance(a, (list, tuple)) else a for a in node.args]
+    inferable = _inferable(node, edits)
+    for edit in edits:
+        new, old = index.size(edit.dim), d.resolve(edit.dim).size
+        holder: Any = args
+        for step in edit.path[:-1]:
+            holder = holder[step]
+        value = holder[edit.path[-1]]
+        if isinstance(value, int):
+            if value >= 0:
+                holder[edit.path[-1]] = new
+        elif isinstance(value, fx.Node):
+            if inferable:
+                holder[edit.path[-1]] = -1
+            else:
+                with node.graph.inserting_before(node):
+                    scaled = node.graph.call_function(operator.mul, (value, new))
+                    holder[edit.path[-1]] = node.graph.call_function(operator.floordiv, (scaled, old))
+    node.args = tuple(args)
+
+
+def _inferable(node: fx.Node, edits: Sequence[Any]) -> bool:
+    """Whether exactly one size of a reshape is symbolic: it can be left to -1."""
+    if node.target is not aten.reshape.default:
+        return False
+    shape = node.args[1]
+    symbolic = [s for s in shape if isinstance(s, fx.Node)]  # type: ignore[union-attr]
+    return len(symbolic) == 1 and all(not isinstance(s, int) or s >= 0 for s in shape)  # type: ignore[union-attr]
+
+
+def _adapt(graph_module: fx.GraphModule, node: fx.Node, dim: int, type_: Dim, index: Slices) -> None:
+    """Run an operator across channels at full width: scatter into zeros, run, gather. Exact; its cost is charged."""
+    if not index.changed(type_):
+        return
+    name = f"_adapter_{node.name}"
+    graph_module.register_buffer(name, index.index(type_))
+    graph = node.graph
+    source = node.args[0]
+    rank = len(node.meta["val"].shape)
+    full = d.resolve(type_).size
+    with graph.inserting_before(node):
+        kept = graph.get_attr(name)
+        sizes = [full if i == dim else graph.call_function(aten.sym_size.int, (source, i)) for i in range(rank)]
+        zeros = graph.call_function(aten.new_zeros.default, (source, sizes))
+        wide = graph.call_function(aten.index_copy.default, (zeros, dim, kept, source))
+    node.replace_input_with(source, wide)
+    with graph.inserting_after(node):
+        narrow = graph.call_function(aten.index_select.default, (node, dim, kept))
+    node.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)

@@ -1,0 +1,135 @@
+"""Every exception that sbs-fx raises on purpose, in one tree.
+
+* SbsError
+  + TraceError                the model cannot be exported
+  + InputError                example inputs: wrong shape or device, or none derivable   (also a ValueError)
+  + GraphError                an invariant of an analysis or a pass does not hold
+  + BudgetError               a budget that means nothing                                (also a ValueError)
+    - InfeasibleBudget        a budget below what the search space can reach
+  + PolicyError               a policy that contradicts itself                           (also a ValueError)
+    - PolicyMismatch          a policy that belongs to another model
+  + DataError                 calibration or training data                               (also a ValueError)
+  + WeightsError              NaN or Inf in the model's weights                          (also a ValueError)
+  + MethodError               an unknown method                                          (also a ValueError)
+  + FileError                 truncated or altered file, output that cannot be written   (also an OSError)
+
+Comes in: a message that repeats the offending value, says what was expected and what to do next; attributes by keyword.
+Holds: every class can be built from its message alone, so that an exception survives the way between processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+
+class SbsError(Exception):
+    """Base of all errors of this package; ``except SbsError`` catches every one and nothing else."""
+
+
+class TraceError(SbsError):
+    """The model cannot be captured by ``torch.export``.
+
+    Attributes:
+        submodule: qualified name of the sub-module in which capture stopped, "" for the model itself or if unknown.
+        reason: what stopped it, in one line.
+    """
+
+    def __init__(self, message: str, *, submodule: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.submodule = submodule
+        self.reason = reason or message
+
+
+class InputError(SbsError, ValueError):
+    """Example inputs have the wrong shape, dtype or device, or none were given and none can be derived."""
+
+
+class GraphError(SbsError):
+    """An invariant of an analysis or a pass does not hold.
+
+    Attributes:
+        pass_name: the pass that found it, such as "slim"; "" if none.
+        node: name of the graph node, "" if it concerns the whole graph.
+    """
+
+    def __init__(self, message: str, *, pass_name: str = "", node: str = "") -> None:
+        place = " at ".join(part for part in (pass_name, f"node {node!r}" if node else "") if part)
+        super().__init__(f"{place}: {message}" if place else message)
+        self.pass_name = pass_name
+        self.node = node
+
+
+class BudgetError(SbsError, ValueError):
+    """A budget that is empty, NaN, zero, negative, above one, or cannot be parsed."""
+
+
+class InfeasibleBudget(BudgetError):
+    """A budget below what the search space can reach.
+
+    Attributes:
+        least: measure ("bops", "size", "macs") -> the least share of the float model that can be reached.
+    """
+
+    def __init__(self, message: str, *, least: Mapping[str, float] | None = None) -> None:
+        super().__init__(message)
+        self.least: dict[str, float] = dict(least or {})
+
+
+class PolicyError(SbsError, ValueError):
+    """A policy with unknown, duplicated or out-of-range entries, or of a format that this version does not read."""
+
+
+class PolicyMismatch(PolicyError):
+    """A policy that was made for another model, or for another version of it.
+
+    Attributes:
+        unknown: names that the policy has and the model has not.
+        missing: names that the model has and the policy has not.
+        different: names that both have, with different values (such as the size of a group, or "fingerprint").
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        unknown: Iterable[str] = (),
+        missing: Iterable[str] = (),
+        different: Iterable[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.unknown = tuple(unknown)
+        self.missing = tuple(missing)
+        self.different = tuple(different)
+
+
+class DataError(SbsError, ValueError):
+    """Data that is empty, stops midway, holds NaN or Inf, or has labels out of range."""
+
+
+class WeightsError(SbsError, ValueError):
+    """NaN or Inf in the model's weights or statistics.
+
+    Attributes:
+        names: the parameters and buffers concerned.
+    """
+
+    def __init__(self, message: str, *, names: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+
+
+class MethodError(SbsError, ValueError):
+    """A search method that does not exist.
+
+    Attributes:
+        known: the methods that do.
+    """
+
+    def __init__(self, message: str, *, known: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.known = tuple(known)
+
+
+class FileError(SbsError, OSError):
+    """A file that is truncated or altered, or an output that cannot be written (a file where a directory is expected,
+    no permission, disk full). Nothing half-written is left under the final name."""
