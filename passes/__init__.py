@@ -1,6 +1,30 @@
-"""Graph passes, each a callable that can be used alone or inside torch's `PassManager`."""
+"""Graph passes, each a callable that can be used alone or inside torch's `PassManager` (see `as_pass`)."""
 
-from sbs_fx.passes.channel_groups import ChannelGroups, channel_groups
+from sbs_fx.passes.channel_groups import ChannelGroup, ChannelGroups, channel_groups
+from sbs_fx.passes.cost_model import CostModel, cost_model
+from sbs_fx.passes.insert_gates import (
+    activation_gates,
+    apply_bits,
+    channel_gates,
+    insert_gates,
+    weight_gates,
+)
+from sbs_fx.passes.pass_manager import as_pass
+from sbs_fx.passes.slim import slim
 from sbs_fx.passes.trace import trace
 
-__all__ = ["ChannelGroups", "channel_groups", "trace"]
+__all__ = [
+    "ChannelGroup",
+    "ChannelGroups",
+    "CostModel",
+    "activation_gates",
+    "apply_bits",
+    "as_pass",
+    "channel_gates",
+    "channel_groups",
+    "cost_model",
+    "insert_gates",
+    "slim",
+    "trace",
+    "weight_gates",
+]

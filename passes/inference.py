@@ -126,6 +126,7 @@ class Inference:
     conflicts: dict[str, str] = field(default_factory=dict)  # node -> why its types could not agree
     tensors: dict[str, Dims] = field(default_factory=dict)  # parameter or buffer -> types
     live: set[fx.Node] = field(default_factory=set)  # nodes that depend on a model input
+    pin_outputs: bool = True
     _sizes: dict[Any, int] = field(default_factory=dict)
 
     # -- what rules read ------------------------------------------------------------------------------------------
@@ -215,6 +216,7 @@ class Inference:
     def run(self, *, pin_outputs: bool = True) -> Inference:
         import sbs_fx.passes.rules  # noqa: F401  reason: fills RULES; the rules import this module
 
+        self.pin_outputs = pin_outputs
         for node in self.graph_module.graph.nodes:
             if node.op == "output":
                 self._output(node, pin_outputs)

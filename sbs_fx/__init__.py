@@ -1,0 +1,1 @@
+"""sbs-fx: prune and quantise vision models together, under a budget that is met."""

@@ -146,7 +146,8 @@ def _lstm(t: Inference, node: fx.Node) -> tuple[Dims, Dims, Dims]:
             t.unify(node, t[block[0]][1], source)
             t.unify(node, t[block[1]][1], hidden)
             for parameter in block:
-                _, rows = t.factor(node, t[parameter][0], width)
+                gates, rows = t.factor(node, t[parameter][0], width)
+                t.pin(node, "gates of a cell", gates)
                 t.unify(node, rows, hidden)
             outer = (*steps, (Const(4), 4), extent(hidden))
             terms.append(Term((*outer, extent(source)), ((0,) if layer == 0 else None, (2, offset))))

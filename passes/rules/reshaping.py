@@ -146,7 +146,8 @@ def _repeat_interleave(t: Inference, node: fx.Node) -> Dims:
 @rule(aten.pixel_shuffle)
 def _pixel_shuffle(t: Inference, node: fx.Node) -> Dims:
     x, shape = t[node.args[0]], t.shape(node)
-    channels, _ = t.factor(node, x[-3], node.args[1] ** 2)
+    channels, positions = t.factor(node, x[-3], node.args[1] ** 2)
+    t.pin(node, "positions inside a pixel", positions)
     return (*x[:-3], channels, Const(shape[-2]), Const(shape[-1]))
 
 

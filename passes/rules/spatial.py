@@ -62,7 +62,8 @@ def _im2col(t: Inference, node: fx.Node) -> Dims:
 @rule(aten.col2im)
 def _col2im(t: Inference, node: fx.Node) -> Dims:
     x, shape = t[node.args[0]], t.shape(node)
-    channels, _ = t.factor(node, x[-2], node.args[2][0] * node.args[2][1])
+    channels, positions = t.factor(node, x[-2], node.args[2][0] * node.args[2][1])
+    t.pin(node, "kernel positions", positions)
     return (*x[:-2], channels, Const(shape[-2]), Const(shape[-1]))
 
 

@@ -1,0 +1,231 @@
+"""`calibrate`: give every gate of fixed bitwidth the range it clips to.
+
+In: a gated graph with its bits fixed, and batches of images or none. Out: the same graph, `range` set in every gate that
+has 2 to 8 bits. Holds: the same data gives the same ranges; memory does not grow with the number of batches; torch's
+random state, the mode of the graph and its batch-norm statistics stay as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sbs_fx.data import read_batches
+from sbs_fx.errors import DataError, InputError, MethodError, WeightsError
+from sbs_fx.passes.insert_gates import BatchNorm, activation_gates, weight_gates
+from sbs_fx.ranges import Histogram, set_range, weight_top
+from sbs_fx.superbit import SuperBitQuantizer
+
+aten = torch.ops.aten
+
+METHODS = ("mse", "minmax", "percentile")
+FLOAT_BITS = 32
+SPREAD = 4.0  # standard deviations of a batch norm's output that a range takes in
+_SYNTHETIC = 1 << 18  # elements in a batch of synthetic input; at most 64 images
+_SYNTHETIC_BATCHES = 2
+
+
+def calibrate(
+    gated: fx.GraphModule,
+    data: Iterable[Any] | None = None,
+    *,
+    inputs: Sequence[Tensor],
+    method: str = "mse",
+    max_batches: int = 8,
+    percentile: float = 99.99,
+    spread: float = SPREAD,
+) -> None:
+    """Set the range of every weight and activation gate that is fixed below 32 bits, in place.
+
+    | method       | activations                                     | weights, channel by channel               |
+    |--------------|-------------------------------------------------|-------------------------------------------|
+    | "mse"        | least squared error at the gate's bits          | the same                                  |
+    | "minmax"     | the largest absolute value is the outermost level | the same                                |
+    | "percentile" | a percentile of absolute values in its place    | as "mse"                                  |
+
+    The float network is run, gates pass their input on. A gate that is still searching gets the range of its middle
+    candidate. Without data, synthetic normal input is run with every batch norm on the batch's own statistics, so that
+    its outputs have the spread they had in training; and for a batch norm's output, and what elementwise functions, max
+    pools and reshapes make of it, the distribution is taken from beta and gamma themselves: channel c is normal with
+    mean beta_c and deviation |gamma_c|, cut at `spread` deviations (the idea of arXiv 1906.04721, section 4.2).
+
+    Args:
+        gated: from `insert_gates`, bits applied.
+        data: yields (images, labels), images, or tuples of inputs, floating images normalised; None: data-free.
+        inputs: example inputs of the graph; they give shapes, dtypes and device.
+        max_batches: how many batches are used at most.
+        percentile: above 50, at most 100; 100 is "minmax".
+
+    Raises:
+        MethodError: unknown method. InputError: number of example inputs. WeightsError: NaN or Inf in a weight.
+        DataError: no batch, an iterable that raises, NaN or Inf or images of another shape (each names the batch).
+    """
+    if method not in METHODS:
+        raise MethodError(f"unknown calibration method {method!r}; expected one of {METHODS}", known=METHODS)
+    if max_batches < 1 or not 50 < percentile <= 100 or not spread > 0:
+        raise InputError(f"max_batches {max_batches}, percentile {percentile}, spread {spread}; expected at least 1, "
+                         "above 50 up to 100, above 0")
+    expected = len(gated.graph.find_nodes(op="placeholder"))
+    if len(inputs) != expected:
+        raise InputError(f"{len(inputs)} example inputs for a graph that takes {expected}; give one tensor for each")
+    batches = _synthetic(inputs, max_batches) if data is None else _checked(data, inputs, max_batches)
+    recorder = _Recorder(gated, method, spread if data is None else None)
+    modes = {module: module.training for module in gated.modules()}
+    gated.eval()
+    try:
+        with torch.no_grad():
+            for index, batch in batches:
+                recorder.observe(index, batch)
+            recorder.set_activation_ranges(method, percentile)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+# Input
+
+
+def _checked(data: Iterable[Any], inputs: Sequence[Tensor], max_batches: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Batches as the graph takes them."""
+    for index, tensors, _ in read_batches(data, inputs=len(inputs), max_batches=max_batches):
+        for x, example in zip(tensors, inputs, strict=True):
+            if x.shape[1:] != example.shape[1:]:
+                raise DataError(f"batch {index} has shape {tuple(x.shape)}; the graph takes "
+                                f"(batch, {', '.join(str(int(s)) for s in example.shape[1:])})")
+            if x.is_floating_point() != example.is_floating_point():
+                raise DataError(f"batch {index} has dtype {x.dtype}, the graph takes {example.dtype}; images must be "
+                                "normalised, as the model was trained")
+            if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+                raise DataError(f"NaN or Inf in batch {index} of the calibration data; drop or mend that batch")
+        yield index, tuple(x.to(e.device, e.dtype) for x, e in zip(tensors, inputs, strict=True))
+
+
+def _synthetic(inputs: Sequence[Tensor], max_batches: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Standard normal input from a generator of its own; whole numbers are taken from the example, again and again."""
+    generator = torch.Generator().manual_seed(0)
+    largest = max(x[:1].numel() for x in inputs)
+    batch = max(len(inputs[0]), min(64, _SYNTHETIC // max(1, largest)))
+    for index in range(min(max_batches, _SYNTHETIC_BATCHES)):
+        rows = torch.arange(batch) % len(inputs[0])
+        yield index, tuple(
+            torch.randn(batch, *x.shape[1:], generator=generator).to(x.device, x.dtype)
+            if x.is_floating_point() else x[rows.to(x.device)]
+            for x in inputs
+        )
+
+
+# The run
+
+# Functions of one tensor, value by value; arguments after the first are numbers.
+_ELEMENTWISE = {
+    aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default,
+    aten.clamp_max.default, aten.sigmoid.default, aten.hardsigmoid.default, aten.tanh.default, aten.silu.default,
+    aten.hardswish.default, aten.gelu.default, aten.mish.default, aten.elu.default, aten.leaky_relu.default,
+    aten.softplus.default, aten.celu.default, aten.selu.default,
+}
+# Operators that pick or move values.
+_MOVING = {
+    aten.max_pool2d.default, aten.adaptive_max_pool2d.default, aten.reshape.default, aten.flatten.using_ints,
+    aten.permute.default, aten.transpose.int, aten.contiguous.default, aten.clone.default, aten.dropout.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.upsample_nearest2d.vec,
+}
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the float graph: weight gates get their range at the first batch, activation gates a histogram.
+
+    With `spread` (data-free), batch norms use the batch's statistics, and `known` maps a node to the values that its
+    channels take at a grid of deviations, shape (points, channels), wherever beta and gamma determine them.
+    """
+
+    def __init__(self, gated: fx.GraphModule, method: str, spread: float | None) -> None:
+        super().__init__(gated)
+        self.weights = {id(gate): (name, gate) for name, gate in weight_gates(gated).items()}
+        self.activations = {id(gate): (name, gate) for name, gate in activation_gates(gated).items()}
+        self.histograms: dict[int, Histogram] = {}
+        self.method, self.spread, self.batch = method, spread, 0
+        self.known: dict[fx.Node, Tensor] = {}
+        self.analytic: set[int] = set()
+
+    def observe(self, index: int, batch: tuple[Tensor, ...]) -> None:
+        self.batch = index
+        self.run(*batch)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if self.spread is not None and self.batch == 0:
+            self._follow(n)
+        return result
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        if id(module) in self.weights:
+            if self.batch == 0:
+                _set_weight_range(*self.weights[id(module)], args[0], self.method)
+            return args[0]
+        if id(module) in self.activations:
+            self._count(module, args[0])
+            return args[0]
+        if self.spread is not None and isinstance(module, BatchNorm):
+            x, weight, bias = args[:3]
+            return aten.batch_norm.default(x, weight, bias, None, None, True, module.momentum, module.eps, True)
+        return super().call_module(target, args, dict(kwargs))
+
+    def _count(self, gate: nn.Module, x: Tensor, weights: Tensor | None = None) -> None:
+        name = self.activations[id(gate)][0]
+        if gate.bits == FLOAT_BITS or (id(gate) in self.analytic and weights is None):
+            return
+        if not self.histograms.setdefault(id(gate), Histogram()).add(x, weights):
+            raise DataError(f"the activation {name!r} is NaN or Inf at batch {self.batch}, whose input is finite; the "
+                            f"model overflows on {'synthetic input: give data' if self.spread else 'this data'}")
+
+    def _follow(self, node: fx.Node) -> None:
+        """Carry the distribution of a batch norm's output through what comes after it."""
+        module = self.fetch_attr(node.target) if node.op == "call_module" else None
+        if isinstance(module, BatchNorm):
+            self.known[node] = self._normal(node)
+            return
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if source not in self.known or len(node.all_input_nodes) != 1:
+            return
+        values = self.known[source]
+        if id(module) in self.activations:
+            if id(module) not in self.analytic:
+                self.analytic.add(id(module))
+                self.histograms.pop(id(module), None)
+                density = _density(len(values), self.spread)[:, None].expand_as(values)
+                self._count(module, values, density.to(values.device))
+            self.known[node] = values
+        elif node.target in _ELEMENTWISE:
+            self.known[node] = node.target(values, *node.args[1:], **node.kwargs)
+        elif node.target in _MOVING or isinstance(module, nn.Dropout):
+            self.known[node] = values
+
+    def _normal(self, node: fx.Node) -> Tensor:
+        """beta + z * |gamma| for z from -spread to spread, shape (points, channels)."""
+        x, weight, bias = (self.env.get(a) if isinstance(a, fx.Node) else None for a in node.args[:3])
+        one = torch.ones(node.meta["val"].shape[1]) if weight is None else weight.detach().abs().float()
+        z = torch.linspace(-self.spread, self.spread, 65, device=one.device)
+        return (0 if bias is None else bias.detach().float()) + z[:, None] * one
+
+    def set_activation_ranges(self, method: str, percentile: float) -> None:
+        for key, (_, gate) in self.activations.items():
+            if key in self.histograms:
+                set_range(gate, self.histograms[key].top(gate, method, percentile))
+
+
+def _density(points: int, spread: float) -> Tensor:
+    """Normal density at that many points from -spread to spread, up to a factor, shape (points,)."""
+    return torch.linspace(-spread, spread, points, dtype=torch.float64).square().mul(-0.5).exp()
+
+
+def _set_weight_range(name: str, gate: SuperBitQuantizer, weight: Tensor, method: str) -> None:
+    if gate.bits == FLOAT_BITS:
+        return
+    top = weight_top(weight, gate, method)
+    if not bool(torch.isfinite(top).all()):
+        raise WeightsError(f"NaN or Inf in the weight {name!r}; mend the model before compressing it", names=[name])
+    set_range(gate, top)

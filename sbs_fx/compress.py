@@ -1,0 +1,282 @@
+"""`compress` and `apply`: a float model in, a static quantised graph out, under a budget that is met.
+
+In: a module (or a timm model name), a budget or a saved policy, maybe data. Out: a `Result` with the graph, the plan and
+what both cost. Read `compress` top to bottom for the list of passes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import fx, nn
+
+from sbs_fx.calibration import calibrate
+from sbs_fx.errors import FileError, GraphError, MethodError, WeightsError
+from sbs_fx.export.pt2 import save_pt2
+from sbs_fx.models import create_model
+from sbs_fx.models import example_inputs as derive_inputs
+from sbs_fx.passes import (
+    ChannelGroups,
+    CostModel,
+    apply_bits,
+    channel_groups,
+    cost_model,
+    finalize,
+    insert_gates,
+    slim,
+    trace,
+)
+from sbs_fx.passes.slim import Slices
+from sbs_fx.policy import Budget, Cost, Policy
+from sbs_fx.report import Report
+from sbs_fx.search import uniform
+from sbs_fx.training import fine_tune
+
+METHODS = ("auto", "uniform")
+Data = Iterable[Any]
+Progress = Callable[[str, float], None]
+
+
+class Config(BaseModel):
+    """Settings of `compress`; every field has a sensible default.
+
+    Attributes:
+        weight_bits, activation_bits: 2, 4 or 8; None lets the method choose.
+        importance: norm that ranks the channels of a group.
+        round_to: kept channels are a multiple of this; None: 16, 8 where the group is small; 1: any number.
+        minor_groups: also prune the smaller factor of product axes (heads, group widths).
+        keep_outputs: False lets the output features of a headless model shrink.
+        ranges: how activation and weight ranges are chosen: "mse", "percentile" or "minmax".
+        calibration_batches: batches of `data` that calibration reads.
+        epochs, learning_rate: fine-tuning with the gates fixed, on labelled data; 0 epochs: none.
+        seed: of everything random.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight_bits: Literal[2, 4, 8] | None = None
+    activation_bits: Literal[2, 4, 8] | None = None
+    importance: Literal["l1", "l2"] = "l2"
+    round_to: int | None = Field(default=None, ge=1)
+    minor_groups: bool = False
+    keep_outputs: bool = True
+    ranges: Literal["mse", "percentile", "minmax"] = "mse"
+    calibration_batches: int = Field(default=8, ge=1)
+    epochs: int = Field(default=0, ge=0)
+    learning_rate: float | None = Field(default=None, gt=0)
+    seed: int = 0
+
+
+@dataclass
+class Result:
+    """What `compress` gives back.
+
+    Attributes:
+        model: the static quantised graph, eval mode, plain ATen and `quantized_decomposed` operators.
+        policy: the plan it was made from. cost, baseline_cost: of the graph and of the float model.
+        report: layers, groups and pins as text and as data.
+        gated: the same network with fake quantisation, for further training; `finalize` turns it into `model` again.
+        seconds: time spent per stage.
+    """
+
+    model: fx.GraphModule
+    policy: Policy
+    cost: Cost
+    report: Report
+    gated: fx.GraphModule
+    example_inputs: tuple[torch.Tensor, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def baseline_cost(self) -> Cost:
+        assert self.cost.reference is not None
+        return self.cost.reference
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `policy.json`, `model.pt2` and `report.txt` into `directory`, each whole or not at all.
+
+        Raises:
+            FileError: the directory is a file or cannot be written, or the disk is full.
+        """
+        path = prepare_directory(directory)
+        save_pt2(self.model, self.example_inputs, os.path.join(path, "model.pt2"))
+        self.policy.save(os.path.join(path, "policy.json"))
+        self.report.save(os.path.join(path, "report.txt"))
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+
+def compress(
+    model: nn.Module | str,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    *,
+    budget: Budget | float | str = 0.05,
+    data: Data | None = None,
+    method: str = "auto",
+    config: Config | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Compress a float model under a budget.
+
+    Args:
+        model: a module that `torch.export` can capture, or a timm model name. It is not changed.
+        example_inputs: tensor(s) of shape (batch of 2 or more, ...); default: from the model's `pretrained_cfg`.
+        budget: shares of the float model; a number or text means BOPs.
+        data: iterable of (images, labels) or images, normalised as the model expects; None: data-free.
+        method: "uniform", or "auto", which is the best there is for what was given.
+        config: settings; see `Config`.
+        output_dir: also save the result there.
+        progress: called with (stage, share of the whole job done).
+
+    Raises:
+        SbsError: any of `sbs_fx.errors`; nothing is written in that case.
+    """
+    if method not in METHODS:
+        raise MethodError(f"unknown method {method!r}; expected one of {METHODS}", known=METHODS)
+    budget = budget if isinstance(budget, Budget) else Budget.parse(str(budget))
+    config = config or Config()
+    if output_dir is not None:
+        prepare_directory(output_dir)
+    job = _Job(progress)
+    traced = _Traced.of(model, example_inputs, config, job)
+    job.stage("search", 0.35)
+    policy = uniform(
+        traced.groups, traced.cost, budget, weight_bits=config.weight_bits, activation_bits=config.activation_bits,
+        importance=config.importance, round_to=config.round_to, minor_groups=config.minor_groups, seed=config.seed,
+    )
+    result = _realise(traced, policy, data, config, job)
+    if not budget.is_satisfied_by(result.cost):
+        raise GraphError(f"the result costs {budget.shares(result.cost)} of the float model, over {budget}",
+                         pass_name="compress")
+    if output_dir is not None:
+        job.stage("save", 0.95)
+        result.save(output_dir)
+    job.stage("done", 1.0)
+    return result
+
+
+def apply(
+    model: nn.Module | str,
+    policy: Policy,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    *,
+    data: Data | None = None,
+    config: Config | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """A saved policy onto the float model again: what `compress` does after its search.
+
+    Raises:
+        PolicyMismatch: the policy belongs to another model; names what differs.
+    """
+    config = config or Config()
+    job = _Job(progress)
+    traced = _Traced.of(model, example_inputs, config, job)
+    return _realise(traced, policy, data, config, job)
+
+
+@dataclass
+class _Traced:
+    """A float model after the analyses."""
+
+    graph: fx.GraphModule
+    groups: ChannelGroups
+    cost: CostModel
+    inputs: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module | str, example_inputs: torch.Tensor | Sequence[torch.Tensor] | None, config: Config,
+           job: _Job) -> _Traced:
+        job.stage("trace", 0.0)
+        module = create_model(model) if isinstance(model, str) else model
+        _check_weights(module)
+        inputs = derive_inputs(module) if example_inputs is None else example_inputs
+        inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+        graph = trace(module, inputs)
+        job.stage("channel groups", 0.3)
+        groups = channel_groups(graph, keep_outputs=config.keep_outputs)
+        return cls(graph, groups, cost_model(graph, groups), inputs)
+
+
+def _realise(traced: _Traced, policy: Policy, data: Data | None, config: Config, job: _Job) -> Result:
+    """Slim, gate, calibrate, maybe fine-tune, finalise."""
+    groups, cost = traced.groups, traced.cost
+    policy.check(groups.fingerprint, {g.name: g.size for g in groups.values()}, cost.weights, cost.activations)
+    job.stage("slim", 0.4)
+    weight_bits = kept_bits(groups, cost, policy)
+    slimmed = slim(traced.graph, groups, policy.kept)
+    gated = insert_gates(slimmed, groups, channels=False, grid=policy.grid)
+    apply_bits(gated, weight_bits, policy.activation_bits)
+    job.stage("calibrate", 0.5)
+    calibrate(gated, data, inputs=traced.inputs, method=config.ranges, max_batches=config.calibration_batches)
+    if config.epochs and data is not None:
+        job.stage("fine-tune", 0.6)
+        options = {} if config.learning_rate is None else {"lr": config.learning_rate}
+        fine_tune(gated, data, epochs=config.epochs, teacher=traced.graph, seed=config.seed, **options)
+    job.stage("finalise", 0.9)
+    static = finalize(gated)
+    total = cost.evaluate(policy.kept, weight_bits, policy.activation_bits)
+    report = Report.of(groups, cost, policy, total)
+    job.close()
+    return Result(static, policy, total, report, gated, traced.inputs, job.seconds)
+
+
+def kept_bits(groups: ChannelGroups, cost: CostModel, policy: Policy) -> dict[str, int | list[int]]:
+    """Weight bits of the slim graph: where a policy has one number per output channel, those of the kept channels."""
+    index = Slices(groups, policy.kept)
+    result: dict[str, int | list[int]] = {}
+    outputs = {name: dims[dim] for layer in cost.layers for name, (dims, dim) in layer.weights.items()}
+    for name, bits in policy.weight_bits.items():
+        result[name] = bits if isinstance(bits, int) else [bits[i] for i in index.index(outputs[name]).tolist()]
+    return result
+
+
+def _check_weights(module: nn.Module) -> None:
+    """Refuse NaN and Inf before anything is computed from them."""
+    names = [n for n, p in module.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
+    if names:
+        raise WeightsError(f"NaN or Inf in {len(names)} parameters, the first: {names[:3]}; load sound weights",
+                           names=names)
+
+
+def prepare_directory(directory: str | os.PathLike[str]) -> str:
+    """Make sure that results can be written there, before hours are spent. Raises FileError."""
+    path = os.fspath(directory)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot make the output directory {path!r}: {error.strerror}; "
+                        "expected a new name or a directory") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise FileError(f"the output directory {path!r} is not writable")
+    return path
+
+
+class _Job:
+    """Reports stages and keeps their times."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+        self._current: str | None = None
+        self._since = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def stage(self, name: str, done: float) -> None:
+        self.close()
+        self._current = name
+        if self.progress is not None:
+            self.progress(name, done)
+
+    def close(self) -> None:
+        now = time.perf_counter()
+        if self._current is not None:
+            self.seconds[self._current] = self.seconds.get(self._current, 0.0) + now - self._since
+        self._current, self._since = None, now

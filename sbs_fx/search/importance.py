@@ -1,0 +1,54 @@
+"""How much each channel of a group weighs: norms over all members of the group.
+
+In: channel groups. Out: one score per coordinate and group, larger is more important. A coordinate's score is the norm
+of everything that would be removed with it: rows, columns, biases and scales alike.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sbs_fx.passes import ChannelGroups
+from sbs_fx.passes import dims as d
+from sbs_fx.passes.dims import Axis, Dim
+
+Norm = Literal["l1", "l2"]
+
+
+def group_importance(groups: ChannelGroups, norm: Norm = "l2") -> dict[str, Tensor]:
+    """Group name -> scores of shape (size,), float64: the L1 or L2 norm of each coordinate over all its members.
+
+    Each parameter is divided by its own mean magnitude first, so that a layer scale of 1e-6 counts as much as a
+    convolution.
+    """
+    power = 1 if norm == "l1" else 2
+    scores = {g.axis: torch.zeros(g.size, dtype=torch.float64) for g in groups.values()}
+    for name, parameter in groups.inference.graph_module.named_parameters():
+        dims = groups.inference.tensors.get(name)
+        if dims is None or not any(d.axes(dim) for dim in dims):
+            continue
+        mass = parameter.detach().abs().double().pow(power).cpu()
+        mass = mass / mass.mean().clamp_min(1e-30)
+        for i, dim in enumerate(dims):
+            if d.axes(dim):
+                others = [k for k in range(mass.ndim) if k != i]
+                _spread(dim, mass.sum(others) if others else mass, scores)
+    return {g.name: scores[g.axis].pow(1 / power) for g in groups.values()}
+
+
+def _spread(dim: Dim, mass: Tensor, scores: dict[Axis, Tensor]) -> None:
+    """Add the mass of a dimension, shape (size,), to the coordinates of the axes that it is made of."""
+    dim = d.resolve(dim)
+    if isinstance(dim, Axis):
+        scores[dim] += mass
+    elif isinstance(dim, d.Sum):
+        for item, part in zip(dim.items, mass.split([item.size for item in dim.items]), strict=True):
+            _spread(item, part, scores)
+    elif isinstance(dim, d.Prod):
+        grid = mass.reshape([f.size for f in dim.factors])
+        for i, part in enumerate(dim.factors):
+            others = [k for k in range(grid.ndim) if k != i]
+            _spread(part, grid.sum(others), scores)
