@@ -2,6 +2,7 @@
 
 from sbs_fx.passes.channel_groups import ChannelGroup, ChannelGroups, channel_groups
 from sbs_fx.passes.cost_model import CostModel, cost_model
+from sbs_fx.passes.finalize import finalize
 from sbs_fx.passes.insert_gates import (
     activation_gates,
     apply_bits,
@@ -23,6 +24,7 @@ __all__ = [
     "channel_gates",
     "channel_groups",
     "cost_model",
+    "finalize",
     "insert_gates",
     "slim",
     "trace",

@@ -37,6 +37,7 @@ def canonicalise(graph_module: fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            _plain_reshape(node)
             node.target = _RENAMED.get(node.target, node.target)
             _fill_defaults(node)
             _plain_batch_norm(node)
@@ -44,11 +45,22 @@ def canonicalise(graph_module: fx.GraphModule) -> None:
             _explicit_scale(node)
 
 
+def _plain_reshape(node: fx.Node) -> None:
+    """A reshape that copied at the traced batch size is a reshape again: at batch 1 the module may not copy either,
+    and another memory layout means another rounding."""
+    copied = node.args[0] if node.target is aten._unsafe_view.default else None
+    if not isinstance(copied, fx.Node) or copied.target is not aten.clone.default or len(copied.users) > 1:
+        return
+    if copied.kwargs.get("memory_format") is torch.contiguous_format:
+        node.update_arg(0, copied.args[0])
+        node.graph.erase_node(copied)
+
+
 def _fill_defaults(node: fx.Node) -> None:
     """Positional arguments complete, keyword-only arguments as given."""
     args: list[Any] = list(node.args)
     kwargs = dict(node.kwargs)
-    for argument in node.target._schema.arguments[len(args) :]:  # type: ignore[union-attr]
+    for argument in node.target._schema.arguments[len(args) :]:
         if argument.kwarg_only:
             continue
         args.append(kwargs.pop(argument.name, argument.default_value))
@@ -62,7 +74,7 @@ def _plain_batch_norm(node: fx.Node) -> None:
         x, weight, bias, mean, var, momentum, eps = node.args
         training = False
     elif node.target is aten._native_batch_norm_legit.no_stats:
-        x, weight, bias, training, momentum, eps = node.args  # type: ignore[assignment]
+        x, weight, bias, training, momentum, eps = node.args
         mean = var = None
     else:
         return
@@ -90,7 +102,7 @@ def _name_sizes(node: fx.Node) -> None:
 def _explicit_scale(node: fx.Node) -> None:
     if node.target is not aten.scaled_dot_product_attention.default or node.kwargs.get("scale") is not None:
         return
-    width = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+    width = node.args[0].meta["val"].shape[-1]
     node.kwargs = {**node.kwargs, "scale": 1.0 / math.sqrt(int(width))}
 
 

@@ -122,7 +122,7 @@ class ChannelGroups(Mapping[str, ChannelGroup]):
         for layer in self.inference.layers.values():
             coupling.add_node(layer.name, kind="layer", layer=layer.kind)
             for term in layer.terms:
-                for dim, _ in term:
+                for dim, _ in term.sizes:
                     for axis in d.axes(dim):
                         if axis in self.of_axis:
                             coupling.add_edge(layer.name, self.of_axis[axis].name)

@@ -123,7 +123,7 @@ class CostModel:
                 stored += int(count * _mean(bits))
                 if bits != FLOAT_BITS:
                     scales += d.evaluate(dims[outputs], of_axis)
-            rows.append(LayerCost(name=layer.name, kind=layer.kind, macs=macs, bops=math.ceil(bops), params=params,  # type: ignore[arg-type]
+            rows.append(LayerCost(name=layer.name, kind=layer.kind, macs=macs, bops=math.ceil(bops), params=params,
                                   weight_bits=float(weight_mean), activation_bits=float(activation_mean),
                                   stored_bits=stored))
         folded = reference is not None

@@ -139,7 +139,8 @@ class _Lowering:
         result = fx.GraphModule(tensors, self.graph, type(self.gated).__name__)
         result.meta = {key: value for key, value in self.gated.meta.items() if not key.endswith("_gates")}
         result.meta["weights"] = {name: stored for name, stored in self.weights.items() if name in tensors}
-        result.meta["activations"] = self.activations
+        live = {node.name for node in self.graph.nodes}
+        result.meta["activations"] = {name: a for name, a in self.activations.items() if a.values in live}
         self.graph.lint()
         return result.eval()
 
@@ -153,17 +154,17 @@ class _Lowering:
 
     def batch_norm(self, node: fx.Node, norm: BatchNorm) -> fx.Node:
         if node in self.folded:
-            return self._argument(node.args[0])  # type: ignore[arg-type]
+            return self._argument(node.args[0])
         args = fx.node.map_arg(node.args, self._argument)
         return self._call(aten.batch_norm.default, (*args, False, norm.momentum, norm.eps, True), node, name=node.name)
 
     def dropout(self, node: fx.Node, _: nn.Dropout) -> fx.Node:
-        return self._argument(node.args[0])  # type: ignore[arg-type]
+        return self._argument(node.args[0])
 
     # -- activations -----------------------------------------------------------------------------------------------------
 
     def _activation(self, node: fx.Node, name: str, gate: SuperBitQuantizer) -> fx.Node:
-        source: fx.Node = self._argument(node.args[0])  # type: ignore[arg-type]
+        source: fx.Node = self._argument(node.args[0])
         if gate.bits == FLOAT_BITS:
             return source
         assert isinstance(gate.bits, int)  # one range a tensor, so one bitwidth
@@ -184,7 +185,7 @@ class _Lowering:
     # -- weights -----------------------------------------------------------------------------------------------------------
 
     def _weight(self, node: fx.Node, gate: SuperBitQuantizer) -> fx.Node:
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source: fx.Node = node.args[0]
         if source not in self.constants:
             raise GraphError("is a weight that depends on the model's input; it needs an activation gate",
                              pass_name="finalize", node=source.name)
@@ -205,8 +206,8 @@ class _Lowering:
         if factor is not None:
             codes = torch.where(factor < 0, -codes, codes)  # reason: a scale must be positive; the grid is symmetric
             scale = (scale.double() * factor.abs()).float()
-        name = self._name(node.args[0])  # type: ignore[arg-type]
-        bits = gate.bits if isinstance(gate.bits, int) else tuple(gate.bits.tolist())  # type: ignore[union-attr]
+        name = self._name(node.args[0])
+        bits = gate.bits if isinstance(gate.bits, int) else tuple(gate.bits.tolist())
         read_codes = self._tensor(name, codes, None)
         self.weights[str(read_codes.target)] = StoredWeight(bits, axis)
         transposed = any(user.target in TRANSPOSED for user in node.users)
@@ -236,7 +237,7 @@ class _Lowering:
 
     def _fold(self, node: fx.Node, copied: fx.Node, fold: Fold) -> None:
         """The batch norm's bias becomes the layer's; its factor is in the weight already."""
-        weight: fx.Node = node.args[1]  # type: ignore[assignment]
+        weight: fx.Node = node.args[1]
         if weight.op != "call_module":  # a layer without a gate on its weight
             value = self.constants.value(weight)
             with self.graph.inserting_before(copied):

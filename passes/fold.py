@@ -123,7 +123,7 @@ def along_output(values: Tensor, layer: fx.Node, weight: Tensor) -> Tensor:
     """
     if layer.target not in TRANSPOSED:
         return values.view(-1, *[1] * (weight.ndim - 1))
-    groups = int(layer.args[GROUPS])  # type: ignore[arg-type]
+    groups = int(layer.args[GROUPS])
     rows = values.view(groups, -1)
     if groups > 1:
         rows = rows.repeat_interleave(weight.shape[0] // groups, 0)

@@ -98,17 +98,17 @@ def weight_name(node: fx.Node) -> str:
 
 def weight_gates(gated: fx.GraphModule) -> dict[str, SuperBitQuantizer]:
     """Weight quantisers by weight name."""
-    return {n: gated.get_submodule(t) for n, t in gated.meta["weight_gates"].items()}  # type: ignore[misc]
+    return {n: gated.get_submodule(t) for n, t in gated.meta["weight_gates"].items()}
 
 
 def activation_gates(gated: fx.GraphModule) -> dict[str, SuperBitQuantizer]:
     """Activation quantisers by the name of the tensor (graph node) they quantise."""
-    return {n: gated.get_submodule(t) for n, t in gated.meta["activation_gates"].items()}  # type: ignore[misc]
+    return {n: gated.get_submodule(t) for n, t in gated.meta["activation_gates"].items()}
 
 
 def channel_gates(gated: fx.GraphModule) -> dict[str, ChannelGate]:
     """Channel gates by group name."""
-    return {n: gated.get_submodule(t) for n, t in gated.meta["channel_gates"].items()}  # type: ignore[misc]
+    return {n: gated.get_submodule(t) for n, t in gated.meta["channel_gates"].items()}
 
 
 def quantized_tensors(groups: ChannelGroups) -> tuple[dict[str, list[tuple[Layer, Path]]], dict[str, list[tuple[Layer, Path]]]]:
@@ -172,9 +172,9 @@ class _Builder:
     def _add(self, kind: str, name: str, module: nn.Module) -> str:
         holder = self.module._modules.setdefault(kind, nn.Module())
         key = name.replace(".", "_").replace(":", "_").replace("'", "_")
-        while key in holder._modules:  # type: ignore[union-attr]
+        while key in holder._modules:
             key += "_"
-        holder.add_module(key, module)  # type: ignore[union-attr]
+        holder.add_module(key, module)
         self.module.meta[kind][name] = f"{kind}.{key}"
         return f"{kind}.{key}"
 
@@ -285,7 +285,7 @@ class _Builder:
             else:
                 continue
             holder = self.module._modules.setdefault("modes", nn.Module())
-            holder.add_module(node.name, module)  # type: ignore[union-attr]
+            holder.add_module(node.name, module)
             node.op, node.target, node.args, node.kwargs = "call_module", f"modes.{node.name}", tuple(args), {}
 
 
@@ -299,6 +299,6 @@ def _replace_at(node: fx.Node, path: Path, value: fx.Node) -> None:
     if len(path) == 1:
         node.update_arg(path[0], value)
     else:
-        inner = list(node.args[path[0]])  # type: ignore[arg-type]
+        inner = list(node.args[path[0]])
         inner[path[1]] = value
         node.update_arg(path[0], inner)

@@ -53,20 +53,31 @@ def along(mask: Tensor, dim: int, rank: int) -> Tensor:
     return mask.view([-1 if i == dim else 1 for i in range(rank)])
 
 
+def is_open(mask: Tensor) -> bool:
+    """Whether a fixed mask keeps everything. What it would act on is then passed on as the same object: even a product
+    with ones is no parameter any more, and `matmul` takes another path, with other rounding, where a gradient is due.
+    """
+    return not mask.requires_grad and bool(mask.all())
+
+
 def silence(x: Tensor, mask: Tensor, dim: int) -> Tensor:
-    """x with the masked-out coordinates of `dim` set to zero."""
+    """x with the masked-out coordinates of `dim` set to zero; x itself if there are none."""
+    if is_open(mask):
+        return x
     return x * along(mask, dim, x.ndim).to(x.dtype)
 
 
 def exclude(x: Tensor, mask: Tensor, dim: int, value: float) -> Tensor:
     """x with the masked-out coordinates of `dim` set to `value` (-inf before a softmax or a maximum)."""
+    if is_open(mask):
+        return x
     return x.masked_fill(along(mask, dim, x.ndim) == 0, value)
 
 
 def moments(target: Callable[..., Any], dims: Sequence[int], masks: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
     """Run a mean, variance or normalisation over the live coordinates of its first argument only."""
     x = args[0]
-    if all(bool(m.all()) for m in masks):
+    if all(is_open(m) for m in masks):
         return target(*args, **kwargs)
     live = torch.ones([1] * x.ndim, dtype=x.dtype, device=x.device)
     for dim, mask in zip(dims, masks, strict=True):

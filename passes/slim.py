@@ -18,6 +18,7 @@ from sbs_fx.errors import PolicyError
 from sbs_fx.passes import dims as d
 from sbs_fx.passes.channel_groups import ChannelGroups
 from sbs_fx.passes.dims import Dim
+from sbs_fx.passes.inference import Adapter
 
 aten = torch.ops.aten
 
@@ -38,10 +39,10 @@ def slim(graph_module: fx.GraphModule, groups: ChannelGroups, kept: Mapping[str,
     result = copy_with(graph_module, tensors)
     for node in list(result.graph.nodes):
         _edit(node, groups, index)
-        if node.name in groups.inference.adapters:
-            _adapt(result, node, groups.inference.adapters[node.name].dim,
-                   groups.inference.adapters[node.name].type, index)
     _retype(graph_module, result, index)
+    for node in list(result.graph.nodes):
+        if node.name in groups.inference.adapters:
+            _adapt(result, node, groups.inference.adapters[node.name], index)
     result.graph.lint()
     result.recompile()
     return result
@@ -183,7 +184,10 @@ def _edit(node: fx.Node, groups: ChannelGroups, index: Slices) -> None:
             else:
                 with node.graph.inserting_before(node):
                     scaled = node.graph.call_function(operator.mul, (value, new))
-                    holder[edit.path[-1]] = node.graph.call_function(operator.floordiv, (scaled, old))
+                    follows = node.graph.call_function(operator.floordiv, (scaled, old))
+                scaled.meta["val"] = value.meta["val"] * new
+                follows.meta["val"] = scaled.meta["val"] // old
+                holder[edit.path[-1]] = follows
     node.args = tuple(args)
 
 
@@ -192,26 +196,37 @@ def _inferable(node: fx.Node, edits: Sequence[Any]) -> bool:
     if node.target is not aten.reshape.default:
         return False
     shape = node.args[1]
-    symbolic = [s for s in shape if isinstance(s, fx.Node)]  # type: ignore[union-attr]
-    return len(symbolic) == 1 and all(not isinstance(s, int) or s >= 0 for s in shape)  # type: ignore[union-attr]
+    symbolic = [s for s in shape if isinstance(s, fx.Node)]
+    return len(symbolic) == 1 and all(not isinstance(s, int) or s >= 0 for s in shape)
 
 
-def _adapt(graph_module: fx.GraphModule, node: fx.Node, dim: int, type_: Dim, index: Slices) -> None:
-    """Run an operator across channels at full width: scatter into zeros, run, gather. Exact; its cost is charged."""
-    if not index.changed(type_):
+def _adapt(graph_module: fx.GraphModule, node: fx.Node, adapter: Adapter, index: Slices) -> None:
+    """Run an operator across channels at full width: scatter into zeros, run, gather. Exact; its cost is charged.
+
+    The kept coordinates are a buffer with one entry per kept channel, so that slimming the result again slices it.
+    """
+    if not index.changed(adapter.type):
         return
-    name = f"_adapter_{node.name}"
-    graph_module.register_buffer(name, index.index(type_))
+    name, dim, source = f"_adapter_{node.name}", adapter.dim, node.args[0]
+    graph_module.register_buffer(name, index.index(adapter.type))
+    narrow_in, narrow_out = source.meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    full = d.resolve(adapter.type).size
     graph = node.graph
-    source = node.args[0]
-    rank = len(node.meta["val"].shape)
-    full = d.resolve(type_).size
+
+    def add(target: Any, *args: Any, value: Any) -> fx.Node:
+        new = graph.get_attr(target) if isinstance(target, str) else graph.call_function(target, args)
+        new.meta["val"] = value
+        return new
+
     with graph.inserting_before(node):
-        kept = graph.get_attr(name)
-        sizes = [full if i == dim else graph.call_function(aten.sym_size.int, (source, i)) for i in range(rank)]
-        zeros = graph.call_function(aten.new_zeros.default, (source, sizes))
-        wide = graph.call_function(aten.index_copy.default, (zeros, dim, kept, source))
-    node.replace_input_with(source, wide)
+        kept = add(name, value=narrow_in.new_empty((index.size(adapter.type),), dtype=torch.int64))
+        sizes = [full if i == dim else s if isinstance(s, int) else add(aten.sym_size.int, source, i, value=s)
+                 for i, s in enumerate(narrow_in.shape)]
+        wide_shape = [full if i == dim else s for i, s in enumerate(narrow_in.shape)]
+        zeros = add(aten.new_zeros.default, source, sizes, value=narrow_in.new_empty(wide_shape))
+        wide = add(aten.index_copy.default, zeros, dim, kept, source, value=narrow_in.new_empty(wide_shape))
+    node.replace_input_with(source, wide)  # type: ignore[arg-type]
+    node.meta["val"] = narrow_out.new_empty([full if i == dim else s for i, s in enumerate(narrow_out.shape)])
     with graph.inserting_after(node):
-        narrow = graph.call_function(aten.index_select.default, (node, dim, kept))
+        narrow = add(aten.index_select.default, node, dim, kept, value=narrow_out)
     node.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)

@@ -1,8 +1,8 @@
 """`calibrate`: give every gate of fixed bitwidth the range it clips to.
 
-In: a gated graph with its bits fixed, and batches of images or none. Out: the same graph, `range` set in every gate that
-has 2 to 8 bits. Holds: the same data gives the same ranges; memory does not grow with the number of batches; torch's
-random state, the mode of the graph and its batch-norm statistics stay as they were.
+In: a gated graph with its bits fixed, and batches of images or none. Out: the same graph, `range` set in every gate
+that has 2 to 8 bits. Holds: the same data gives the same ranges; memory does not grow with the number of batches;
+torch's random state, the mode of the graph and its batch-norm statistics stay as they were.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from sbs_fx.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
 
+Inputs = tuple[int, tuple[Tensor, ...]]  # index of a batch, and what the graph takes
+
 METHODS = ("mse", "minmax", "percentile")
 FLOAT_BITS = 32
 SPREAD = 4.0  # standard deviations of a batch norm's output that a range takes in
 _SYNTHETIC = 1 << 18  # elements in a batch of synthetic input; at most 64 images
 _SYNTHETIC_BATCHES = 2
+_POINTS = 65  # of the distribution that stands for a batch norm's output
 
 
 def calibrate(
@@ -79,7 +82,7 @@ def calibrate(
         with torch.no_grad():
             for index, batch in batches:
                 recorder.observe(index, batch)
-            recorder.set_activation_ranges(method, percentile)
+            recorder.set_activation_ranges(percentile)
     finally:
         for module, training in modes.items():
             module.training = training
@@ -88,7 +91,7 @@ def calibrate(
 # Input
 
 
-def _checked(data: Iterable[Any], inputs: Sequence[Tensor], max_batches: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+def _checked(data: Iterable[Any], inputs: Sequence[Tensor], max_batches: int) -> Iterator[Inputs]:
     """Batches as the graph takes them."""
     for index, tensors, _ in read_batches(data, inputs=len(inputs), max_batches=max_batches):
         for x, example in zip(tensors, inputs, strict=True):
@@ -103,7 +106,7 @@ def _checked(data: Iterable[Any], inputs: Sequence[Tensor], max_batches: int) ->
         yield index, tuple(x.to(e.device, e.dtype) for x, e in zip(tensors, inputs, strict=True))
 
 
-def _synthetic(inputs: Sequence[Tensor], max_batches: int) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+def _synthetic(inputs: Sequence[Tensor], max_batches: int) -> Iterator[Inputs]:
     """Standard normal input from a generator of its own; whole numbers are taken from the example, again and again."""
     generator = torch.Generator().manual_seed(0)
     largest = max(x[:1].numel() for x in inputs)
@@ -146,7 +149,8 @@ class _Recorder(fx.Interpreter):
         self.weights = {id(gate): (name, gate) for name, gate in weight_gates(gated).items()}
         self.activations = {id(gate): (name, gate) for name, gate in activation_gates(gated).items()}
         self.histograms: dict[int, Histogram] = {}
-        self.method, self.spread, self.batch = method, spread, 0
+        self.method, self.batch = method, 0
+        self.deviations = None if spread is None else torch.linspace(-spread, spread, _POINTS)[:, None]
         self.known: dict[fx.Node, Tensor] = {}
         self.analytic: set[int] = set()
 
@@ -156,7 +160,7 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if self.spread is not None and self.batch == 0:
+        if self.deviations is not None and self.batch == 0:
             self._follow(n)
         return result
 
@@ -167,59 +171,55 @@ class _Recorder(fx.Interpreter):
                 _set_weight_range(*self.weights[id(module)], args[0], self.method)
             return args[0]
         if id(module) in self.activations:
-            self._count(module, args[0])
+            if id(module) not in self.analytic:
+                self._count(module, args[0])
             return args[0]
-        if self.spread is not None and isinstance(module, BatchNorm):
+        if self.deviations is not None and isinstance(module, BatchNorm):
             x, weight, bias = args[:3]
             return aten.batch_norm.default(x, weight, bias, None, None, True, module.momentum, module.eps, True)
         return super().call_module(target, args, dict(kwargs))
 
-    def _count(self, gate: nn.Module, x: Tensor, weights: Tensor | None = None) -> None:
-        name = self.activations[id(gate)][0]
-        if gate.bits == FLOAT_BITS or (id(gate) in self.analytic and weights is None):
-            return
-        if not self.histograms.setdefault(id(gate), Histogram()).add(x, weights):
+    def _count(self, module: nn.Module, x: Tensor, weights: Tensor | None = None) -> None:
+        name, gate = self.activations[id(module)]
+        if gate.bits != FLOAT_BITS and not self.histograms.setdefault(id(module), Histogram()).add(x, weights):
+            cause = "this data" if self.deviations is None else "synthetic input: give data"
             raise DataError(f"the activation {name!r} is NaN or Inf at batch {self.batch}, whose input is finite; the "
-                            f"model overflows on {'synthetic input: give data' if self.spread else 'this data'}")
+                            f"model overflows on {cause}")
 
     def _follow(self, node: fx.Node) -> None:
         """Carry the distribution of a batch norm's output through what comes after it."""
-        module = self.fetch_attr(node.target) if node.op == "call_module" else None
+        module = self.fetch_attr(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, BatchNorm):
             self.known[node] = self._normal(node)
             return
-        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if source not in self.known or len(node.all_input_nodes) != 1:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source not in self.known or len(node.all_input_nodes) != 1:
             return
         values = self.known[source]
-        if id(module) in self.activations:
-            if id(module) not in self.analytic:
-                self.analytic.add(id(module))
-                self.histograms.pop(id(module), None)
-                density = _density(len(values), self.spread)[:, None].expand_as(values)
-                self._count(module, values, density.to(values.device))
+        if node.target in _ELEMENTWISE:
+            self.known[node] = node.target(values, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        elif node.target in _MOVING or isinstance(module, (nn.Dropout, SuperBitQuantizer)):
             self.known[node] = values
-        elif node.target in _ELEMENTWISE:
-            self.known[node] = node.target(values, *node.args[1:], **node.kwargs)
-        elif node.target in _MOVING or isinstance(module, nn.Dropout):
-            self.known[node] = values
+        if module is not None and id(module) in self.activations and id(module) not in self.analytic:
+            self.analytic.add(id(module))
+            self.histograms.pop(id(module), None)  # reason: the synthetic run has been here just before
+            self._count(module, values, self._density().expand_as(values))
 
     def _normal(self, node: fx.Node) -> Tensor:
-        """beta + z * |gamma| for z from -spread to spread, shape (points, channels)."""
-        x, weight, bias = (self.env.get(a) if isinstance(a, fx.Node) else None for a in node.args[:3])
-        one = torch.ones(node.meta["val"].shape[1]) if weight is None else weight.detach().abs().float()
-        z = torch.linspace(-self.spread, self.spread, 65, device=one.device)
-        return (0 if bias is None else bias.detach().float()) + z[:, None] * one
+        """beta + z * |gamma| at the deviations z, shape (points, channels)."""
+        weight, bias = (self.env[a].detach().float().cpu() if isinstance(a, fx.Node) else None for a in node.args[1:3])
+        gamma = torch.ones(node.meta["val"].shape[1]) if weight is None else weight.abs()
+        values = self.deviations * gamma
+        return values if bias is None else values + bias
 
-    def set_activation_ranges(self, method: str, percentile: float) -> None:
+    def _density(self) -> Tensor:
+        """Of the normal distribution at the deviations, up to a factor, shape (points, 1)."""
+        return (-0.5 * self.deviations.double().square()).exp()  # type: ignore[union-attr]
+
+    def set_activation_ranges(self, percentile: float) -> None:
         for key, (_, gate) in self.activations.items():
             if key in self.histograms:
-                set_range(gate, self.histograms[key].top(gate, method, percentile))
-
-
-def _density(points: int, spread: float) -> Tensor:
-    """Normal density at that many points from -spread to spread, up to a factor, shape (points,)."""
-    return torch.linspace(-spread, spread, points, dtype=torch.float64).square().mul(-0.5).exp()
+                set_range(gate, self.histograms[key].top(gate, self.method, percentile))
 
 
 def _set_weight_range(name: str, gate: SuperBitQuantizer, weight: Tensor, method: str) -> None:

@@ -30,7 +30,7 @@ _KNOWN = f"'digits', a folder, or a name that starts with {', '.join(f'{hub!r}' 
 class Batch(NamedTuple):
     """One batch as a model takes it. `labels` is int64 (batch,), or None if the data has none."""
 
-    index: int
+    number: int
     inputs: tuple[Tensor, ...]
     labels: Tensor | None
 
@@ -45,7 +45,7 @@ def read_batches(data: Iterable[Any], *, inputs: int = 1, max_batches: int | Non
 
     Raises:
         DataError: the iterable is empty or raises (chained), or a batch is of another form or holds no image; names
-            the batch by its index from 0.
+            the batch by its number from 0.
     """
     try:
         iterator = iter(data)
@@ -303,7 +303,8 @@ def _arrays(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
             raise DataError(f"cannot read {str(path)!r}: {error}; expected an array that numpy.save wrote") from error
     images, labels = found
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] > 4:
-        raise DataError(f"{split}_images.npy is {images.dtype} {images.shape}; expected uint8 (N, height, width, channels)")
+        raise DataError(f"{split}_images.npy is {images.dtype} {images.shape}; expected uint8 (N, height, width, "
+                        "channels)")
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise DataError(f"{split}_labels.npy is {labels.dtype} {labels.shape}; expected {len(images)} whole numbers")
     if not len(labels):
@@ -312,7 +313,7 @@ def _arrays(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _image_folder(folder: Path, split: str) -> Any:
-    from timm.data import create_dataset
+    from timm.data.dataset_factory import create_dataset
 
     parts = {name: next((folder / s for s in spellings if (folder / s).is_dir()), None)
              for name, spellings in _SPELLINGS.items()}
@@ -327,18 +328,18 @@ def _image_folder(folder: Path, split: str) -> Any:
 
 
 def _hub_dataset(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -> Any:
-    from timm.data import create_dataset
+    from timm.data.dataset_factory import create_dataset
 
     root = Path(data_dir or Path("~", ".cache", "sbs_fx", "data")).expanduser()
     folder = spec.lower() in ("torch/image_folder", "torch/folder")
-    download = {} if folder else {"download": True}
+    options: dict[str, Any] = {} if folder else {"download": True}
     # reason: data sets spell the held-out split either way; torchvision's take any word but "train" for it
     names = ("train",) if split == "train" else ("validation", "test")
     problem: Exception | None = None
     for name in names:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            return create_dataset(spec, root=str(root), split=name, **download)
+            return create_dataset(spec, root=str(root), split=name, **options)
         except ImportError as error:
             raise DataError(f"cannot open {spec!r}: {error}; install what it names, for 'hfds/' with "
                             "`pip install datasets`") from error
@@ -363,7 +364,7 @@ class LoaderBatches(Batches):
 
     def __init__(self, dataset: Any, shape: _Shape, batch_size: int, shuffle: bool, augment: bool, seed: int,
                  num_classes: int | None, crop_pct: float, num_workers: int) -> None:
-        from timm.data import create_loader
+        from timm.data.loader import create_loader
 
         super().__init__(min(batch_size, len(dataset)) or 1, seed)
         if shape.channels not in (1, 3):

@@ -1,9 +1,9 @@
 """From values to a quantiser's range: the largest value, a percentile, or the least squared error.
 
-In: a weight, or a running histogram of an activation's absolute values; the grid it will be rounded to. Out: a *top*, the
-value that the outermost level stands for, from which range = top * divisor / high (`sbs_fx.superbit.level`).
-Holds: the top of least error never has a larger error than the largest value as top; a histogram's memory is bounded, and
-its counts stay exact while its range grows.
+In: a weight, or a running histogram of an activation's absolute values; the grid it will be rounded to. Out: a *top*,
+the value that the outermost level stands for, from which range = top * divisor / high (`sbs_fx.superbit.level`).
+Holds: the top of least error never has a larger error than the largest value as top; a histogram's memory is bounded,
+and its counts stay exact while its range grows.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def grid_of(gate: SuperBitQuantizer) -> Grid:
     """The grid a gate rounds to: that of its fixed bits; that of its middle candidate while it searches."""
     bits = gate.candidates[len(gate.candidates) // 2] if gate.bits is None else gate.bits
     each = bits.tolist() if isinstance(bits, Tensor) else [bits]
-    low, high, divisor, stride = zip(*(level(b, gate.signed, gate.grid) for b in each), strict=True)
-    device = gate.range.device
+    levels = [level(b, gate.signed, gate.grid) for b in each]
     # reason: a channel of 0 bits has no level but zero; 1 keeps its range finite
-    high = [max(h, 1) for h in high]
-    return *(torch.tensor(v, dtype=torch.float32, device=device) for v in (low, high, divisor)), max(stride)  # type: ignore[return-value]
+    bounds = [(found.low, max(found.high, 1), found.divisor) for found in levels]
+    low, high, divisor = torch.tensor(bounds, dtype=torch.float32, device=gate.range.device).T
+    return low, high, divisor, max(found.stride for found in levels)
 
 
 def set_range(gate: SuperBitQuantizer, top: Tensor) -> None:
@@ -57,7 +57,10 @@ def weight_top(weight: Tensor, gate: SuperBitQuantizer, method: str) -> Tensor:
     largest value over all of them, channel by channel, and the better one is taken.
     """
     rows = weight.detach().to(torch.float32)
-    rows = rows.reshape(1, -1) if gate.channels is None else rows.movedim(gate.channel_dim, 0).reshape(gate.channels, -1)
+    if gate.channels is None:
+        rows = rows.reshape(1, -1)
+    else:
+        rows = rows.movedim(gate.channel_dim, 0).reshape(gate.channels, -1)
     low, high = rows.aminmax(dim=1)
     largest = torch.maximum(-low, high)
     if method == "minmax":
@@ -130,10 +133,10 @@ class Histogram:
             return False
         self.largest = max(self.largest, largest)
         self._grow()
-        flat = x.detach().reshape(-1)
-        for start in range(0, len(flat), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            self._count(flat[chunk], None if weights is None else weights.reshape(-1)[chunk].double())
+        parts = x.detach().reshape(-1).split(_CHUNK)
+        counted = [None] * len(parts) if weights is None else weights.double().reshape(-1).split(_CHUNK)
+        for part, weight in zip(parts, counted, strict=True):
+            self._count(part, weight)
         return True
 
     def _grow(self) -> None:

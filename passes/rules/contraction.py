@@ -135,6 +135,7 @@ def _lstm(t: Inference, node: fx.Node) -> tuple[Dims, Dims, Dims]:
     biased, layers, both = node.args[3], node.args[4], 2 if node.args[7] else 1
     hidden = states[0][-1]
     t.unify(node, hidden, states[1][-1])
+    t.pin(node, "layers and directions", states[0][0], states[1][0])
     width = d.resolve(hidden).size
     per = 4 if biased else 2
     terms: list[Term] = []

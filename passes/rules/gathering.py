@@ -144,8 +144,22 @@ def _index(t: Inference, node: fx.Node) -> Dims:
 def _index_select(t: Inference, node: fx.Node) -> Dims:
     x = t[node.args[0]]
     axis = node.args[1] % len(x)
-    t.pin(node, "indexed by a tensor", x[axis], *t[node.args[2]])
-    return (*x[:axis], Const(t.shape(node)[axis]), *x[axis + 1 :])
+    t.pin(node, "indexed by a tensor", x[axis])
+    index = t[node.args[2]]  # reason: dropping entries of the index drops just those coordinates of the result
+    return (*x[:axis], index[0] if index else d.ONE, *x[axis + 1 :])
+
+
+@rule(aten.index_copy)
+def _index_copy(t: Inference, node: fx.Node) -> Dims:
+    """Writes whole slices at places that a tensor names: slices and places go together, what is written to stays."""
+    x, source, axis = t[node.args[0]], t[node.args[3]], node.args[1] % len(t[node.args[0]])
+    for i, (a, b) in enumerate(zip(x, source, strict=True)):
+        if i != axis:
+            t.unify(node, a, b)
+    t.unify(node, t[node.args[2]][0], source[axis])
+    t.pin(node, "written to at places that a tensor names", x[axis])
+    t.statistic(node, "zero", [axis], arg=3)
+    return x
 
 
 @rule(aten.gather, aten.take_along_dim)

@@ -61,10 +61,14 @@ def _prelu(t: Inference, node: fx.Node) -> Dims:
 @rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty,
       aten.rand, aten.randn)
 def _created(t: Inference, node: fx.Node) -> Dims:
-    """Coordinates without parameters follow whatever they meet: fresh axes, not constants."""
+    """Coordinates without parameters follow whatever they meet: fresh axes, not constants. A size that is read off a
+    tensor has that dimension's type and needs no edit."""
     position = 1 if str(node.target).startswith("aten.new_") else 0
     result: list[Dim] = []
     for i, size in enumerate(node.args[position]):
+        if isinstance(size, fx.Node) and size.target is aten.sym_size.int and t[size.args[0]]:
+            result.append(t[size.args[0]][size.args[1]])
+            continue
         dim = d.fresh(size) if isinstance(size, int) else Const(t.size(size))
         t.edit(node, position, i, to=dim)
         result.append(dim)

@@ -1,0 +1,2 @@
+def table(rows, graph_only=False): return ""
+def summary(rows, graph_only=False): return ""

@@ -1,0 +1,259 @@
+"""`model.pt2`: the static graph as a file that torch alone can run.
+
+In: a static graph from `finalize`. Out: an archive of `torch.export` with the weights at their bitwidth, and back.
+
+    import torch, torch.ao.quantization.fx._decomposed   # the second registers the quantised operators
+    program = torch.export.load("model.pt2")
+
+Holds: a loaded graph computes what the saved one does, bit for bit; nothing in the file is a pickle; the final name
+holds a whole file or what it held before; a file that was cut or changed is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import logging
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim
+
+from sbs_fx.errors import FileError, GraphError
+from sbs_fx.export.packing import pack, unpack
+from sbs_fx.passes.canonical import canonicalise
+from sbs_fx.passes.finalize import StaticActivation, StoredWeight
+from sbs_fx.policy import write_atomic
+
+FORMAT = 1
+INFORMATION = "extra/sbs_fx.json"  # what we know beside the graph, with a digest of all other members
+_SAMPLE_INPUTS = "data/sample_inputs/"
+_WEIGHTS = "data/weights/weight_"
+_DESCRIPTIONS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+
+
+def save_pt2(
+    static: fx.GraphModule,
+    example_inputs: Tensor | Sequence[Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a static graph to `path`.
+
+    Args:
+        static: from `finalize`; its `meta["weights"]` states the bits that codes are stored at (8 if it does not).
+        example_inputs: as the graph takes them; only shapes and dtypes matter. Dimensions that were dynamic stay so.
+        path: usually ends in ".pt2".
+        metadata: what JSON can hold; comes back in `meta["metadata"]` of the loaded graph.
+
+    Raises:
+        GraphError: `torch.export` cannot capture the graph.
+        FileError: `path` cannot be written or the disk is full; what `path` held before is still there.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    program = _exported(pack(static), inputs)
+    archive = io.BytesIO()
+    with _quiet():
+        torch.export.save(program, archive)
+    information = {
+        "format": FORMAT,
+        "metadata": dict(metadata or {}),
+        "weights": static.meta.get("weights", {}),
+        "activations": [[name, a.bits, a.zero_point] for name, a in static.meta.get("activations", {}).items()],
+    }
+    write_atomic(path, _sealed(archive, information))
+
+
+def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
+    """Read what `save_pt2` wrote: the static graph with its codes as int8 buffers, in eval mode.
+
+    `meta` has "weights" and "activations" as `finalize` left them, and "metadata" as it was given to `save_pt2`.
+
+    Raises:
+        FileError: the file cannot be read, was cut or changed, holds a pickle, or was not written by `save_pt2`.
+    """
+    import torch.ao.quantization.fx._decomposed  # reason: registers the operators that the graph calls
+
+    data = _read(path)
+    information = _checked(data, os.fspath(path))
+    try:
+        with _quiet():
+            program = torch.export.load(io.BytesIO(data))
+            module = program.module(check_guards=False)
+    except Exception as error:  # whatever torch raises on an archive that is whole but of another version
+        raise FileError(f"cannot read {os.fspath(path)!r} with torch {torch.__version__}: {type(error).__name__}: {error}; "
+                        "save the model again with this version") from error
+    assert isinstance(module, fx.GraphModule)
+    weights = {name: StoredWeight(tuple(bits) if isinstance(bits, list) else bits, axis)
+               for name, (bits, axis) in information["weights"].items()}
+    result = _plain(module)
+    canonicalise(result)
+    unpack(result, weights)
+    result = _plain(result)
+    result.meta["weights"] = weights
+    result.meta["activations"] = _activations(result, information["activations"])
+    result.meta["metadata"] = information["metadata"]
+    return result.eval()
+
+
+# -- graphs ----------------------------------------------------------------------------------------------------------------
+
+
+def _exported(packed: fx.GraphModule, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    shapes = _dynamic_shapes(packed, inputs)
+    # reason: a dynamic dimension of size 1 would be taken for a constant
+    inputs = tuple(x.repeat([2 if i in shape and n == 1 else 1 for i, n in enumerate(x.shape)])
+                   for x, shape in zip(inputs, shapes, strict=True))
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(packed, inputs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise GraphError(f"torch.export cannot capture the static graph on inputs of shape "
+                         f"{[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}", pass_name="save") from error
+    for node in list(program.graph.nodes):
+        for key in _DESCRIPTIONS:  # reason: where a node came from takes more room than the node
+            node.meta.pop(key, None)
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)  # reason: one a conversion, and none can fail
+    program.graph_module.recompile()
+    return program
+
+
+def _dynamic_shapes(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
+    """Per input, the dimensions that were symbolic when the graph was traced; the first one if that is not known."""
+    dims: dict[str, Any] = {}
+    shapes = []
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(inputs):
+        raise GraphError(f"got {len(inputs)} example inputs; the graph takes {len(placeholders)}", pass_name="save")
+    for node in placeholders:
+        value = node.meta.get("val")
+        symbols = {0: "batch"} if value is None else {
+            i: str(size.node.expr) for i, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
+        for symbol in symbols.values():
+            dims.setdefault(symbol, Dim(f"dim{len(dims)}" if dims else "batch", min=1))
+        shapes.append({i: dims[symbol] for i, symbol in symbols.items()})
+    return tuple(shapes)
+
+
+def _activations(module: fx.GraphModule, rows: Sequence[Any]) -> dict[str, StaticActivation]:
+    """Export renames nodes and keeps their order: the nth dequantised tensor is the nth of the rows."""
+    dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    nodes = module.graph.find_nodes(op="call_function", target=dequantize)
+    return {name: StaticActivation(bits, zero_point, node.args[0].name, node.name)  # type: ignore[union-attr]
+            for (name, bits, zero_point), node in zip(rows, nodes, strict=True)}
+
+
+def _plain(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph in a plain GraphModule that holds what the graph reads and nothing else."""
+    tensors: dict[str, Any] = {}
+    for node in module.graph.find_nodes(op="get_attr"):
+        owner, _, leaf = str(node.target).rpartition(".")
+        tensors[str(node.target)] = getattr(module.get_submodule(owner), leaf)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, mapping := {}))
+    graph._codegen = copy.deepcopy(module.graph._codegen)
+    for old, new in mapping.items():
+        new.meta, new.name = copy.copy(old.meta), old.name
+    return fx.GraphModule(tensors, graph)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------------
+
+
+def _sealed(archive: io.BytesIO, information: dict[str, Any]) -> bytes:
+    """The archive with its texts compressed, without the pickled example inputs, and with a digest of every member."""
+    sealed = io.BytesIO()
+    members = {}
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(sealed, "w") as new:
+        root = old.namelist()[0].partition("/")[0]
+        for member in old.namelist():
+            name = member.removeprefix(f"{root}/")
+            data = b"" if name.startswith(_SAMPLE_INPUTS) else old.read(member)
+            members[name] = hashlib.sha256(data).digest()
+            _write(new, member, data, compress=not name.startswith(_WEIGHTS))
+        text = json.dumps(information)
+        outer = json.dumps({"sha256": _digest(members, text), "content": text})
+        _write(new, f"{root}/{INFORMATION}", outer.encode(), compress=True)
+    return sealed.getvalue()
+
+
+def _digest(members: Mapping[str, bytes], text: str) -> str:
+    """One digest for the names and the SHA-256 of all members and for what is said beside them."""
+    total = hashlib.sha256(text.encode())
+    for name in sorted(members):
+        total.update(name.encode() + b"\0" + members[name])
+    return total.hexdigest()
+
+
+def _write(archive: zipfile.ZipFile, name: str, data: bytes, *, compress: bool) -> None:
+    entry = zipfile.ZipInfo(name)  # reason: without a date, equal models are equal files
+    entry.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+    archive.writestr(entry, data)
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise FileError(f"cannot read {os.fspath(path)!r}: {error.strerror or error}; expected a file that save_pt2 wrote"
+                        ) from error
+
+
+def _checked(data: bytes, path: str) -> dict[str, Any]:
+    """What we know beside the graph, once every member is as it was written and none is a pickle."""
+
+    def bad(problem: str) -> FileError:
+        return FileError(f"{path!r} {problem}; it was cut, changed, or not written by save_pt2: write it again")
+
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = archive.namelist()
+            root = names[0].partition("/")[0] if names else ""
+            members = {name.removeprefix(f"{root}/"): archive.read(name) for name in names}
+        if len(members) != len(names):
+            raise bad("has a member twice")
+        outer = json.loads(members.pop(INFORMATION))
+        digest = _digest({name: hashlib.sha256(content).digest() for name, content in members.items()}, outer["content"])
+        if digest != outer["sha256"]:
+            raise bad("holds other data than were written")
+        information = json.loads(outer["content"])
+        pickles = [name for name, content in members.items()
+                   if name.endswith(".pt") and content or name.endswith("config.json") and _uses_pickle(content)]
+    except FileError:
+        raise
+    except Exception as error:  # zipfile raises many kinds on damaged archives
+        raise bad(f"is no whole archive of a model ({type(error).__name__}: {error})") from error
+    if pickles:
+        raise FileError(f"{path!r} holds pickles ({pickles[0]}), which could run code when they are read; models from "
+                        "save_pt2 hold none: save the model again")
+    if information["format"] != FORMAT:
+        raise FileError(f"{path!r} has format {information['format']}, this version reads {FORMAT}; save the model again")
+    return information
+
+
+def _uses_pickle(config: bytes) -> bool:
+    return any(entry.get("use_pickle") for entry in json.loads(config)["config"].values())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remarks on file names and future formats."""
+    logger = logging.getLogger("torch.export.pt2_archive._package")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
