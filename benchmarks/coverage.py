@@ -62,14 +62,15 @@ def _failure(task: Task, reason: Failed) -> dict[str, Any]:
 
 
 def _read_rows(side: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Rows of an interrupted run by model; a line that was cut short is dropped."""
+    """Rows of an interrupted run by model; a line that was cut short is dropped, a model that failed is tried again."""
     rows = {}
     for line in side.read_text().splitlines() if side.exists() else []:
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        rows[row["model"]] = row
+        if row["outcome"] == "ok":
+            rows[row["model"]] = row
     return rows
 
 
@@ -82,7 +83,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=600, help="seconds a model may take")
     parser.add_argument("--cache", type=pathlib.Path, help="file that keeps the parameter counts of all models")
-    parser.add_argument("--resume", action="store_true", help="keep the rows of an interrupted run")
+    parser.add_argument("--resume", action="store_true", help="keep the good rows of an interrupted run")
     parser.add_argument("--table", type=pathlib.Path, help="also write the table as markdown")
     return parser.parse_args()
 

@@ -88,9 +88,22 @@ def _plain_batch_norm(node: fx.Node) -> None:
         node.graph.erase_node(user)
 
 
+_SPLITS = {
+    aten.chunk.default, aten.unsafe_chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_copy.Tensor,
+    aten.tensor_split.sections, aten.tensor_split.indices,
+}
+
+
 def _name_sizes(node: fx.Node) -> None:
-    """`chunk(x, n)` and `split(x, size)` become `split_with_sizes(x, [..])`."""
-    if node.target not in (aten.chunk.default, aten.split.Tensor, aten.split_copy.Tensor, aten.unsafe_chunk.default):
+    """`chunk(x, n)`, `split(x, size)` and their like become `split_with_sizes(x, [..])`, `narrow` a slice."""
+    if node.target is aten.narrow.default and all(isinstance(a, int) for a in node.args[1:]):
+        x, axis, start, length = node.args
+        size = x.meta["val"].shape[axis]  # type: ignore[union-attr]
+        if isinstance(size, int):
+            start = start % size  # type: ignore[operator]
+            node.target, node.args = aten.slice.Tensor, (x, axis, start, start + length, 1)  # type: ignore[operator]
+        return
+    if node.target not in _SPLITS:
         return
     axis = node.args[2]
     sizes = [part.shape[axis] for part in node.meta["val"]]

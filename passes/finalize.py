@@ -5,7 +5,7 @@ In: a graph from `insert_gates(..., channels=False)`, its gates fixed and its ra
 gives the codes that the gated graph gives in eval mode, but for rounding ties where a batch norm was folded.
 
     activation   quantize_per_tensor(x, s, z, 0, 255, uint8), clipped to its levels as codes, dequantize_per_tensor
-    weight       int8 codes, one float32 scale a channel, dequantize_per_channel; of transposed convolutions, codes * scale
+    weight       int8 codes, one float32 scale a channel, dequantize_per_channel; transposed: codes * scale
     batch norm   folded into the convolution or linear before it, else `batch_norm` as it was
     at 32 bits   the tensor itself
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401  # reason: registers torch.ops.quantized_decomposed
+import torch.ao.quantization.fx._decomposed  # reason: registers torch.ops.quantized_decomposed
 from torch import Tensor, fx, nn
 
 from sbs_fx.errors import GraphError
@@ -77,9 +77,12 @@ def _checked(gated: fx.GraphModule) -> dict[str, tuple[str, SuperBitQuantizer]]:
 
     if "weight_gates" not in gated.meta:
         raise fail("the graph has no gates; make them with insert_gates(slim_graph, groups, channels=False)")
-    if gated.meta["channel_gates"] or any(getattr(n.target, "__module__", "") == masked.__name__ for n in gated.graph.nodes):
-        raise fail(f"the graph still has {len(gated.meta['channel_gates'])} channel gates; remove the channels with `slim` "
-                   "and insert gates into the slim graph with channels=False")
+    masks = [n for n in gated.graph.nodes if getattr(n.target, "__module__", "") == masked.__name__]
+    if gated.meta["channel_gates"] or masks:
+        raise fail(
+            f"the graph still has {len(gated.meta['channel_gates'])} channel gates; remove the channels with "
+            "`slim` and insert gates into the slim graph with channels=False"
+        )
     found = {}
     for kind, gates in (("weight_gates", weight_gates(gated)), ("activation_gates", activation_gates(gated))):
         for name, gate in gates.items():
@@ -89,8 +92,11 @@ def _checked(gated: fx.GraphModule) -> dict[str, tuple[str, SuperBitQuantizer]]:
             if isinstance(gate.bits, int) and gate.bits == FLOAT_BITS:
                 continue
             if gate.grid != "symmetric" and gate.signed:
-                raise fail(f"the gate of {name!r} has the {gate.grid} grid, whose 8-bit levels reach 255 and do not fit "
-                           "int8; search and finalise on the symmetric grid", name)
+                raise fail(
+                    f"the gate of {name!r} has the {gate.grid} grid, whose 8-bit levels reach 255, more than "
+                    "int8 holds; search and finalise on the symmetric grid",
+                    name,
+                )
             if not bool(torch.isfinite(gate.range).all()):
                 raise fail(f"the range of {name!r} is not finite; calibrate the gates on clean data first", name)
     return found
@@ -108,8 +114,14 @@ class _Lowering:
         self.folds = batch_norm_folds(self.constants)
         self.folded = {fold.norm: layer for layer, fold in self.folds.items()}
         self.tensors: dict[str, Tensor] = {}
-        self.taken = {name for name, _ in [*gated.named_parameters(remove_duplicate=False),
-                                           *gated.named_buffers(remove_duplicate=False), *gated.named_modules()]}
+        self.taken = {
+            name
+            for name, _ in [
+                *gated.named_parameters(remove_duplicate=False),
+                *gated.named_buffers(remove_duplicate=False),
+                *gated.named_modules(),
+            ]
+        }
         self.zeros: dict[int, fx.Node] = {}  # number of channels -> zero points
         self.weights: dict[str, StoredWeight] = {}
         self.activations: dict[str, StaticActivation] = {}
@@ -121,8 +133,9 @@ class _Lowering:
                 if isinstance(module, kind):
                     self.new[node] = function(self, node, module)
                     return
-            raise GraphError(f"calls a {type(module).__name__}, which has no static form", pass_name="finalize",
-                             node=node.name)
+            raise GraphError(
+                f"calls a {type(module).__name__}, which has no static form", pass_name="finalize", node=node.name
+            )
         copied = self.graph.node_copy(node, self._argument)
         copied.meta = copy.copy(node.meta)
         self.new[node] = copied
@@ -144,7 +157,7 @@ class _Lowering:
         self.graph.lint()
         return result.eval()
 
-    # -- modules of the gated graph ------------------------------------------------------------------------------------
+    # -- modules of the gated graph --------------------------------------------------------------------------------
 
     def quantizer(self, node: fx.Node, gate: SuperBitQuantizer) -> fx.Node:
         name, _ = self.gates[str(node.target)]
@@ -161,7 +174,7 @@ class _Lowering:
     def dropout(self, node: fx.Node, _: nn.Dropout) -> fx.Node:
         return self._argument(node.args[0])
 
-    # -- activations -----------------------------------------------------------------------------------------------------
+    # -- activations -----------------------------------------------------------------------------------------------
 
     def _activation(self, node: fx.Node, name: str, gate: SuperBitQuantizer) -> fx.Node:
         source: fx.Node = self._argument(node.args[0])
@@ -172,23 +185,28 @@ class _Lowering:
         level, zero = max_level(gate.bits, gate.signed), MIDDLE if gate.signed else 0
         arguments = (float(gate.scale()), zero, 0, MAX_CODE, torch.uint8)
         codes = value.to(torch.uint8) if isinstance(value, Tensor) else None
-        last = self._call(decomposed.quantize_per_tensor.default, (source, *arguments), codes, name=f"{name}_quantized")
+        quantize = decomposed.quantize_per_tensor.default
+        last = self._call(quantize, (source, *arguments), codes, name=f"{name}_quantized")
         if zero + level < MAX_CODE:
             last = self._call(aten.clamp_max.default, (last, zero + level), codes, name=f"{name}_at_most")
         if zero > level:
             # reason: two nodes, as compilers take `clamp` for a part of the quantiser and fail
             last = self._call(aten.clamp_min.default, (last, zero - level), codes, name=f"{name}_at_least")
-        result = self._call(decomposed.dequantize_per_tensor.default, (last, *arguments), node, name=f"{name}_dequantized")
+        dequantize = decomposed.dequantize_per_tensor.default
+        result = self._call(dequantize, (last, *arguments), node, name=f"{name}_dequantized")
         self.activations[name] = StaticActivation(gate.bits, zero, last.name, result.name)
         return self._typed(result, node)
 
-    # -- weights -----------------------------------------------------------------------------------------------------------
+    # -- weights ---------------------------------------------------------------------------------------------------
 
     def _weight(self, node: fx.Node, gate: SuperBitQuantizer) -> fx.Node:
         source: fx.Node = node.args[0]
         if source not in self.constants:
-            raise GraphError("is a weight that depends on the model's input; it needs an activation gate",
-                             pass_name="finalize", node=source.name)
+            raise GraphError(
+                "is a weight that depends on the model's input; it needs an activation gate",
+                pass_name="finalize",
+                node=source.name,
+            )
         layer, fold = next(((user, self.folds[user]) for user in node.users if user in self.folds), (None, None))
         weight = self.constants.value(source)
         factor = None if layer is None or fold is None else along_output(fold.factor.to(weight.device), layer, weight)
@@ -224,8 +242,11 @@ class _Lowering:
         """A dequantised tensor in the dtype that the gate gave."""
         dtype = node.meta["val"].dtype
         if dtype == torch.float64:
-            raise GraphError("is float64; static graphs compute in float32: trace the model in float32",
-                             pass_name="finalize", node=node.name)
+            raise GraphError(
+                "is float64; static graphs compute in float32: trace the model in float32",
+                pass_name="finalize",
+                node=node.name,
+            )
         return result if dtype == torch.float32 else self._call(aten.to.dtype, (result, dtype), node)
 
     def _zeros(self, channels: int, device: torch.device) -> fx.Node:
@@ -251,7 +272,7 @@ class _Lowering:
         with self.graph.inserting_before(copied):
             copied.update_arg(2, self._tensor(base, fold.bias.float(), None))
 
-    # -- names and nodes -----------------------------------------------------------------------------------------------------
+    # -- names and nodes -------------------------------------------------------------------------------------------
 
     def _argument(self, node: fx.Node) -> fx.Node:
         return self.new[node]

@@ -20,8 +20,12 @@ from sbs_fx.passes.slim import attribute
 aten = torch.ops.aten
 
 CONVOLUTIONS = {
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
 }
 TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 GROUPS = 6  # place of the number of groups among the arguments of both kinds
@@ -64,7 +68,7 @@ class Constants:
 class Fold:
     """A batch norm as an affine function of the layer before it: y -> y * factor + shift.
 
-    `factor` and `bias` have shape (channels,) and are float64; `bias` is that of the layer, folded: shift + bias * factor.
+    `factor` and `bias` have shape (channels,) and are float64; `bias` replaces the layer's: shift + bias * factor.
     """
 
     norm: fx.Node
@@ -109,7 +113,8 @@ def _layer_before(norm: fx.Node) -> fx.Node | None:
 def _fold(norm: fx.Node, eps: float, layer_bias: Tensor | None, constants: Constants) -> Fold:
     values: Sequence[Tensor | None] = [constants.value(argument) for argument in norm.args[1:5]]
     weight, bias, mean, var = (None if v is None else v.double() for v in values)
-    assert mean is not None and var is not None  # `insert_gates` makes a module of no other batch norm
+    assert mean is not None  # `insert_gates` makes a module only of a batch norm with statistics
+    assert var is not None
     factor = torch.rsqrt(var + eps)
     factor = factor if weight is None else factor * weight
     moved = -mean if layer_bias is None else layer_bias - mean

@@ -69,7 +69,7 @@ class Config(BaseModel):
     ranges: Literal["mse", "percentile", "minmax"] = "mse"
     calibration_batches: int = Field(default=8, ge=1)
     epochs: int = Field(default=0, ge=0)
-    learning_rate: float | None = Field(default=None, gt=0)
+    learning_rate: float = Field(default=0.01, gt=0)
     seed: int = 0
 
 
@@ -219,8 +219,7 @@ def _realise(traced: _Traced, policy: Policy, data: Data | None, config: Config,
     calibrate(gated, data, inputs=traced.inputs, method=config.ranges, max_batches=config.calibration_batches)
     if config.epochs and data is not None:
         job.stage("fine-tune", 0.6)
-        options = {} if config.learning_rate is None else {"lr": config.learning_rate}
-        fine_tune(gated, data, epochs=config.epochs, teacher=traced.graph, seed=config.seed, **options)
+        fine_tune(gated, data, epochs=config.epochs, lr=config.learning_rate, teacher=traced.graph, seed=config.seed)
     job.stage("finalise", 0.9)
     static = finalize(gated)
     total = cost.evaluate(policy.kept, weight_bits, policy.activation_bits)

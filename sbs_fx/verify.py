@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.passes.finalize import TRANSPOSED
+from sbs_fx.passes.fold import TRANSPOSED
 from sbs_fx.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
 
 
 class CodeDifference(NamedTuple):
-    """One activation, both graphs fed the same codes before it: positions in all, those that differ, and by how much."""
+    """One activation, both graphs fed the same codes before it: positions, those that differ, and by how much."""
 
     tensor: str
     positions: int
@@ -72,13 +72,18 @@ def count_levels(static: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Level
     A weight of several bitwidths has one row per bitwidth: the worst of its channels.
     """
     activations = {a.values: (name, a.bits) for name, a in static.meta["activations"].items()}
-    weights = {node: node.target for node in static.graph.find_nodes(op="get_attr") if node.target in static.meta["weights"]}
-    values = {user if user.target is not aten.to.dtype else next(iter(user.users)): name
-              for node, name in weights.items() for user in node.users}
+    values = {  # the node that holds the values of a weight, after its codes were made floats and scaled
+        user if user.target is not aten.to.dtype else next(iter(user.users)): node.target
+        for node in static.graph.find_nodes(op="get_attr")
+        if node.target in static.meta["weights"]
+        for user in node.users
+    }
     recorded = _Recorder(static, {*activations, *(node.name for node in values)})
     recorded.run(*inputs)
-    rows = [LevelCount(name, "activation", bits, recorded.values[node].unique().numel())
-            for node, (name, bits) in activations.items()]
+    rows = [
+        LevelCount(name, "activation", bits, recorded.values[node].unique().numel())
+        for node, (name, bits) in activations.items()
+    ]
     for node, name in values.items():
         rows += _weight_levels(node, str(name), static.meta["weights"][name], recorded.values[node.name])
     return rows

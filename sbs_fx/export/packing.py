@@ -1,7 +1,7 @@
 """Packing: weights at their bitwidth, as a graph.
 
-In: a static graph whose weights are int8 codes. Out of `pack`: the same graph, its codes stored with 8 / bits of them in
-a byte and unpacked by plain ATen nodes. `unpack` goes back. Invariant: both leave every value as it is, bit for bit.
+In: a static graph whose weights are int8 codes. Out of `pack`: the same graph, its codes stored with 8 / bits of them
+in a byte and unpacked by plain ATen nodes. `unpack` goes back. Invariant: both leave every value as it is, bit for bit.
 
     one bitwidth      (bytes >> shifts) & mask, two or four codes a byte, row by row; minus the offset that made them
                       non-negative; the padding of the last byte cut off
@@ -10,8 +10,8 @@ a byte and unpacked by plain ATen nodes. `unpack` goes back. Invariant: both lea
 
 from __future__ import annotations
 
-import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from sbs_fx.passes.finalize import StoredWeight
 from sbs_fx.passes.fold import Constants
+from sbs_fx.passes.slim import attribute, copy_with
 from sbs_fx.superbit import max_level
 
 aten = torch.ops.aten
@@ -33,24 +34,17 @@ def pack(static: fx.GraphModule) -> fx.GraphModule:
 
     Float tensors are shared with the original.
     """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(static.graph, mapping := {}))
-    graph._codegen = copy.deepcopy(static.graph._codegen)
-    for old, new in mapping.items():
-        new.meta, new.name = copy.copy(old.meta), old.name
-    tensors = {str(node.target): _attribute(static, node) for node in graph.find_nodes(op="get_attr")}
-    packer = _Packer(graph, tensors)
-    for node in graph.find_nodes(op="get_attr"):
-        stored = static.meta.get("weights", {}).get(node.target)
-        if stored is not None:
-            packer.replace(node, stored)
-    result = fx.GraphModule({name: tensors[name] for name in packer.names()}, graph)
-    result.meta = dict(static.meta)
+    result = copy_with(static, read_tensors(static))
+    packer = _Packer(result)
+    for name, stored in static.meta.get("weights", {}).items():
+        packer.replace(name, stored)
+    result = copy_with(result, read_tensors(result))  # without what nothing reads any more
+    result.recompile()
     return result
 
 
-def unpack(packed: fx.GraphModule, weights: dict[str, StoredWeight]) -> None:
-    """Compute the codes once and give them their names back, in place.
+def unpack(packed: fx.GraphModule, weights: Mapping[str, StoredWeight]) -> fx.GraphModule:
+    """A graph with the codes computed once, under their own names; the other tensors are shared.
 
     Args:
         packed: a graph from `pack`, or what became of it after export, saving and loading.
@@ -66,13 +60,19 @@ def unpack(packed: fx.GraphModule, weights: dict[str, StoredWeight]) -> None:
             names = {owner[source] for source in node.all_input_nodes if source in owner}
             if len(names) == 1 and _is_unpacking(node):
                 owner[node] = names.pop()
-    for node, name in list(owner.items()):
+    result = copy_with(packed, read_tensors(packed))
+    graph = result.graph
+    copies = dict(zip(packed.graph.nodes, graph.nodes, strict=True))
+    for node, name in owner.items():
         if any(user not in owner for user in node.users):
-            register(packed, name, constants.value(node).contiguous())
-            with packed.graph.inserting_before(node):
-                codes = packed.graph.get_attr(name)
-            node.replace_all_uses_with(codes)
-    packed.graph.eliminate_dead_code()
+            _register(result, name, constants.value(node).contiguous())
+            with graph.inserting_before(copies[node]):
+                codes = graph.get_attr(name)
+            copies[node].replace_all_uses_with(codes)
+    graph.eliminate_dead_code()
+    result = copy_with(result, read_tensors(result))  # without what nothing reads any more
+    result.recompile()
+    return result
 
 
 def _is_unpacking(node: fx.Node) -> bool:
@@ -81,9 +81,20 @@ def _is_unpacking(node: fx.Node) -> bool:
 
 
 _UNPACKING = {
-    aten.bitwise_right_shift.Tensor, aten.__rshift__.Tensor, aten.bitwise_and.Scalar, aten.__and__.Scalar,
-    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.slice.Tensor, aten.to.dtype,
-    aten._to_copy.default, aten.sub.Tensor, aten.cat.default, aten.index_select.default, aten.permute.default,
+    aten.bitwise_right_shift.Tensor,
+    aten.__rshift__.Tensor,
+    aten.bitwise_and.Scalar,
+    aten.__and__.Scalar,
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.slice.Tensor,
+    aten.to.dtype,
+    aten._to_copy.default,
+    aten.sub.Tensor,
+    aten.cat.default,
+    aten.index_select.default,
+    aten.permute.default,
     aten.clone.default,
 }
 
@@ -111,24 +122,25 @@ def _shifts(bits: int) -> Tensor:
 
 
 class _Packer:
-    def __init__(self, graph: fx.Graph, tensors: dict[str, Tensor]) -> None:
-        self.graph, self.tensors = graph, tensors
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module, self.graph = module, module.graph
+        self.readers: dict[str, list[fx.Node]] = {}
+        for node in self.graph.find_nodes(op="get_attr"):
+            self.readers.setdefault(str(node.target), []).append(node)
 
-    def names(self) -> dict[str, None]:
-        return dict.fromkeys(str(node.target) for node in self.graph.find_nodes(op="get_attr"))
-
-    def replace(self, node: fx.Node, stored: StoredWeight) -> None:
-        """The nodes that unpack a weight instead of the node that reads its codes."""
-        name, codes = str(node.target), self.tensors[str(node.target)]
+    def replace(self, name: str, stored: StoredWeight) -> None:
+        """The nodes that unpack a weight instead of those that read its codes."""
         if stored.bits == BYTE:
             return
-        with self.graph.inserting_before(node):
-            if isinstance(stored.bits, int):
-                new = self._reshape(self._unpacked(name, codes, stored.bits), list(codes.shape))
-            else:
-                new = self._mixed(name, codes, stored)
-        node.replace_all_uses_with(new)
-        self.graph.erase_node(node)
+        codes = attribute(self.module, name)
+        for node in self.readers[name]:
+            with self.graph.inserting_before(node):
+                if isinstance(stored.bits, int):
+                    new = self._reshape(self._unpacked(name, codes, stored.bits), list(codes.shape))
+                else:
+                    new = self._mixed(name, codes, stored)
+            node.replace_all_uses_with(new)
+            self.graph.erase_node(node)
 
     def _unpacked(self, name: str, codes: Tensor, bits: int) -> fx.Node:
         """A flat tensor of codes."""
@@ -171,7 +183,7 @@ class _Packer:
         return node
 
     def _get(self, name: str, value: Tensor) -> fx.Node:
-        self.tensors.setdefault(name, value)
+        _register(self.module, name, value)
         return self.graph.get_attr(name)
 
     def _reshape(self, node: fx.Node, shape: list[int]) -> fx.Node:
@@ -187,16 +199,13 @@ def _moved(rank: int, axis: int) -> list[int]:
     return [*rest[:axis], 0, *rest[axis:]]
 
 
-def _attribute(module: torch.nn.Module, node: fx.Node) -> Tensor:
-    owner, _, leaf = str(node.target).rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
+def _register(module: torch.nn.Module, name: str, value: Tensor) -> None:
+    """A buffer of a module that exists."""
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner).register_buffer(leaf, value)
 
 
-def register(module: torch.nn.Module, name: str, value: Tensor) -> None:
-    """A buffer under a dotted name; modules on the way are made."""
-    *path, leaf = name.split(".")
-    for step in path:
-        if step not in module._modules:
-            module.add_module(step, torch.nn.Module())
-        module = module.get_submodule(step)
-    module.register_buffer(leaf, value)
+def read_tensors(module: fx.GraphModule) -> dict[str, Tensor]:
+    """The tensors that a graph reads, by name."""
+    names = dict.fromkeys(str(node.target) for node in module.graph.find_nodes(op="get_attr"))
+    return {name: attribute(module, name) for name in names}

@@ -11,7 +11,6 @@ holds a whole file or what it held before; a file that was cut or changed is ref
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import json
@@ -89,35 +88,42 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
             program = torch.export.load(io.BytesIO(data))
             module = program.module(check_guards=False)
     except Exception as error:  # whatever torch raises on an archive that is whole but of another version
-        raise FileError(f"cannot read {os.fspath(path)!r} with torch {torch.__version__}: {type(error).__name__}: {error}; "
-                        "save the model again with this version") from error
+        raise FileError(
+            f"cannot read {os.fspath(path)!r} with torch {torch.__version__}: {type(error).__name__}: "
+            f"{error}; save the model again with this version"
+        ) from error
     assert isinstance(module, fx.GraphModule)
-    weights = {name: StoredWeight(tuple(bits) if isinstance(bits, list) else bits, axis)
-               for name, (bits, axis) in information["weights"].items()}
-    result = _plain(module)
-    canonicalise(result)
-    unpack(result, weights)
-    result = _plain(result)
+    weights = {
+        name: StoredWeight(tuple(bits) if isinstance(bits, list) else bits, axis)
+        for name, (bits, axis) in information["weights"].items()
+    }
+    canonicalise(module)
+    result = unpack(module, weights)
     result.meta["weights"] = weights
     result.meta["activations"] = _activations(result, information["activations"])
     result.meta["metadata"] = information["metadata"]
     return result.eval()
 
 
-# -- graphs ----------------------------------------------------------------------------------------------------------------
+# -- graphs ------------------------------------------------------------------------------------------------------------
 
 
 def _exported(packed: fx.GraphModule, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
     shapes = _dynamic_shapes(packed, inputs)
     # reason: a dynamic dimension of size 1 would be taken for a constant
-    inputs = tuple(x.repeat([2 if i in shape and n == 1 else 1 for i, n in enumerate(x.shape)])
-                   for x, shape in zip(inputs, shapes, strict=True))
+    inputs = tuple(
+        x.repeat([2 if i in shape and n == 1 else 1 for i, n in enumerate(x.shape)])
+        for x, shape in zip(inputs, shapes, strict=True)
+    )
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(packed, inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        raise GraphError(f"torch.export cannot capture the static graph on inputs of shape "
-                         f"{[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}", pass_name="save") from error
+        raise GraphError(
+            f"torch.export cannot capture the static graph on inputs of shape "
+            f"{[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}",
+            pass_name="save",
+        ) from error
     for node in list(program.graph.nodes):
         for key in _DESCRIPTIONS:  # reason: where a node came from takes more room than the node
             node.meta.pop(key, None)
@@ -136,8 +142,11 @@ def _dynamic_shapes(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) ->
         raise GraphError(f"got {len(inputs)} example inputs; the graph takes {len(placeholders)}", pass_name="save")
     for node in placeholders:
         value = node.meta.get("val")
-        symbols = {0: "batch"} if value is None else {
-            i: str(size.node.expr) for i, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
+        symbols = (
+            {0: "batch"}
+            if value is None
+            else {i: str(size.node.expr) for i, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
+        )
         for symbol in symbols.values():
             dims.setdefault(symbol, Dim(f"dim{len(dims)}" if dims else "batch", min=1))
         shapes.append({i: dims[symbol] for i, symbol in symbols.items()})
@@ -148,25 +157,13 @@ def _activations(module: fx.GraphModule, rows: Sequence[Any]) -> dict[str, Stati
     """Export renames nodes and keeps their order: the nth dequantised tensor is the nth of the rows."""
     dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
     nodes = module.graph.find_nodes(op="call_function", target=dequantize)
-    return {name: StaticActivation(bits, zero_point, node.args[0].name, node.name)  # type: ignore[union-attr]
-            for (name, bits, zero_point), node in zip(rows, nodes, strict=True)}
+    return {
+        name: StaticActivation(bits, zero_point, node.args[0].name, node.name)  # type: ignore[union-attr]
+        for (name, bits, zero_point), node in zip(rows, nodes, strict=True)
+    }
 
 
-def _plain(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph in a plain GraphModule that holds what the graph reads and nothing else."""
-    tensors: dict[str, Any] = {}
-    for node in module.graph.find_nodes(op="get_attr"):
-        owner, _, leaf = str(node.target).rpartition(".")
-        tensors[str(node.target)] = getattr(module.get_submodule(owner), leaf)
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, mapping := {}))
-    graph._codegen = copy.deepcopy(module.graph._codegen)
-    for old, new in mapping.items():
-        new.meta, new.name = copy.copy(old.meta), old.name
-    return fx.GraphModule(tensors, graph)
-
-
-# -- files -----------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def _sealed(archive: io.BytesIO, information: dict[str, Any]) -> bytes:
@@ -205,8 +202,9 @@ def _read(path: str | os.PathLike[str]) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise FileError(f"cannot read {os.fspath(path)!r}: {error.strerror or error}; expected a file that save_pt2 wrote"
-                        ) from error
+        raise FileError(
+            f"cannot read {os.fspath(path)!r}: {error.strerror or error}; expected a file that save_pt2 wrote"
+        ) from error
 
 
 def _checked(data: bytes, path: str) -> dict[str, Any]:
@@ -223,21 +221,28 @@ def _checked(data: bytes, path: str) -> dict[str, Any]:
         if len(members) != len(names):
             raise bad("has a member twice")
         outer = json.loads(members.pop(INFORMATION))
-        digest = _digest({name: hashlib.sha256(content).digest() for name, content in members.items()}, outer["content"])
-        if digest != outer["sha256"]:
-            raise bad("holds other data than were written")
+        digests = {name: hashlib.sha256(content).digest() for name, content in members.items()}
+        if _digest(digests, outer["content"]) != outer["sha256"]:
+            raise bad("holds other data than was written")
         information = json.loads(outer["content"])
-        pickles = [name for name, content in members.items()
-                   if name.endswith(".pt") and content or name.endswith("config.json") and _uses_pickle(content)]
+        pickles = [
+            name
+            for name, content in members.items()
+            if name.endswith(".pt") and content or name.endswith("config.json") and _uses_pickle(content)
+        ]
     except FileError:
         raise
     except Exception as error:  # zipfile raises many kinds on damaged archives
         raise bad(f"is no whole archive of a model ({type(error).__name__}: {error})") from error
     if pickles:
-        raise FileError(f"{path!r} holds pickles ({pickles[0]}), which could run code when they are read; models from "
-                        "save_pt2 hold none: save the model again")
+        raise FileError(
+            f"{path!r} holds pickles ({pickles[0]}), which could run code when they are read; models from "
+            "save_pt2 hold none: save the model again"
+        )
     if information["format"] != FORMAT:
-        raise FileError(f"{path!r} has format {information['format']}, this version reads {FORMAT}; save the model again")
+        raise FileError(
+            f"{path!r} has format {information['format']}, this version reads {FORMAT}; save the model again"
+        )
     return information
 
 

@@ -1,0 +1,203 @@
+"""`Report`: layers, channel groups, pins and totals of one model, before or after compression.
+
+In: channel groups, their cost model, maybe a policy. Out: frozen data that is written as JSON; `str` of it is the text of
+`sbs_fx.report.text`. Invariant: the layers of a report add up to its cost.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sbs_fx.errors import FileError
+from sbs_fx.passes import ChannelGroups, CostModel
+from sbs_fx.passes import dims as d
+from sbs_fx.passes.cost_model import LayerExpression
+from sbs_fx.passes.dims import Axis, Dim
+from sbs_fx.policy import Cost, Policy, write_atomic
+
+_NAMED_ENDS = ("model input", "model output")
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerRow(_Row):
+    """One layer. `channels` and `channels_before` count output channels; None where it has no weight."""
+
+    name: str
+    kind: str
+    macs: int
+    bops: int
+    weight_bits: float
+    activation_bits: float
+    params: int
+    channels: int | None
+    channels_before: int | None
+
+
+class GroupRow(_Row):
+    """One channel group: `kept` of `size` channels, in `members` places of parameters and buffers."""
+
+    name: str
+    size: int
+    kept: int
+    members: int
+    primary: bool
+
+
+class PinRow(_Row):
+    """Why layers keep all channels of a side: `cause`, and `sides`, each as "layer: in" or "layer: out"."""
+
+    cause: str
+    channels: int
+    sides: tuple[str, ...]
+
+
+class Report(_Row):
+    """Everything worth knowing about one model under one plan.
+
+    Attributes:
+        method: what found the plan; None: a float model that was looked at, nothing more.
+        cost: with the float model's as `cost.reference`, if there is a plan.
+        layers: most BOPs first. groups: largest first. pins: most channels first.
+        unknown_operators: operator without a rule -> the nodes; whatever they touch could not be pruned.
+        prunable_share: of the MACs of convolutions and linears, those with a side that can be pruned.
+        accuracy: top-1 in percent (before, after), if it was measured; (before,) of a float model.
+    """
+
+    method: str | None
+    cost: Cost
+    layers: tuple[LayerRow, ...]
+    groups: tuple[GroupRow, ...]
+    pins: tuple[PinRow, ...]
+    unknown_operators: dict[str, tuple[str, ...]]
+    prunable_share: float
+    accuracy: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, groups: ChannelGroups, cost_model: CostModel, policy: Policy | None, cost: Cost) -> Self:
+        """The report on a plan, or on the float model where `policy` is None."""
+        kept = {} if policy is None else {name: len(indices) for name, indices in policy.kept.items()}
+        unknown: dict[str, list[str]] = {}
+        for node, operator in groups.inference.unknown.items():
+            unknown.setdefault(operator, []).append(node)
+        return cls(
+            method=None if policy is None else policy.method,
+            cost=cost,
+            layers=_layers(groups, cost_model, kept, cost),
+            groups=tuple(sorted(_groups(groups, kept), key=lambda row: -row.size)),
+            pins=_pins(cost_model),
+            unknown_operators={operator: tuple(nodes) for operator, nodes in unknown.items()},
+            prunable_share=cost_model.prunable_share(),
+        )
+
+    def with_accuracy(self, *accuracy: float) -> Self:
+        """The same report with top-1 accuracy in percent: (before, after), or that of the float model alone."""
+        return self.model_copy(update={"accuracy": accuracy})
+
+    def totals(self) -> list[tuple[str, float, float | None]]:
+        """(measure, before, after) of BOPs, MACs, parameters, stored bytes and, if known, accuracy in percent; `after` is
+        None without a plan."""
+        before, after = self.cost.reference or self.cost, self.cost if self.cost.reference else None
+        rows: list[tuple[str, float, float | None]] = [
+            ("BOPs", before.bops, after and after.bops),
+            ("MACs", before.macs, after and after.macs),
+            ("parameters", before.params, after and after.params),
+            ("stored bytes", math.ceil(before.stored_bits / 8), after and math.ceil(after.stored_bits / 8)),
+        ]
+        if self.accuracy:
+            rows.append(("accuracy %", self.accuracy[0], self.accuracy[1] if len(self.accuracy) > 1 else None))
+        return rows
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return self.model_dump_json(indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            FileError: the text is no whole report.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise FileError(f"this is no whole report ({error.error_count()} problems, the first: "
+                            f"{error.errors()[0]['msg']}); compress the model again") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report, all of it or nothing: as JSON if the name ends in ".json", else as text. Raises FileError."""
+        text = self.to_json() if os.fspath(path).endswith(".json") else str(self)
+        write_atomic(path, f"{text.rstrip()}\n".encode())
+
+    def __str__(self) -> str:
+        from sbs_fx.report.text import render
+
+        return render(self)
+
+
+def _layers(groups: ChannelGroups, cost_model: CostModel, kept: Mapping[str, int], cost: Cost) -> tuple[LayerRow, ...]:
+    sizes = {groups[name].axis: count for name, count in kept.items()}
+
+    def size(dim: Dim, of: Mapping[Axis, int]) -> int:
+        return d.evaluate(dim, lambda axis: of.get(axis, axis.size))
+
+    rows = []
+    for expression, layer in zip(cost_model.layers, cost.layers, strict=True):
+        outputs = next((dims[i] for dims, i in expression.weights.values()), None)
+        rows.append(LayerRow(
+            name=layer.name, kind=layer.kind, macs=layer.macs, bops=layer.bops, weight_bits=layer.weight_bits,
+            activation_bits=layer.activation_bits, params=layer.params,
+            channels=None if outputs is None else size(outputs, sizes),
+            channels_before=None if outputs is None else size(outputs, {}),
+        ))
+    return tuple(sorted(rows, key=lambda row: -row.bops))
+
+
+def _groups(groups: ChannelGroups, kept: Mapping[str, int]) -> Iterator[GroupRow]:
+    for g in groups.values():
+        yield GroupRow(name=g.name, size=g.size, kept=kept.get(g.name, g.size), members=len(g.members), primary=g.primary)
+
+
+def _pins(cost_model: CostModel) -> tuple[PinRow, ...]:
+    """Sides of layers that keep all their channels, by what keeps them.
+
+    Kernel positions, tokens and the like are pinned in every model and are no channels, so only the input and output
+    dimensions of weights count, and only if nothing of them can go.
+    """
+    found: dict[str, list[tuple[str, int]]] = {}
+    for layer in cost_model.layers:
+        for dims, outputs in layer.weights.values():
+            for side, dim in _sides(layer, dims, outputs):
+                if not d.axes(dim):
+                    for cause in dict.fromkeys(_cause(why) for why in d.reasons(dim)):
+                        found.setdefault(cause, []).append((f"{layer.name}: {side}", d.resolve(dim).size))
+    rows = [PinRow(cause=cause, channels=sum(n for _, n in sides), sides=tuple(name for name, _ in sides))
+            for cause, sides in found.items()]
+    return tuple(sorted(rows, key=lambda row: -row.channels))
+
+
+def _sides(layer: LayerExpression, dims: Sequence[Dim], outputs: int) -> Iterator[tuple[str, Dim]]:
+    if len(dims) < 2:
+        return
+    outputs %= len(dims)
+    yield "out", dims[outputs]
+    # reason: of a convolution's weight the first two dimensions are channels, the others kernel positions
+    inputs = [1 - outputs] if layer.kind == "conv" else [i for i in range(len(dims)) if i != outputs]
+    for i in inputs:
+        yield "in", dims[i]
+
+
+def _cause(why: str) -> str:
+    """A pin's cause without the node it was met at: "index_3 (index.Tensor): indexed" -> "index.Tensor: indexed"."""
+    if why in _NAMED_ENDS or ": " not in why:
+        return why
+    place, _, reason = why.partition(": ")
+    return f"{place.partition('(')[2].removesuffix(')') or place}: {reason}"

@@ -1,0 +1,89 @@
+"""A report as text: what failed first, then totals, layers, groups and pins, in aligned columns.
+
+In: a `Report`. Out: lines of at most about 110 characters, the same for the same report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sbs_fx.report.report import Report
+
+_SHOWN_SIDES = 4
+
+
+def render(report: Report) -> str:
+    """The whole report."""
+    return "\n\n".join("\n".join(section) for section in _sections(report) if section) + "\n"
+
+
+def _sections(report: Report) -> Iterator[list[str]]:
+    yield [
+        f"!! operator without a rule: {operator} ({len(nodes)} times, at {', '.join(nodes[:3])}"
+        f"{', ...' if len(nodes) > 3 else ''}): nothing that it touches can be pruned"
+        for operator, nodes in report.unknown_operators.items()
+    ]
+    yield totals(report)
+    yield [f"{100 * report.prunable_share:.1f} % of the MACs of convolutions and linears have a side that can be pruned"]
+    if report.layers:
+        yield ["Layers by BOPs", *columns(
+            ["layer", "kind", "MACs", "BOPs", "share", "bits w/a", "channels", "of"],
+            [[row.name, row.kind, f"{row.macs:,}", f"{row.bops:,}", f"{100 * row.bops / max(1, report.cost.bops):.1f} %",
+              f"{row.weight_bits:g}/{row.activation_bits:g}", _number(row.channels), _number(row.channels_before)]
+             for row in report.layers], left=2)]
+    if report.groups:
+        yield [f"Channel groups ({len(report.groups)})", *columns(
+            ["group", "kept", "of", "places", ""],
+            [[row.name, str(row.kept), str(row.size), str(row.members), "" if row.primary else "minor factor"]
+             for row in report.groups], left=1)]
+    if report.pins:
+        yield ["Sides of layers that keep all their channels", *columns(
+            ["cause", "channels", "where"],
+            [[row.cause, str(row.channels), _listed(row.sides)] for row in report.pins], left=1)]
+
+
+def totals(report: Report) -> list[str]:
+    """The closing table: each measure before and after, and how many times less it is."""
+    rows = report.totals()
+    if all(after is None for _, _, after in rows):
+        return columns(["", "float model"], [[name, amount(before)] for name, before, _ in rows], left=1)
+    return columns(["", "before", "after", "ratio"], [
+        [name, amount(before), "" if after is None else amount(after), ratio(name, before, after)]
+        for name, before, after in rows], left=1)
+
+
+def amount(value: float) -> str:
+    """Whole numbers with separators, others (percentages) with two digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+
+
+def ratio(name: str, before: float, after: float | None) -> str:
+    """How many times smaller; of accuracy, how many points more."""
+    if after is None:
+        return ""
+    if name.startswith("accuracy"):
+        return f"{after - before:+.2f}"
+    return f"{before / after:.1f} x" if after else ""
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Aligned lines; the first `left` columns and the last one, if it is text, to the left, the others to the right."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    ragged = any(not cell[:1].isdigit() for cell in (row[-1] for row in rows) if cell) and len(header) > 2
+    lines = []
+    for row in table:
+        cells = [cell.ljust(width) if i < left or (ragged and i == len(row) - 1) else cell.rjust(width)
+                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
+def _number(value: int | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN_SIDES]) + (f" and {len(names) - _SHOWN_SIDES} more" if len(names) > _SHOWN_SIDES else "")

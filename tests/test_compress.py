@@ -1,0 +1,228 @@
+"""The one call, end to end on small networks, and every kind of bad input: a clear error, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sbs_fx
+from sbs_fx.errors import (
+    BudgetError,
+    DataError,
+    FileError,
+    InfeasibleBudget,
+    InputError,
+    MethodError,
+    PolicyError,
+    PolicyMismatch,
+    SbsError,
+    TraceError,
+    WeightsError,
+)
+from tests.cifar import CifarResNet
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return CifarResNet(8, classes=10).eval()
+
+
+@pytest.fixture(scope="module")
+def result(net) -> sbs_fx.Result:
+    return sbs_fx.compress(net, IMAGES[:2], budget=0.03, config=sbs_fx.Config(weight_bits=8, activation_bits=8))
+
+
+def test_the_budget_is_met_and_the_graph_is_static(result, net) -> None:
+    assert sbs_fx.Budget(bops=0.03).is_satisfied_by(result.cost)
+    assert any(len(k) < result.policy.sizes[n] for n, k in result.policy.kept.items())
+    targets = {n.target for n in result.model.graph.nodes if n.op == "call_function"}
+    assert not any("sbs_fx" in getattr(t, "__module__", "") for t in targets if callable(t))
+    assert not list(result.model.graph.find_nodes(op="call_module"))
+    for batch in (1, 2, 4):
+        assert result.model(IMAGES[:batch]).shape == (batch, 10)
+
+
+def test_the_float_model_is_untouched(net) -> None:
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    net.train()
+    sbs_fx.compress(net, IMAGES[:2], budget=0.05)
+    assert net.training
+    net.eval()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_saved_policy_applied_again_gives_the_same_graph(result, net, tmp_path) -> None:
+    result.save(tmp_path)
+    policy = sbs_fx.Policy.load(tmp_path / "policy.json")
+    again = sbs_fx.apply(net, policy, IMAGES[:2])
+    assert torch.equal(again.model(IMAGES), result.model(IMAGES))
+    assert again.cost == result.cost
+
+
+def test_saved_file_runs_with_torch_alone(result, tmp_path) -> None:
+    result.save(tmp_path)
+    torch.save(IMAGES, tmp_path / "images.pt")
+    script = ("import torch, torch.ao.quantization.fx._decomposed, sys; "
+              "m = torch.export.load('model.pt2').module(); torch.save(m(torch.load('images.pt')), 'out.pt'); "
+              "assert 'sbs_fx' not in sys.modules")
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
+    assert torch.equal(torch.load(tmp_path / "out.pt"), result.model(IMAGES))
+    assert torch.equal(sbs_fx.load(tmp_path / "model.pt2")(IMAGES), result.model(IMAGES))
+    stored = result.cost.stored_bits / 8
+    assert (tmp_path / "model.pt2").stat().st_size <= 1.1 * stored + 200_000
+
+
+def test_calibration_data_and_fine_tuning_change_the_result(net) -> None:
+    data = [(IMAGES, torch.tensor([0, 1, 2, 3]))]
+    config = sbs_fx.Config(epochs=1)
+    tuned = sbs_fx.compress(net, IMAGES[:2], budget=0.05, data=data, config=config)
+    plain = sbs_fx.compress(net, IMAGES[:2], budget=0.05, data=data)
+    assert not torch.equal(tuned.model(IMAGES), plain.model(IMAGES))
+
+
+def test_progress_is_reported_in_order(net) -> None:
+    seen: list[tuple[str, float]] = []
+    sbs_fx.compress(net, IMAGES[:2], progress=lambda stage, done: seen.append((stage, done)))
+    assert [d for _, d in seen] == sorted(d for _, d in seen)
+    assert seen[0][0] == "trace"
+    assert seen[-1] == ("done", 1.0)
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, float("nan"), 1.5, "five", "bops=0"])
+def test_meaningless_budgets(net, budget) -> None:
+    with pytest.raises(BudgetError):
+        sbs_fx.compress(net, IMAGES[:2], budget=budget)
+
+
+def test_a_budget_out_of_reach_names_the_least(net) -> None:
+    with pytest.raises(InfeasibleBudget) as caught:
+        sbs_fx.compress(net, IMAGES[:2], budget=1e-5)
+    assert 1e-5 < caught.value.least["bops"] < 0.05
+
+
+def test_unknown_method_lists_the_known_ones(net) -> None:
+    with pytest.raises(MethodError, match="uniform"):
+        sbs_fx.compress(net, IMAGES[:2], method="magic")
+
+
+def test_example_inputs(net) -> None:
+    with pytest.raises(InputError, match="pretrained_cfg"):
+        sbs_fx.compress(net)
+    with pytest.raises(InputError, match="batch of 2 or more"):
+        sbs_fx.compress(net, IMAGES[:1])
+    with pytest.raises(InputError, match=re.escape("(2, 5, 32, 32)")):
+        sbs_fx.compress(net, torch.randn(2, 5, 32, 32))
+    with pytest.raises(InputError, match="meta"):
+        sbs_fx.compress(net, torch.empty(2, 3, 32, 32, device="meta"))
+
+
+def test_a_model_that_cannot_be_exported_names_the_submodule() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(TraceError, match="Branch") as caught:
+        sbs_fx.compress(nn.Sequential(nn.Conv2d(3, 4, 3), Branch()), IMAGES[:2])
+    assert caught.value.reason
+
+
+def test_unsound_weights_are_named() -> None:
+    bad = CifarResNet(8, classes=10)
+    with torch.no_grad():
+        bad.layer1[0].conv1.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(WeightsError, match=re.escape("layer1.0.conv1.weight")):
+        sbs_fx.compress(bad, IMAGES[:2])
+
+
+def test_a_policy_of_another_model_names_what_differs(result) -> None:
+    with pytest.raises(PolicyMismatch, match="layer"):
+        sbs_fx.apply(CifarResNet(14, classes=10), result.policy, IMAGES[:2])
+
+
+def test_policies_with_unknown_or_repeated_channels(result) -> None:
+    name = next(iter(result.policy.kept))
+    for wrong in ([0, 0], [0, 10_000], []):
+        with pytest.raises(PolicyError):
+            sbs_fx.Policy(**{**result.policy.model_dump(), "kept": {**result.policy.kept, name: wrong}})
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b.replace(b"0", b"1", 3), lambda b: b""])
+@pytest.mark.parametrize("name", ["policy.json", "model.pt2"])
+def test_truncated_or_altered_files_are_refused(result, tmp_path, name: str, damage) -> None:
+    result.save(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises((FileError, PolicyError)):
+        sbs_fx.Policy.load(path) if name == "policy.json" else sbs_fx.load(path)
+
+
+def _raises_midway():
+    yield IMAGES, torch.zeros(4, dtype=torch.int64)
+    raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "empty|no batch"),
+        ([(IMAGES * float("nan"), torch.zeros(4, dtype=torch.int64))], "NaN|finite"),
+        ([torch.randn(2, 3, 8, 9)[:, :1]], "shape"),
+    ],
+)
+def test_bad_calibration_data(net, data, message: str) -> None:
+    with pytest.raises(SbsError, match=message):
+        sbs_fx.compress(net, IMAGES[:2], data=data)
+
+
+def test_an_iterable_that_raises_midway_is_chained(net) -> None:
+    with pytest.raises(DataError) as caught:
+        sbs_fx.compress(net, IMAGES[:2], data=_raises_midway())
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_labels_out_of_range(net) -> None:
+    with pytest.raises(DataError, match="label"):
+        sbs_fx.compress(net, IMAGES[:2], data=[(IMAGES, torch.tensor([0, 1, 2, 99]))], config=sbs_fx.Config(epochs=1))
+
+
+def test_output_directory_that_is_a_file_fails_before_any_work(net, tmp_path) -> None:
+    target = tmp_path / "out"
+    target.write_text("mine")
+    stages: list[str] = []
+    with pytest.raises(FileError):
+        sbs_fx.compress(net, IMAGES[:2], output_dir=target, progress=lambda s, _: stages.append(s))
+    assert not stages
+    assert target.read_text() == "mine"
+
+
+def test_a_full_disk_leaves_what_was_there(result, tmp_path, monkeypatch) -> None:
+    result.save(tmp_path)
+    before = {p.name: p.read_bytes() for p in Path(tmp_path).iterdir()}
+    real = os.fsync
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FileError, match="space"):
+        result.save(tmp_path)
+    monkeypatch.setattr(os, "fsync", real)
+    assert {p.name: p.read_bytes() for p in Path(tmp_path).iterdir()} == before
+
+
+def test_timm_name_and_budget_as_text(tmp_path) -> None:
+    result = sbs_fx.compress("test_resnet", budget="4%", output_dir=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pt2", "policy.json", "report.txt"]
+    assert sbs_fx.Budget(bops=0.04).is_satisfied_by(result.cost)
+    with pytest.raises(InputError, match="resnet18"):
+        sbs_fx.compress("resnet1888")
