@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import pathlib
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,28 +48,30 @@ def parameter_count(name: str) -> int | str:
         return f"{type(error).__name__}: {error}"
 
 
-def smallest_models(cache: pathlib.Path | None = None) -> list[Task]:
-    """The model with the fewest parameters of every family, ties by name.
+def smallest_models(tasks: Sequence[Task], cache: pathlib.Path | None = None) -> list[Task]:
+    """Of each family among the tasks, the model with the fewest parameters, ties by name; smallest first.
 
     Args:
         cache: file that keeps the counts by model name; used if it was made with the same version of timm.
     """
-    counts = _cached_counts(cache)
+    counts = _counts([task.model for task in tasks], cache)
     smallest: dict[str, tuple[int, str]] = {}
-    for family, name in all_models():
+    for family, name in tasks:
         count = counts[name]
         if isinstance(count, int) and (family not in smallest or (count, name) < smallest[family]):
             smallest[family] = (count, name)
     return [Task(family, name) for family, (_, name) in sorted(smallest.items(), key=lambda item: item[1])]
 
 
-def _cached_counts(cache: pathlib.Path | None) -> dict[str, Any]:
+def _counts(names: Sequence[str], cache: pathlib.Path | None) -> dict[str, Any]:
+    """Name -> parameters, for these names at least; the cache is filled with what was counted."""
     version = importlib.metadata.version("timm")
+    known: dict[str, Any] = {}
     if cache is not None and cache.exists():
-        known = json.loads(cache.read_text())
-        if known["timm"] == version:
-            return known["parameters"]
-    counts = {name: parameter_count(name) for _, name in all_models()}
-    if cache is not None:
-        cache.write_text(json.dumps({"timm": version, "parameters": counts}, indent=1))
-    return counts
+        kept = json.loads(cache.read_text())
+        known = kept["parameters"] if kept["timm"] == version else {}
+    missing = [name for name in names if name not in known]
+    known.update((name, parameter_count(name)) for name in missing)
+    if cache is not None and missing:
+        cache.write_text(json.dumps({"timm": version, "parameters": known}, indent=1))
+    return known

@@ -20,14 +20,7 @@ from _coverage_workers import Failed, run_tasks
 
 def main() -> int:
     options = _options()
-    tasks = all_models() if options.all else smallest_models(options.cache)
-    if options.families:
-        known = {task.family for task in tasks}
-        if unknown := [f for f in options.families if f not in known]:
-            sys.exit(f"no such families: {unknown}; timm has {sorted(known)}")
-        tasks = [task for task in tasks if task.family in options.families]
-    if options.models:
-        tasks = [task for task in all_models() if task.model in options.models]
+    tasks = _tasks(options)
     side = options.out.with_suffix(".jsonl")
     side.parent.mkdir(parents=True, exist_ok=True)
     rows = _read_rows(side) if options.resume else {}
@@ -55,6 +48,20 @@ def main() -> int:
     if options.table:
         options.table.write_text(table(done, graph_only=options.all) + "\n\n" + summary(done, graph_only=options.all) + "\n")
     return 0 if all(row["outcome"] == "ok" for row in done) else 1
+
+
+def _tasks(options: argparse.Namespace) -> list[Task]:
+    """The models that were asked for; the process ends if there is no such family or model."""
+    everything = all_models()
+    families, models = {task.family for task in everything}, {task.model for task in everything}
+    for asked, known in ((options.families or [], families), (options.models or [], models)):
+        if unknown := [name for name in asked if name not in known]:
+            sys.exit(f"timm does not have {unknown}; see timm.list_modules() and timm.list_models()")
+    if options.families:
+        everything = [task for task in everything if task.family in options.families]
+    if options.models:
+        return [task for task in everything if task.model in options.models]
+    return everything if options.all else smallest_models(everything, options.cache)
 
 
 def _failure(task: Task, reason: Failed) -> dict[str, Any]:

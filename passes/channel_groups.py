@@ -90,6 +90,8 @@ class ChannelGroups(Mapping[str, ChannelGroup]):
         for tensor, dims in self.inference.tensors.items():
             for i, dim in enumerate(dims):
                 causes = d.reasons(dim)
+                if not causes and dim.size > 1 and not d.axes(dim):
+                    causes = ("meets a spatial, token or batch dimension",)
                 if causes:
                     fixed = d.evaluate(dim, lambda axis: 0)
                     found.append(Pin(tensor, i, fixed or d.resolve(dim).size, causes))

@@ -252,7 +252,7 @@ class _Lowering:
     def _zeros(self, channels: int, device: torch.device) -> fx.Node:
         """Zero points of a symmetric weight: one tensor for all weights of that many channels."""
         if channels not in self.zeros:
-            zeros = torch.zeros(channels, dtype=torch.int64, device=device)
+            zeros = torch.zeros(channels, dtype=torch.int8, device=device)
             self.zeros[channels] = self._tensor(f"zero_points_{channels}", zeros, None)
         return self.zeros[channels]
 

@@ -98,16 +98,26 @@ def batch_norm_folds(constants: Constants) -> dict[fx.Node, Fold]:
 def _layer_before(norm: fx.Node) -> fx.Node | None:
     """The layer that feeds a batch norm and nothing else. Tokens may be flattened in between: channels stay last."""
     source: Any = norm.args[0]
-    if len(source.users) != 1:
-        return None
-    if source.target in CONVOLUTIONS | TRANSPOSED:
-        return source
-    channels, flat = source.meta["val"].shape[-1], source.meta["val"].ndim == 2
-    while source.target is aten.reshape.default:
-        source = source.args[0]
-        if len(source.users) != 1 or source.meta["val"].shape[-1] != channels:
+    flat, channels = source.meta["val"].ndim == 2, source.meta["val"].shape[-1]
+    flattened = False
+    while source.target in (aten.reshape.default, aten.flatten.using_ints) and _reads(source) == 1:
+        source, flattened = source.args[0], True
+        if source.meta["val"].shape[-1] != channels:
             return None
-    return source if flat and source.target is aten.linear.default else None
+    if _reads(source) != 1:
+        return None
+    if source.target in CONVOLUTIONS | TRANSPOSED and not flattened:
+        return source
+    return source if source.target is aten.linear.default and flat else None
+
+
+def _reads(node: fx.Node) -> int:
+    """How many nodes read the values of a tensor, not its shape alone."""
+    return sum(not _asks_for_shape(user, node) for user in node.users)
+
+
+def _asks_for_shape(user: fx.Node, node: fx.Node) -> bool:
+    return user.target is aten.sym_size.int or (user.target is aten.reshape_as.default and user.args[0] is not node)
 
 
 def _fold(norm: fx.Node, eps: float, layer_bias: Tensor | None, constants: Constants) -> Fold:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
 from sbs_fx.errors import PolicyError
 from sbs_fx.passes import dims as d
@@ -147,6 +148,8 @@ def _resized(value: torch.Tensor, types: Sequence[Dim], index: Slices) -> torch.
         else s * index.size(dim) // d.resolve(dim).size
         for s, dim in zip(value.shape, types, strict=True)
     ]
+    if isinstance(value, FakeTensor):  # reason: built directly, twenty times faster than by dispatch
+        return FakeTensor(value.fake_mode, torch.empty(shape, dtype=value.dtype, device="meta"), value.device)
     return value.new_empty(shape)
 
 

@@ -194,6 +194,7 @@ def relative_error(actual: Tensor, expected: Tensor, name: str = "") -> float:
         return 0.0
     if not expected.is_floating_point() and not expected.is_complex():
         actual, expected = actual.double(), expected.double()
+    actual, expected = actual.detach(), expected.detach()
     difference = torch.where(actual == expected, 0, (actual - expected).abs())  # reason: equal infinities differ by NaN
     scale = expected.abs().nan_to_num(0, 0, 0).max().clamp_min(_SMALLEST_SCALE)
     return float((difference.max() / scale).nan_to_num(torch.inf))

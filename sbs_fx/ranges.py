@@ -35,19 +35,17 @@ def grid_of(gate: SuperBitQuantizer) -> Grid:
     bits = gate.candidates[len(gate.candidates) // 2] if gate.bits is None else gate.bits
     each = bits.tolist() if isinstance(bits, Tensor) else [bits]
     levels = [level(b, gate.signed, gate.grid) for b in each]
-    # reason: a channel of 0 bits has no level but zero; 1 keeps its range finite
-    bounds = [(found.low, max(found.high, 1), found.divisor) for found in levels]
-    low, high, divisor = torch.tensor(bounds, dtype=torch.float32, device=gate.range.device).T
+    low, high, divisor = torch.tensor([found[:3] for found in levels], device=gate.range.device).T
     return low, high, divisor, max(found.stride for found in levels)
 
 
 def set_range(gate: SuperBitQuantizer, top: Tensor) -> None:
     """Make the outermost level of a gate's grid stand for `top`, (channels,) or (1,). A top of zero becomes 1, so that
     a tensor of zeros is as good a zero as any."""
-    _, high, divisor, _ = grid_of(gate)
+    _, high, divisor, _ = grid_of(gate)  # high is 0 in a channel of 0 bits, whose range means nothing
     top = torch.where(top > 0, top.clamp_min(LEAST_TOP), torch.ones_like(top))
     with torch.no_grad():
-        gate.range.copy_((top * (divisor / high)).view(gate.range.shape))
+        gate.range.copy_((top * (divisor / high.clamp_min(1))).view(gate.range.shape))
 
 
 def weight_top(weight: Tensor, gate: SuperBitQuantizer, method: str) -> Tensor:
@@ -97,7 +95,7 @@ def best_top(values: Tensor, largest: Tensor, grid: Grid, weights: Tensor | None
 def squared_error(values: Tensor, top: Tensor, grid: Grid, weights: Tensor | None = None) -> Tensor:
     """Sum of squared rounding and clipping errors, shape (channels,), of values (channels, n) on a grid whose outermost
     level stands for top (channels,); (n,) `weights` as in `best_top`."""
-    scale = (top.clamp_min(LEAST_TOP) / grid[1])[:, None]
+    scale = (top.clamp_min(LEAST_TOP) / grid[1].clamp_min(1))[:, None]
     low, high = (bound.expand(len(scale))[:, None] for bound in grid[:2])
     alike = len(grid[1]) == 1  # reason: numbers as bounds are four times as fast as tensors
     rows = max(1, _BLOCK // values.shape[1])

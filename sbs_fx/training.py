@@ -8,7 +8,7 @@ error; torch's random state stays as it was; the same seed and data give the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -128,7 +128,8 @@ class _Loop:
     def __init__(self, gated: fx.GraphModule, teacher: nn.Module | None, epochs: int, lr: float, weight_decay: float,
                  range_lr: float, optimizer: str, progress: Callable[[Progress], None] | None) -> None:
         self.gated, self.teacher, self.epochs, self.progress = gated, teacher, epochs, progress
-        self.device, self.step, self.length = _device(gated), 0, None
+        self.device, self.step = _device(gated), 0
+        self.length: int | None = None  # batches in an epoch, once known
         gates = [m for m in gated.modules() if isinstance(m, SuperBitQuantizer)]
         apart = {id(p) for m in gated.modules() if isinstance(m, (SuperBitQuantizer, ChannelGate))
                  for p in m.parameters()}
@@ -150,7 +151,7 @@ class _Loop:
 
     def epoch(self, epoch: int, data: Iterable[Any]) -> None:
         start = self.step
-        if hasattr(data, "__len__"):
+        if isinstance(data, Sized):
             self.length = len(data)
         try:
             for index, (images,), labels in read_batches(data):
@@ -182,7 +183,7 @@ class _Loop:
         if not bool(torch.isfinite(loss)):
             if not bool(torch.isfinite(images).all()):
                 raise DataError(f"NaN or Inf in batch {index} (step {self.step}); drop or mend that batch")
-            raise SbsError(f"the loss is {float(loss)} at step {self.step}, batch {index} of its epoch; lower the "
+            raise SbsError(f"the loss is {loss.item()} at step {self.step}, batch {index} of its epoch; lower the "
                            "learning rate, and check that the graph was calibrated")
         loss.backward()
         nn.utils.clip_grad_norm_(self.weights, MAX_NORM)

@@ -1,38 +1,45 @@
-"""The CIFAR residual network of the published tables: 6n + 2 layers, widths 16-32-64, 1x1-convolution shortcuts."""
+"""The CIFAR residual network of the published tables: 6n + 2 layers, widths 16-32-64.
+
+Shortcuts are 1x1 convolutions, or every second pixel zero-padded by a quarter of the new width on both sides.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, padded: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.downsample = None
-        if stride > 1:
+        self.downsample: nn.Module | None = None
+        self.padding = outputs // 4 if padded and stride > 1 else 0
+        if stride > 1 and not padded:
             shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        if self.padding:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
         return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
 class CifarResNet(nn.Module):
     """Images (batch, 3, 32, 32) to logits (batch, classes). `depth` is 6n + 2."""
 
-    def __init__(self, depth: int = 20, classes: int = 100) -> None:
+    def __init__(self, depth: int = 20, classes: int = 100, *, padded_shortcuts: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         width = 16
         for stage, outputs in enumerate((16, 32, 64), start=1):
-            blocks = [Block(width if i == 0 else outputs, outputs, 2 if i == 0 and stage > 1 else 1)
+            blocks = [Block(width if i == 0 else outputs, outputs, 2 if i == 0 and stage > 1 else 1, padded_shortcuts)
                       for i in range((depth - 2) // 6)]
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
             width = outputs

@@ -15,13 +15,16 @@ from torch import Tensor, fx, nn
 
 from sbs_fx.passes import ChannelGroups, channel_groups, insert_gates, slim, trace
 from sbs_fx.passes import dims as d
-from sbs_fx.passes.slim import copy_graph
-from sbs_fx.passes.verify import SlimReport, compare_slim
+from sbs_fx.passes.slim import attribute, copy_graph
+from sbs_fx.passes.verify import compare_slim, relative_error
 
 # Relative to the largest entry of each tensor. float64 networks of six blocks reach 1e-14.
 NODE_TOLERANCE = 1e-10
 # float32 rounds at 6e-8; a few hundred operations and the conditioning of normalisations cost a factor of ten each.
 OUTPUT_TOLERANCE = 1e-5
+
+SEEN = 1e-6  # a difference above all rounding
+PLANS = 5  # reason: a plan may drop only channels that a ReLU has silenced anyway; not five times running
 
 EXPORTED_BATCH, OTHER_BATCH = 2, 3
 Images = Callable[[int], Tensor]  # batch size -> images (batch, 3, height, width)
@@ -55,12 +58,9 @@ def cast(graph_module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     def replaced(argument: object) -> object:
         return dtype if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
 
-    for node in result.graph.nodes:
+    for node in result.graph.nodes:  # reason: the types in `meta` stay, nothing reads them and changing them is slow
         node.args = tuple(replaced(a) for a in node.args)
         node.kwargs = {name: replaced(a) for name, a in node.kwargs.items()}
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.is_floating_point():
-            node.meta["val"] = value.to(dtype)
     result.recompile()
     return result
 
@@ -101,55 +101,48 @@ def check_analysis(case: Traced) -> None:
     inference = case.groups.inference
     assert not inference.unknown, f"operators without a rule: {inference.unknown}"
     assert all(pin.causes and all(pin.causes) for pin in case.groups.pins)
-    members = {(m.tensor, m.dim) for group in case.groups.values() for m in group.members}
-    pinned = {(pin.tensor, pin.dim) for pin in case.groups.pins}
+    described = {(m.tensor, m.dim) for group in case.groups.values() for m in group.members}
+    described |= {(pin.tensor, pin.dim) for pin in case.groups.pins}
     for name, types in inference.tensors.items():
-        shape = case.exact.get_parameter(name).shape if name in dict(case.exact.named_parameters()) else (
-            case.exact.get_buffer(name).shape)
+        shape = attribute(case.exact, name).shape
         assert tuple(t.size for t in types) == tuple(shape)
         for i, size in enumerate(shape):
-            assert size == 1 or (name, i) in members | pinned, f"{name} dimension {i} is neither free nor pinned"
+            assert size == 1 or (name, i) in described, f"{name} dimension {i} is neither in a group nor pinned"
 
 
-def check_slim(case: Traced, plan: Plan) -> tuple[fx.GraphModule, SlimReport]:
-    """Masked and slim agree at every node in float64 and at the output in float32, and the plan changes something."""
+def check_slim(case: Traced, plan: Plan) -> tuple[fx.GraphModule, bool]:
+    """Masked and slim agree at every node in float64. Gives back the slim graph, and whether its output is another
+    one than that of the whole graph: if not, the plan drops nothing that is alive and proves little."""
     slimmed = slim(case.exact, case.groups, plan)
     report = compare_slim(case.exact, case.groups, plan, case.inputs(), slimmed=slimmed)
     assert report.worst_error <= NODE_TOLERANCE, f"{report}; first {report.first_above(NODE_TOLERANCE)}; plan {plan}"
-    changed = any(len(kept) < case.groups[name].size for name, kept in plan.items())
-    assert not changed or report.differs_from_dense > 1e-6, f"the plan changes nothing that is seen: {report}"
+    return slimmed, report.differs_from_dense > SEEN
+
+
+def check_float32(case: Traced, slimmed: fx.GraphModule) -> None:
+    """A slim float64 graph, run in float32, gives the same output."""
     with torch.no_grad():
         exact, (images,) = slimmed(*case.inputs()), case.inputs()
         rounded = cast(slimmed, torch.float32)(images.float())
-    error = (rounded.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-3)
-    assert error <= OUTPUT_TOLERANCE * max(1, condition(case, plan)), f"float32 output error {error:.1e}; plan {plan}"
-    return slimmed, report
+    error = relative_error(rounded.double(), exact)
+    assert error <= OUTPUT_TOLERANCE, f"float32 output error {error:.1e}"
 
 
-def condition(case: Traced, plan: Plan) -> float:
-    return 1.0
-
-
-def check_slim_again(case: Traced, slimmed: fx.GraphModule, plan: Plan, second: Random) -> None:
-    """The slim graph is a graph like any other: its groups have the kept sizes, and slimming twice is slimming once.
-
-    Groups of which one coordinate is left are gone, and with them the numbers in the names of products; so names are
-    compared, and plans put one after the other, where two or more are left of each.
-    """
+def check_slim_again(case: Traced, slimmed: fx.GraphModule, plan: Plan, random: Random) -> None:
+    """A slim graph is a graph like any other: its groups have the kept sizes, masked is slim, and slimming it is
+    slimming the whole graph once. `plan` leaves two or more coordinates where there are two: a group of one is none,
+    and with it the numbers in the names of products change."""
     groups = channel_groups(slimmed)
     assert not groups.inference.unknown
-    several = all(len(kept) > 1 for kept in plan.values())
-    if several:
-        assert {n: g.size for n, g in groups.items()} == {n: len(kept) for n, kept in plan.items()}
-    again = random_plan(groups, second)
-    report = compare_slim(slimmed, groups, again, case.inputs())
+    assert {n: g.size for n, g in groups.items()} == {n: len(kept) for n, kept in plan.items()}
+    second = random_plan(groups, random)
+    twice = slim(slimmed, groups, second)
+    report = compare_slim(slimmed, groups, second, case.inputs(), slimmed=twice)
     assert report.worst_error <= NODE_TOLERANCE, f"slim again: {report}; first {report.first_above(NODE_TOLERANCE)}"
-    if several:
-        twice = slim(slimmed, groups, again)
-        once = slim(case.exact, case.groups, {n: [kept[i] for i in again[n]] for n, kept in plan.items()})
-        assert_same_tensors(twice, once)
-        with torch.no_grad():
-            assert torch.equal(twice(*case.inputs()), once(*case.inputs()))
+    once = slim(case.exact, case.groups, {n: [kept[i] for i in second[n]] for n, kept in plan.items()})
+    assert_same_tensors(twice, once)
+    with torch.no_grad():
+        assert torch.equal(twice(*case.inputs()), once(*case.inputs()))
 
 
 def assert_same_tensors(a: nn.Module, b: nn.Module) -> None:
@@ -170,14 +163,18 @@ def free_share(groups: ChannelGroups, kinds: Iterable[str] = ("conv", "linear"))
 
 
 def check_network(network: nn.Module, images: Images, seed: int) -> Traced:
-    """All equalities on one network, with two random plans."""
+    """All equalities on one network, with two random plans or more."""
     case = traced(network, images)
     check_trace(case)
     check_open_gates(case)
     check_analysis(case)
     random = Random(seed)
-    for least in (1, 2):
-        plan = random_plan(case.groups, random, least)
-        slimmed, _ = check_slim(case, plan)
-        check_slim_again(case, slimmed, plan, random)
+    for _ in range(PLANS):
+        slimmed, seen = check_slim(case, random_plan(case.groups, random))
+        if seen:
+            break
+    assert seen or not case.groups, f"{PLANS} plans, and the output is that of the whole graph each time"
+    check_float32(case, slimmed)
+    plan = random_plan(case.groups, random, least=2)
+    check_slim_again(case, check_slim(case, plan)[0], plan, random)
     return case

@@ -36,6 +36,7 @@ FORMAT = 1
 INFORMATION = "extra/sbs_fx.json"  # what we know beside the graph, with a digest of all other members
 _SAMPLE_INPUTS = "data/sample_inputs/"
 _WEIGHTS = "data/weights/weight_"
+_IDENTITY = ".data/serialization_id"  # depends on the example inputs; left out
 _DESCRIPTIONS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 
 
@@ -174,6 +175,8 @@ def _sealed(archive: io.BytesIO, information: dict[str, Any]) -> bytes:
         root = old.namelist()[0].partition("/")[0]
         for member in old.namelist():
             name = member.removeprefix(f"{root}/")
+            if name == _IDENTITY:
+                continue
             data = b"" if name.startswith(_SAMPLE_INPUTS) else old.read(member)
             members[name] = hashlib.sha256(data).digest()
             _write(new, member, data, compress=not name.startswith(_WEIGHTS))

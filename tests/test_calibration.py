@@ -1,0 +1,393 @@
+"""Ranges against exact computation: on values themselves, and on graphs whose statistics are known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from sbs_fx.calibration import METHODS, calibrate
+from sbs_fx.errors import DataError, InputError, MethodError, WeightsError
+from sbs_fx.passes.channel_groups import channel_groups
+from sbs_fx.passes.insert_gates import activation_gates, apply_bits, insert_gates, weight_gates
+from sbs_fx.passes.trace import trace
+from sbs_fx.ranges import BINS, Histogram, best_top, grid_of, set_range, squared_error, weight_top
+from sbs_fx.superbit import SuperBitQuantizer
+from tests.models import SMALLEST, example
+
+# Kinds of block that differ in what a gate sees: computed and shared weights, several operands, signs, statistics.
+NETWORKS = ["residual", "squeeze_excite", "lstm", "standardised", "summed_weights", "shared", "transposed_conv",
+            "channel_conv", "gated_mlp", "token_mixing", "attention", "relative_attention"]
+
+
+def gated_network(module: nn.Module, x: Tensor, bits: int = 4, grid: str = "symmetric") -> fx.GraphModule:
+    graph_module = trace(module, x)
+    gated = insert_gates(graph_module, channel_groups(graph_module), channels=False, grid=grid)
+    apply_bits(gated, dict.fromkeys(weight_gates(gated), bits), dict.fromkeys(activation_gates(gated), bits))
+    return gated
+
+
+def ranges(gated: fx.GraphModule) -> dict[str, Tensor]:
+    gates = {**{f"w {n}": g for n, g in weight_gates(gated).items()},
+             **{f"a {n}": g for n, g in activation_gates(gated).items()}}
+    return {name: gate.range.detach().clone() for name, gate in gates.items()}
+
+
+def conv_net() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.5),
+                           nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.SiLU(), nn.Flatten(), nn.Linear(72, 4))
+    for norm in (layers[1], layers[6]):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    return layers.eval()
+
+
+def quantiser(bits: Any, **options: Any) -> SuperBitQuantizer:
+    gate = SuperBitQuantizer(**options)
+    gate.fix(bits)
+    return gate
+
+
+def error_of(gate: SuperBitQuantizer, x: Tensor, top: Tensor) -> Tensor:
+    """Squared error of what the quantiser itself gives, per channel."""
+    set_range(gate, top)
+    squares = (gate(x) - x).square().detach()
+    if gate.channels is None:
+        return squares.sum().view(1)
+    return squares.movedim(gate.channel_dim, 0).flatten(1).sum(1)
+
+
+# Tops
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("grid", ["symmetric", "paper"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_largest_value_as_top_is_the_outermost_level(bits: int, grid: str, signed: bool) -> None:
+    x = torch.randn(500) if signed else torch.randn(500).abs()
+    gate = quantiser(bits, signed=signed, grid=grid)
+    set_range(gate, x.abs().max().view(1))
+    codes = gate.codes(x)
+    assert codes.abs().max() == grid_of(gate)[1]
+    assert float(gate(x).detach().abs().max()) == pytest.approx(float(x.abs().max()), rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, [0, 2, 4, 8, 8, 2]])
+@pytest.mark.parametrize("grid", ["symmetric", "paper"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_least_error_is_never_above_that_of_the_largest_value(bits: Any, grid: str, dim: int) -> None:
+    weight = torch.randn(6, 6, 3, 5) ** 3
+    gate = quantiser(bits, channels=6, channel_dim=dim, grid=grid)
+    largest, best = weight_top(weight, gate, "minmax"), weight_top(weight, gate, "mse")
+    assert torch.equal(largest, weight.movedim(dim, 0).flatten(1).abs().amax(1))
+    assert (best <= largest).all()
+    assert (best > 0).all()
+    assert (error_of(gate, weight, best) <= error_of(gate, weight, largest) * (1 + 1e-6)).all()
+
+
+def test_error_is_that_of_the_quantiser() -> None:
+    weight = torch.randn(6, 40)
+    for grid in ("symmetric", "paper"):
+        gate = quantiser([0, 2, 4, 8, 8, 2], channels=6, grid=grid)
+        top = torch.rand(6) + 0.5
+        assert torch.allclose(squared_error(weight, top, grid_of(gate)), error_of(gate, weight, top), rtol=1e-4)
+
+
+def test_least_error_is_near_that_of_a_fine_search() -> None:
+    for bits, distribution in ((2, torch.randn(4, 4000)), (4, torch.randn(4, 4000)), (4, torch.randn(4, 4000) ** 3)):
+        gate = quantiser(bits, channels=4)
+        largest = distribution.abs().amax(1)
+        found = squared_error(distribution, best_top(distribution, largest, grid_of(gate)), grid_of(gate))
+        fine = torch.stack([squared_error(distribution, largest * k / 400, grid_of(gate)) for k in range(4, 401)])
+        # Shares 4 % apart: at most 2 % from the optimum, of an error that is flat there.
+        assert (found <= 1.02 * fine.amin(0)).all()
+
+
+def test_known_optimum_for_a_normal_weight_of_two_bits() -> None:
+    """Ternary levels of a unit normal have least error at 1.224 (Max, 1960, three levels)."""
+    gate = quantiser(2)
+    assert float(weight_top(torch.randn(200_000), gate, "mse")) == pytest.approx(1.224, rel=0.05)
+
+
+def test_of_a_large_weight_a_part_is_searched_and_all_of_it_compared() -> None:
+    """The one outlier is not among the values that are looked at."""
+    weight = torch.rand(4, 300_001) * 2 - 1
+    weight[:, 1] = 1000.0
+    gate = quantiser(8, channels=4)
+    for method in ("mse", "minmax"):
+        top = weight_top(weight, gate, method)
+        assert (squared_error(weight, top, grid_of(gate)) <= squared_error(weight, weight.amax(1), grid_of(gate))).all()
+
+
+# Histograms
+
+
+def histogram(*parts: Tensor) -> Histogram:
+    found = Histogram()
+    for part in parts:
+        assert found.add(part)
+    return found
+
+
+def test_counts_are_exact_while_the_range_grows() -> None:
+    parts = [torch.randn(1000) * 3.0**k for k in range(-3, 6)] + [torch.zeros(50)]
+    found, values = histogram(*parts), torch.cat(parts).abs()
+    assert found.zeros == 50
+    assert found.counts.sum() == 9000
+    assert found.largest == float(values.max())
+    assert found.width * BINS >= found.largest > found.width * BINS / 4
+    edges = torch.arange(0, BINS + 1, dtype=torch.float64) * found.width
+    expected = torch.histogram(values[values > 0].double(), edges).hist
+    # A value that sits on an edge to the last digit may fall to either side.
+    assert (found.counts.cumsum(0) - expected.cumsum(0)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("percent", [90.0, 99.0, 99.9, 100.0])
+def test_percentile_is_exact_to_a_bin(percent: float) -> None:
+    parts = [torch.randn(5000), torch.randn(5000) * 2]
+    found, values = histogram(*parts), torch.cat(parts).abs()
+    exact = values.kthvalue(math.ceil(percent / 100 * len(values))).values
+    assert found.percentile(percent) == pytest.approx(float(exact), abs=1.01 * found.width)
+    if percent == 100:
+        assert found.percentile(percent) == float(values.max())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("grid", ["symmetric", "paper"])
+def test_least_error_by_histogram_is_that_of_the_values(bits: int, signed: bool, grid: str) -> None:
+    parts = [torch.randn(4000), torch.randn(4000) * 1.5]
+    parts = parts if signed else [part.relu() for part in parts]
+    gate, x = quantiser(bits, signed=signed, grid=grid), torch.cat(parts)
+    by_histogram = histogram(*parts).top(gate, "mse", 0)
+    by_values = best_top(x[None], x.abs().max().view(1), grid_of(gate))
+    # A bin is at most a 2048th of the largest value, an eighth of an 8-bit step.
+    assert error_of(gate, x, by_histogram) <= 1.005 * error_of(gate, x, by_values)
+    assert error_of(gate, x, by_histogram) <= 1.005 * error_of(gate, x, x.abs().max().view(1))
+
+
+def test_weights_count_as_often_as_they_say() -> None:
+    x = torch.randn(1000)
+    twice, weighted = histogram(x, x), Histogram()
+    weighted.add(x, torch.full_like(x, 2))
+    assert torch.equal(twice.counts, weighted.counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    x = torch.randn(1000).to(dtype)
+    assert histogram(x).largest == float(x.abs().max())
+    assert histogram(x).counts.sum() == 1000
+
+
+def test_nan_and_inf_are_refused() -> None:
+    found = histogram(torch.ones(3))
+    for value in (math.nan, math.inf, -math.inf):
+        assert not found.add(torch.tensor([0.5, value]))
+    assert found.counts.sum() == 3
+
+
+# Graphs
+
+
+class Together(nn.Module):
+    """Networks that read the same input, as one module: one export costs little more than the first network's."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict({name: SMALLEST[name]() for name in names})
+        self.eval()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(network(x) for network in self.networks.values())
+
+
+def test_every_network_calibrates_with_and_without_data() -> None:
+    x = example(NETWORKS[0])
+    gated = gated_network(Together(NETWORKS), x)
+    tensors = {n: t.clone() for n, t in gated.state_dict().items() if ".range" not in n}
+    state = torch.get_rng_state()
+    results = []
+    for data in (None, [(x, torch.zeros(2, dtype=torch.int64)), x]):
+        calibrate(gated, data, inputs=(x,))
+        results.append(ranges(gated))
+        calibrate(gated, data, inputs=(x,))
+        assert all(torch.equal(value, results[-1][n]) for n, value in ranges(gated).items())
+        assert all(bool((value > 0).all() and value.isfinite().all()) for value in results[-1].values())
+        assert all(bool(torch.isfinite(y).all()) for y in gated(x))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(t, gated.state_dict()[n]) for n, t in tensors.items())
+    free, observed = results
+    assert sum(not torch.equal(free[n], observed[n]) for n in free) > len(activation_gates(gated)) / 2
+    assert all(torch.equal(free[n], observed[n]) for n in free if n.startswith("w "))
+
+
+def test_minmax_takes_in_exactly_what_occurs() -> None:
+    """Observed by running the float module by hand."""
+    module = conv_net()
+    batches = [torch.randn(4, 3, 8, 8) for _ in range(3)]
+    gated = gated_network(module, batches[0])
+    calibrate(gated, [(b, torch.zeros(4, dtype=torch.int64)) for b in batches], inputs=(batches[0],), method="minmax")
+    with torch.no_grad():
+        expected = [max(float(module[:stop](b).abs().max()) for b in batches) for stop in (0, 5, 9)]
+    found = [float(g.scale()) * float(grid_of(g)[1]) for g in activation_gates(gated).values()]
+    assert found == pytest.approx(expected, rel=1e-5)
+    weight = module[0].weight.detach()
+    gate = weight_gates(gated)["0"]
+    assert torch.allclose(gate(weight).abs().amax((1, 2, 3)), weight.abs().amax((1, 2, 3)))
+    again = gated_network(module, batches[0])
+    calibrate(again, batches, inputs=(batches[0],), method="percentile", percentile=100)
+    for name, value in ranges(again).items():
+        if name.startswith("a "):
+            assert torch.equal(value, ranges(gated)[name])
+
+
+def test_no_more_batches_than_allowed() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    gated = gated_network(conv_net(), x)
+    calibrate(gated, [x, 100 * x], inputs=(x,), max_batches=1, method="minmax")
+    first = ranges(gated)
+    calibrate(gated, [x], inputs=(x,), method="minmax")
+    assert all(torch.equal(value, first[n]) for n, value in ranges(gated).items())
+
+
+@pytest.mark.parametrize("spread", [3.0, 4.0])
+def test_data_free_ranges_are_those_of_the_batch_norms(spread: float) -> None:
+    """beta + spread * |gamma| through ReLU and max pool; SiLU, which is not monotone, at a fine grid of values."""
+    module, x = conv_net(), torch.randn(2, 3, 8, 8)
+    gated = gated_network(module, x, bits=8)
+    calibrate(gated, inputs=(x,), method="minmax", spread=spread)
+    _, pooled, flat = activation_gates(gated).values()
+    beta, gamma = module[1].bias.detach(), module[1].weight.detach().abs()
+    assert not pooled.signed
+    assert float(pooled.range) == pytest.approx(float((beta + spread * gamma).max()), rel=1e-6)
+    beta, gamma = module[6].bias.detach(), module[6].weight.detach().abs()
+    values = nn.functional.silu(beta + torch.linspace(-spread, spread, 2001)[:, None] * gamma)
+    assert float(flat.range) * float(grid_of(flat)[1] / grid_of(flat)[2]) == pytest.approx(float(values.abs().max()))
+
+
+def test_data_free_least_error_is_that_of_the_channels_distribution() -> None:
+    module, x = conv_net(), torch.randn(2, 3, 8, 8)
+    gated = gated_network(module, x, bits=2)
+    calibrate(gated, inputs=(x,))
+    gate = list(activation_gates(gated).values())[1]
+    drawn = (module[1].bias + torch.randn(100_000, 8) * module[1].weight).detach().relu()
+    tops = torch.linspace(0.02, 1, 99) * float(drawn.max())
+    best = min(float(error_of(gate, drawn, top.view(1))) for top in tops)
+    calibrate(gated, inputs=(x,))
+    assert float((gate(drawn) - drawn).square().sum()) <= 1.03 * best
+
+
+def test_data_free_batch_norms_use_the_batch() -> None:
+    """After an add the distribution is unknown; the synthetic run gives unit deviation, whatever the running one."""
+
+    class Add(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.last = nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 4, 1)
+            nn.init.constant_(self.norm.running_var, 1e6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(x))
+            return self.last(y + y)
+
+    x = torch.randn(2, 3, 16, 16)
+    gated = gated_network(Add().eval(), x, bits=8)
+    calibrate(gated, inputs=(x,), method="percentile", percentile=68.27)
+    gate = list(activation_gates(gated).values())[-1]
+    assert float(gate.range) == pytest.approx(2.0, rel=0.1)  # one deviation of y + y
+
+
+def test_zeros_and_constants_get_a_range_that_keeps_them() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    nn.init.zeros_(module[0].weight)
+    nn.init.constant_(module[0].bias, -1.0)
+    nn.init.constant_(module[2].weight, 0.3)
+    x = torch.full((2, 3, 4, 4), 0.7)
+    for method in METHODS:
+        gated = gated_network(module, x, bits=2)
+        calibrate(gated, [x], inputs=(x,), method=method)
+        assert all(float(value.min()) >= 0.1 for value in ranges(gated).values())
+        assert torch.allclose(gated(x), module(x))
+
+
+def test_open_gates_keep_their_range_and_searching_ones_get_one() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    gated = gated_network(conv_net(), x)
+    calibrate(gated, [x], inputs=(x,))
+    fixed = ranges(gated)
+    opened = gated_network(conv_net(), x, bits=32)
+    calibrate(opened, [x], inputs=(x,))
+    assert all(torch.equal(value, torch.ones_like(value)) for value in ranges(opened).values())
+    for gate in (*weight_gates(opened).values(), *activation_gates(opened).values()):
+        gate.search()
+    calibrate(opened, [x], inputs=(x,))
+    assert all(torch.equal(value, fixed[n]) for n, value in ranges(opened).items())
+
+
+def test_mode_is_kept_and_several_inputs_are_taken() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 5), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.first(x) + self.second(y)
+
+    x, y = torch.randn(3, 6), torch.randn(3, 4)
+    graph_module = trace(Two(), (x, y))
+    gated = insert_gates(graph_module, channel_groups(graph_module), channels=False)
+    apply_bits(gated, {"first": 4, "second": 4}, dict.fromkeys(activation_gates(gated), 8))
+    gated.train()
+    calibrate(gated, [(x, y), ((x, y), torch.zeros(3, dtype=torch.int64))], inputs=(x, y), method="minmax")
+    assert gated.training
+    tops = [float(g.scale()) * 127 for g in activation_gates(gated).values()]
+    assert tops == pytest.approx([float(x.abs().max()), float(y.abs().max())])
+    calibrate(gated, inputs=(x, y))
+    with pytest.raises(InputError, match="1 example inputs for a graph that takes 2"):
+        calibrate(gated, inputs=(x,))
+
+
+def raising() -> Any:
+    yield torch.zeros(2, 3, 8, 8)
+    raise RuntimeError("reader died")
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "error", "message"),
+    [
+        ([], {}, DataError, "no batch"),
+        (raising(), {}, DataError, "RuntimeError at batch 1: reader died"),
+        ([torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), math.nan)], {}, DataError, "NaN or Inf in batch 1"),
+        ([torch.full((2, 3, 8, 8), math.inf)], {}, DataError, "NaN or Inf in batch 0"),
+        ([torch.zeros(2, 3, 9, 8)], {}, DataError, r"batch 0 has shape \(2, 3, 9, 8\); the graph takes \(batch, 3, 8"),
+        ([torch.zeros(2, 3, 8, 8, dtype=torch.uint8)], {}, DataError, "normalised"),
+        ([torch.full((2, 3, 8, 8), -3e38)], {}, DataError, "activation .* is NaN or Inf at batch 0"),
+        (None, {"method": "guess"}, MethodError, "unknown calibration method 'guess'"),
+        (None, {"max_batches": 0}, InputError, "max_batches 0"),
+        (None, {"percentile": 101}, InputError, "percentile 101"),
+    ],
+)
+def test_bad_input(data: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    module = conv_net()
+    nn.init.constant_(module[0].weight[0], -1.0)  # reason: so that the largest finite input overflows
+    gated = gated_network(module, x)
+    with pytest.raises(error, match=message):
+        calibrate(gated, data, inputs=(x,), **options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_weights_are_named(value: float) -> None:
+    module, x = conv_net(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        module[5].weight[3, 2, 0, 0] = value
+    gated = gated_network(module, x)
+    with pytest.raises(WeightsError, match="weight '5'") as caught:
+        calibrate(gated, [x], inputs=(x,))
+    assert caught.value.names == ("5",)
