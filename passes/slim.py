@@ -211,7 +211,7 @@ def _adapt(graph_module: fx.GraphModule, node: fx.Node, adapter: Adapter, index:
     if not index.changed(adapter.type):
         return
     name, dim, source = f"_adapter_{node.name}", adapter.dim, node.args[0]
-    graph_module.register_buffer(name, index.index(adapter.type))
+    graph_module.register_buffer(name, index.index(adapter.type).clone())
     narrow_in, narrow_out = source.meta["val"], node.meta["val"]  # type: ignore[union-attr]
     full = d.resolve(adapter.type).size
     graph = node.graph

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import io
 import json
 import math
@@ -93,6 +95,20 @@ def saved(static: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
+@pytest.fixture(scope="module")
+def small() -> fx.GraphModule:
+    gated = gate(Recipe().build(), Recipe().example(2))
+    draw_bits(gated, seed=0)
+    return finalize(gated)
+
+
+@pytest.fixture(scope="module")
+def file(small: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("file") / "model.pt2"
+    save_pt2(small, Recipe().example(2), path)
+    return path
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_loaded_is_saved(static: fx.GraphModule, saved: Path, batch: int) -> None:
     x = Recipe().example(batch, seed=1)
@@ -123,9 +139,8 @@ def test_a_loaded_graph_can_be_compared_with_the_gated_one(tmp_path: Path) -> No
     assert not any(row.differing for row in rows)
 
 
-@pytest.mark.parametrize("name", list(bundles())[:1])
-def test_loaded_is_saved_on_every_kind_of_block(name: str, tmp_path: Path) -> None:
-    recipes = bundles()[name]
+def test_loaded_is_saved_on_many_kinds_of_blocks(tmp_path: Path) -> None:
+    recipes = next(iter(bundles(size=10).values()))
     gated = gate(Together(recipes), recipes[0].example(2))
     draw_bits(gated, seed=0)
     static = finalize(gated)
@@ -174,7 +189,7 @@ assert torch.equal(torch.export.load({str(saved)!r}).module()(case["x"]), case["
 
 
 def test_equal_models_are_equal_files(static: fx.GraphModule, saved: Path, tmp_path: Path) -> None:
-    save_pt2(static, Recipe().example(4, seed=9), tmp_path / "model.pt2", {"accuracy": 0.5, "names": ["a"]})
+    save_pt2(static, Recipe().example(2, seed=9), tmp_path / "model.pt2", {"accuracy": 0.5, "names": ["a"]})
     assert (tmp_path / "model.pt2").read_bytes() == saved.read_bytes()
 
 
@@ -233,33 +248,31 @@ def test_no_pickle(saved: Path) -> None:
                 assert not any(entry["use_pickle"] for entry in json.loads(data)["config"].values())
 
 
-def test_a_cut_file(saved: Path, tmp_path: Path) -> None:
-    data = saved.read_bytes()
+def test_a_cut_file(file: Path, tmp_path: Path) -> None:
+    data = file.read_bytes()
     for length in (0, 1, 100, len(data) // 2, len(data) - 30, len(data) - 1):
         (tmp_path / "model.pt2").write_bytes(data[:length])
         with pytest.raises(FileError, match=r"model\.pt2"):
             load_pt2(tmp_path / "model.pt2")
 
 
-def test_a_flipped_bit_anywhere_that_matters(saved: Path, tmp_path: Path) -> None:
-    data = bytearray(saved.read_bytes())
+def test_a_flipped_bit_anywhere_that_matters(file: Path, tmp_path: Path) -> None:
+    data = bytearray(file.read_bytes())
     x = Recipe().example(2)
-    wanted = load_pt2(saved)(x)
-    for position in range(50, len(data), len(data) // 40):
+    wanted = load_pt2(file)(x)
+    for position in range(50, len(data), len(data) // 25):
         data[position] ^= 4
         (tmp_path / "model.pt2").write_bytes(data)
-        try:  # some bytes of a zip file mean nothing, such as a date
+        with contextlib.suppress(FileError):  # some bytes of a zip file mean nothing, such as a date
             assert torch.equal(load_pt2(tmp_path / "model.pt2")(x), wanted)
-        except FileError:
-            pass
         data[position] ^= 4
 
 
-def test_an_altered_archive_with_right_checksums(saved: Path, tmp_path: Path) -> None:
-    whole = members(saved)
+def test_an_altered_archive_with_right_checksums(file: Path, tmp_path: Path) -> None:
+    whole = members(file)
     load_pt2(write(tmp_path / "model.pt2", whole))
     for name in whole:
-        changed = {**whole, name: whole[name] + b" "}
+        changed = {**whole, name: whole[name] + b"x"}
         with pytest.raises(FileError, match="cut, changed"):
             load_pt2(write(tmp_path / "model.pt2", changed))
         with pytest.raises(FileError, match="cut, changed"):
@@ -269,8 +282,8 @@ def test_an_altered_archive_with_right_checksums(saved: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("where", ["sample_inputs", "weights"])
-def test_a_pickle_is_refused_before_it_is_read(saved: Path, tmp_path: Path, where: str) -> None:
-    whole = members(saved)
+def test_a_pickle_is_refused_before_it_is_read(file: Path, tmp_path: Path, where: str) -> None:
+    whole = members(file)
     if where == "weights":
         (name,) = (n for n in whole if n.endswith("weights_config.json"))
         config = json.loads(whole[name])
@@ -279,15 +292,10 @@ def test_a_pickle_is_refused_before_it_is_read(saved: Path, tmp_path: Path, wher
     else:
         (name,) = (n for n in whole if "sample_inputs" in n)
         whole[name] = b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."
-    sealed = io.BytesIO(
-        write(tmp_path / "open.pt2", {n: d for n, d in whole.items() if "extra/" not in n}).read_bytes()
-    )
     text = json.loads(whole["archive/" + pt2.INFORMATION])["content"]
-    digests = {
-        n.removeprefix("archive/"): pt2.hashlib.sha256(d).digest() for n, d in members(tmp_path / "open.pt2").items()
-    }
+    rest = {n.removeprefix("archive/"): d for n, d in whole.items() if not n.endswith(pt2.INFORMATION)}
+    digests = {n: hashlib.sha256(d).digest() for n, d in rest.items()}
     outer = {"sha256": pt2._digest(digests, text), "content": text}
-    assert sealed
     with pytest.raises(FileError, match="pickle"):
         load_pt2(write(tmp_path / "model.pt2", {**whole, "archive/" + pt2.INFORMATION: json.dumps(outer).encode()}))
 
@@ -302,7 +310,7 @@ def test_files_that_are_none_of_ours(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_what_was_there(
-    static: fx.GraphModule, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: fx.GraphModule, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.pt2"
     path.write_bytes(b"before")
@@ -312,14 +320,14 @@ def test_a_full_disk_leaves_what_was_there(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FileError, match="No space left"):
-        save_pt2(static, Recipe().example(2), path)
+        save_pt2(small, Recipe().example(2), path)
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["model.pt2"]
 
 
-def test_places_that_cannot_be_written(static: fx.GraphModule, tmp_path: Path) -> None:
+def test_places_that_cannot_be_written(small: fx.GraphModule, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "model.pt2", tmp_path / "nowhere" / "model.pt2"):
         with pytest.raises(FileError, match="cannot write"):
-            save_pt2(static, Recipe().example(2), path)
+            save_pt2(small, Recipe().example(2), path)
     assert os.listdir(tmp_path) == ["file"]
