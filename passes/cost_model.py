@@ -60,6 +60,17 @@ class LayerExpression:
     weights: Mapping[str, tuple[tuple[Dim, ...], int]]
 
 
+@dataclass(frozen=True)
+class OtherTensor:
+    """A tensor that no layer multiplies with: stored at the width of its dtype, unless it vanishes in a batch norm that
+    is folded."""
+
+    dims: tuple[Dim, ...]
+    bits: int
+    is_parameter: bool
+    vanishes: bool
+
+
 class CostModel:
     """Costs of one graph under any plan. Build with `cost_model`."""
 
@@ -127,11 +138,12 @@ class CostModel:
                                   weight_bits=float(weight_mean), activation_bits=float(activation_mean),
                                   stored_bits=stored))
         folded = reference is not None
-        other = sum(math.prod(d.evaluate(x, of_axis) for x in dims) for dims, parameter, _ in self._others if parameter)
-        kept_tensors = sum(math.prod(d.evaluate(x, of_axis) for x in dims)
-                           for dims, _, vanishes in self._others if not (folded and vanishes))
-        return Cost(layers=tuple(rows), other_params=other, other_stored_bits=32 * (kept_tensors + scales),
-                    reference=reference)
+        other, other_bits = 0, FLOAT_BITS * scales
+        for tensor in self._others:
+            count = math.prod(d.evaluate(x, of_axis) for x in tensor.dims)
+            other += count if tensor.is_parameter else 0
+            other_bits += 0 if folded and tensor.vanishes else count * tensor.bits
+        return Cost(layers=tuple(rows), other_params=other, other_stored_bits=other_bits, reference=reference)
 
     def _mean_bits(self, operand_: tuple[str, str] | None, weight_bits: Mapping[str, Bits],
                    activation_bits: Mapping[str, int]) -> Fraction:
@@ -254,8 +266,7 @@ def _product(inference: Inference, term: Term, names: Mapping[Path, tuple[str, s
 
 
 def _other_tensors(inference: Inference, nodes: Mapping[str, fx.Node],
-                   weights: Mapping[str, Any]) -> list[tuple[tuple[Dim, ...], bool, bool]]:
-    """(types, is a parameter, vanishes once batch norm is folded) of every tensor that no layer multiplies with."""
+                   weights: Mapping[str, Any]) -> list[OtherTensor]:
     absorbed: set[fx.Node] = set()
     stack = [operand(nodes[layer.name], path) for places in weights.values() for layer, path in places]
     while stack:
@@ -269,7 +280,8 @@ def _other_tensors(inference: Inference, nodes: Mapping[str, fx.Node],
         if node.op == "get_attr" and node not in absorbed:
             vanishes = all(u.target is aten.batch_norm.default and u.args[2] is not node and _folds(inference, u)
                            for u in node.users)
-            result.append((inference.tensors[str(node.target)], node.target in parameters, vanishes))
+            bits = 8 * node.meta["val"].dtype.itemsize
+            result.append(OtherTensor(inference.tensors[str(node.target)], bits, node.target in parameters, vanishes))
     return result
 
 
