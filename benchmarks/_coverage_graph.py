@@ -1,7 +1,8 @@
 """Graph work alone, on one model without weights: trace, groups, random plan, slim, shapes.
 
-In: a task. Out: a row of plain data whose `outcome` is "ok" or the first error. Everything happens on the meta device, so
-that neither memory nor arithmetic limits the size of a model; one that needs real values to be captured is made for real.
+In: a task. Out: a row of plain data whose `outcome` is "ok" or the first error. Everything happens on the meta device,
+so that neither memory nor arithmetic limits the size of a model; one that needs real values to be captured is made for
+real.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ def describe_groups(row: dict[str, Any], groups: ChannelGroups, cost: CostModel,
     row["mac_reduction"] = round(1 - cost.evaluate(plan).macs / max(1, cost.reference.macs), 4)
 
 
-def check_shapes(slimmed: fx.GraphModule, groups: ChannelGroups, plan: dict[str, list[int]], images: torch.Tensor) -> int:
+def check_shapes(
+    slimmed: fx.GraphModule, groups: ChannelGroups, plan: dict[str, list[int]], images: torch.Tensor
+) -> int:
     """Run the slim graph and compare every shape with its type's size under the plan; returns how many were compared.
 
     Raises:
@@ -104,7 +107,9 @@ def check_shapes(slimmed: fx.GraphModule, groups: ChannelGroups, plan: dict[str,
     symbols = {str(value.shape[0].node.expr): images.shape[0]}
     sized = channel_groups(groups.inference.graph_module, symbol_sizes=symbols)
     index = Slices(sized, plan)
-    types = {node.name: dims for node, dims in sized.inference.dims.items() if isinstance(node.meta["val"], torch.Tensor)}
+    types = {
+        node.name: dims for node, dims in sized.inference.dims.items() if isinstance(node.meta["val"], torch.Tensor)
+    }
     interpreter = _ShapeChecker(slimmed)
     with torch.no_grad():
         interpreter.run(images)

@@ -27,7 +27,8 @@ def all_models() -> list[Task]:
     """Every name of the registry, by family."""
     import timm
 
-    return [Task(family, name) for family in sorted(timm.list_modules()) for name in sorted(timm.list_models(module=family))]
+    families = sorted(timm.list_modules())
+    return [Task(family, name) for family in families for name in sorted(timm.list_models(module=family))]
 
 
 def meta_model(name: str) -> torch.nn.Module:

@@ -17,9 +17,13 @@ Column = tuple[str, Callable[[Row], str]]
 def table(rows: Sequence[Row], *, graph_only: bool = False) -> str:
     """All rows of the families; of the whole registry, a line a family with its counts."""
     if graph_only:
-        return _markdown(["family", "models", "ok", "groups", "MACs gone, least", "prunable share, least"],
-                         [_family_line(family, [r for r in rows if r["family"] == family])
-                          for family in dict.fromkeys(r["family"] for r in rows)])
+        return _markdown(
+            ["family", "models", "ok", "groups", "MACs gone, least", "prunable share, least"],
+            [
+                _family_line(family, [r for r in rows if r["family"] == family])
+                for family in dict.fromkeys(r["family"] for r in rows)
+            ],
+        )
     columns: list[Column] = [
         ("family", lambda r: r["family"]),
         ("model", lambda r: r["model"]),
@@ -44,8 +48,10 @@ def summary(rows: Sequence[Row], *, graph_only: bool = False) -> str:
     lines = [f"{len(good)} of {len(rows)} {'models' if graph_only else 'families'} ok."]
     if not rows:
         return lines[0]
-    for key, name in (("mac_reduction", "MACs gone when every group keeps 70 %"),
-                      ("prunable_share", "conv and linear MACs with a prunable side")):
+    for key, name in (
+        ("mac_reduction", "MACs gone when every group keeps 70 %"),
+        ("prunable_share", "conv and linear MACs with a prunable side"),
+    ):
         values = [r[key] for r in rows if key in r]
         if values:
             lines.append(f"{name}: median {100 * statistics.median(values):.1f} %, least {100 * min(values):.1f} %.")
@@ -62,7 +68,8 @@ def summary(rows: Sequence[Row], *, graph_only: bool = False) -> str:
     conditioned = [r["model"] for r in rows if r.get("badly_conditioned")]
     if conditioned:
         lines.append(f"Over 1e-5 in float32 by conditioning: {', '.join(conditioned)}.")
-    for key, least, name in (("mac_reduction", 0.3, "MACs gone under 30 %"), ("prunable_share", 0.95, "prunable under 95 %")):
+    limits = (("mac_reduction", 0.3, "MACs gone under 30 %"), ("prunable_share", 0.95, "prunable under 95 %"))
+    for key, least, name in limits:
         short = [f"{r['model']} ({100 * r[key]:.1f} %)" for r in rows if r.get(key, 1) < least]
         if short:
             lines.append(f"{name}: {', '.join(short)}.")
@@ -76,10 +83,14 @@ def summary(rows: Sequence[Row], *, graph_only: bool = False) -> str:
 def _family_line(family: str, rows: Sequence[Row]) -> list[str]:
     groups = [r["groups"] for r in rows if "groups" in r]
     return [
-        family, str(len(rows)), str(sum(r["outcome"] == "ok" for r in rows)),
+        family,
+        str(len(rows)),
+        str(sum(r["outcome"] == "ok" for r in rows)),
         f"{min(groups)} to {max(groups)}" if groups else "",
-        *(f"{100 * min(values):.1f} %" if (values := [r[key] for r in rows if key in r]) else ""
-          for key in ("mac_reduction", "prunable_share")),
+        *(
+            f"{100 * min(values):.1f} %" if (values := [r[key] for r in rows if key in r]) else ""
+            for key in ("mac_reduction", "prunable_share")
+        ),
     ]
 
 
@@ -88,8 +99,11 @@ def _extremes(rows: Sequence[Row], key: str, name: str, unit: str) -> list[str]:
     if not found:
         return []
     most, where = max(found)
-    return [f"{name}: median {_number(statistics.median(v for v, _ in found))} {unit}".rstrip()
-            + f", most {_number(most)} {unit}".rstrip() + f" ({where})."]
+    return [
+        f"{name}: median {_number(statistics.median(v for v, _ in found))} {unit}".rstrip()
+        + f", most {_number(most)} {unit}".rstrip()
+        + f" ({where})."
+    ]
 
 
 def _number(value: float) -> str:

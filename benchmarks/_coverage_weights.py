@@ -1,7 +1,7 @@
 """Weights under which errors show: nothing zero, nothing constant, activations of order one.
 
-In: a model whose layer scales may be 1e-6 and whose gammas and gates may start at zero, which would hide any wrong index.
-Out: the same model with random parameters, and batch-norm statistics that fit them but are not exact.
+In: a model whose layer scales may be 1e-6 and whose gammas and gates may start at zero, which would hide any wrong
+index. Out: the same model with random parameters, and batch-norm statistics that fit them but are not exact.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def randomise(model: nn.Module, images: torch.Tensor, seed: int = 0) -> None:
         norm.eval()
         norm.momentum = momentum
         mean, var = norm.running_mean, norm.running_var
-        assert mean is not None and var is not None
+        assert mean is not None
+        assert var is not None
         var.clamp_(min=1e-4)
         mean.add_(0.1 * var.sqrt() * torch.randn(mean.shape, generator=generator))
         var.mul_(0.8 + 0.4 * torch.rand(var.shape, generator=generator))

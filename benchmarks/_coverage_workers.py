@@ -82,6 +82,12 @@ def run_tasks(
             worker.stop()
 
 
+def call(task: tuple[Callable[..., Any], Any]) -> Any:
+    """Apply a function to an argument: the plainest thing to send a worker."""
+    function, argument = task
+    return function(argument)
+
+
 def _serve(connection: Any, function: Callable[[Any], Any]) -> None:
     import warnings
 
@@ -92,5 +98,5 @@ def _serve(connection: Any, function: Callable[[Any], Any]) -> None:
     try:
         while True:
             connection.send(function(connection.recv()))
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, OSError, KeyboardInterrupt):  # the parent is gone or wants no more
         return

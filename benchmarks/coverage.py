@@ -2,8 +2,9 @@
 
 `python benchmarks/coverage.py --out FILE` takes the smallest model of every timm module, each in a process of its own,
 from `trace` to a saved file that runs again, and checks every equality on the way. `--all` takes every name of the
-registry, graph work only. Rows are appended to FILE's side file (.jsonl) as they come, so that `--resume` goes on where a
-run stopped; FILE itself is a JSON list of rows with at least `family`, `model` and `outcome` ("ok" or the first error).
+registry, graph work only. Rows are appended to FILE's side file (.jsonl) as they come, so that `--resume` goes on where
+a run stopped; FILE itself is a JSON list of rows with at least `family`, `model` and `outcome` ("ok" or the first
+error).
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ def main() -> int:
         from _coverage_graph import check_graph as check
     else:
         from _coverage_family import check_family as check
-    results = run_tasks(check, waiting, jobs=options.jobs, timeout=options.timeout,
-                        tasks_per_process=25 if options.all else 1)
+    results = run_tasks(
+        check, waiting, jobs=options.jobs, timeout=options.timeout, tasks_per_process=25 if options.all else 1
+    )
     for task, result in results:
         row = _failure(task, result) if isinstance(result, Failed) else result
         rows[task.model] = row
@@ -44,9 +46,10 @@ def main() -> int:
     options.out.write_text(json.dumps(done, indent=1) + "\n")
     from _coverage_table import summary, table
 
-    print(table(done, graph_only=options.all), summary(done, graph_only=options.all), sep="\n\n")
+    text = f"{table(done, graph_only=options.all)}\n\n{summary(done, graph_only=options.all)}\n"
+    print(text)
     if options.table:
-        options.table.write_text(table(done, graph_only=options.all) + "\n\n" + summary(done, graph_only=options.all) + "\n")
+        options.table.write_text(text)
     return 0 if all(row["outcome"] == "ok" for row in done) else 1
 
 

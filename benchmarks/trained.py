@@ -59,20 +59,28 @@ def main() -> int:
             config = sbs_fx.Config(weight_bits=weight_bits, activation_bits=activation_bits)
             result = sbs_fx.compress(net, torch.randn(2, 3, 32, 32), budget=bops, data=data, config=config)
             static, gated = predictions(result.model, test), predictions(result.gated, test)
-            rows.append({
-                "plan": f"W{weight_bits}A{activation_bits}", "ranges": name,
-                "bops_ratio": result.baseline_cost.bops / result.cost.bops,
-                "macs_kept": result.cost.macs / result.baseline_cost.macs,
-                "accuracy": accuracy(static), "gated_accuracy": accuracy(gated),
-                "agreement": 100 * (static == gated).double().mean().item(),
-            })
+            rows.append(
+                {
+                    "plan": f"W{weight_bits}A{activation_bits}",
+                    "ranges": name,
+                    "bops_ratio": result.baseline_cost.bops / result.cost.bops,
+                    "macs_kept": result.cost.macs / result.baseline_cost.macs,
+                    "accuracy": accuracy(static),
+                    "gated_accuracy": accuracy(gated),
+                    "agreement": 100 * (static == gated).double().mean().item(),
+                }
+            )
             print(rows[-1], flush=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    print("\n| plan | ranges | BOPs | MACs kept | top-1 static | top-1 gated | agreement |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| plan | ranges | BOPs | MACs kept | top-1 static | top-1 gated | agreement |\n|---|---|---|---|---|---|---|"
+    )
     print(f"| float | | 1x | 100 % | {rows[0]['accuracy']:.2f} | | |")
     for r in rows[1:]:
-        print(f"| {r['plan']} | {r['ranges']} | {r['bops_ratio']:.1f}x | {100 * r['macs_kept']:.0f} % | "
-              f"{r['accuracy']:.2f} | {r['gated_accuracy']:.2f} | {r['agreement']:.2f} % |")
+        print(
+            f"| {r['plan']} | {r['ranges']} | {r['bops_ratio']:.1f}x | {100 * r['macs_kept']:.0f} % | "
+            f"{r['accuracy']:.2f} | {r['gated_accuracy']:.2f} | {r['agreement']:.2f} % |"
+        )
     return 0
 
 

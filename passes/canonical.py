@@ -41,6 +41,7 @@ def canonicalise(graph_module: fx.GraphModule) -> None:
             node.target = _RENAMED.get(node.target, node.target)
             _fill_defaults(node)
             _plain_batch_norm(node)
+            _count_from_the_start(node)
             _name_sizes(node)
             _explicit_scale(node)
 
@@ -86,6 +87,19 @@ def _plain_batch_norm(node: fx.Node) -> None:
     for user in list(node.users):
         user.replace_all_uses_with(node)
         node.graph.erase_node(user)
+
+
+def _count_from_the_start(node: fx.Node) -> None:
+    """Negative bounds of a slice would mean other places once channels go."""
+    if node.target not in (aten.slice.Tensor, aten.slice_scatter.default):
+        return
+    axis = 1 if node.target is aten.slice.Tensor else 2
+    size = node.args[0].meta["val"].shape[node.args[axis]]  # type: ignore[union-attr, index]
+    if isinstance(size, int):
+        for position in (axis + 1, axis + 2):
+            bound = node.args[position]
+            if isinstance(bound, int) and bound < 0:
+                node.update_arg(position, max(bound + size, 0))
 
 
 _SPLITS = {

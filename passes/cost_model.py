@@ -108,8 +108,13 @@ class CostModel:
         """Cost of the float graph, nothing pruned."""
         return self._cost({}, {}, {}, None)
 
-    def _cost(self, sizes: Mapping[Axis, int], weight_bits: Mapping[str, Bits], activation_bits: Mapping[str, int],
-              reference: Cost | None) -> Cost:
+    def _cost(
+        self,
+        sizes: Mapping[Axis, int],
+        weight_bits: Mapping[str, Bits],
+        activation_bits: Mapping[str, int],
+        reference: Cost | None,
+    ) -> Cost:
         def of_axis(axis: Axis) -> int:
             return sizes.get(axis, axis.size)
 
@@ -134,9 +139,18 @@ class CostModel:
                 stored += int(count * _mean(bits))
                 if bits != FLOAT_BITS:
                     scales += d.evaluate(dims[outputs], of_axis)
-            rows.append(LayerCost(name=layer.name, kind=layer.kind, macs=macs, bops=math.ceil(bops), params=params,
-                                  weight_bits=float(weight_mean), activation_bits=float(activation_mean),
-                                  stored_bits=stored))
+            rows.append(
+                LayerCost(
+                    name=layer.name,
+                    kind=layer.kind,
+                    macs=macs,
+                    bops=math.ceil(bops),
+                    params=params,
+                    weight_bits=float(weight_mean),
+                    activation_bits=float(activation_mean),
+                    stored_bits=stored,
+                )
+            )
         folded = reference is not None
         other, other_bits = 0, FLOAT_BITS * scales
         for tensor in self._others:
@@ -145,17 +159,19 @@ class CostModel:
             other_bits += 0 if folded and tensor.vanishes else count * tensor.bits
         return Cost(layers=tuple(rows), other_params=other, other_stored_bits=other_bits, reference=reference)
 
-    def _mean_bits(self, operand_: tuple[str, str] | None, weight_bits: Mapping[str, Bits],
-                   activation_bits: Mapping[str, int]) -> Fraction:
+    def _mean_bits(
+        self, operand_: tuple[str, str] | None, weight_bits: Mapping[str, Bits], activation_bits: Mapping[str, int]
+    ) -> Fraction:
         if operand_ is None:
             return Fraction(FLOAT_BITS)
         kind, name = operand_
         return _mean((weight_bits if kind == "weight" else activation_bits).get(name, FLOAT_BITS))
 
-    # -- differentiable --------------------------------------------------------------------------------------------------
+    # -- differentiable --------------------------------------------------------------------------------------------
 
-    def expected_bops(self, sizes: Mapping[str, Any], weight_bits: Mapping[str, Any],
-                      activation_bits: Mapping[str, Any]) -> Any:
+    def expected_bops(
+        self, sizes: Mapping[str, Any], weight_bits: Mapping[str, Any], activation_bits: Mapping[str, Any]
+    ) -> Any:
         """BOPs with tensors (or numbers) in place of sizes by group name and bits by name; differentiable in each."""
         by_axis = {self.groups[n].axis: s for n, s in sizes.items()}
 
@@ -171,20 +187,24 @@ class CostModel:
                 total = total + macs * bits(product.left) * bits(product.right)
         return total
 
-    # -- symbolic --------------------------------------------------------------------------------------------------------
+    # -- symbolic --------------------------------------------------------------------------------------------------
 
     @cached_property
     def expressions(self) -> dict[str, sympy.Expr]:
         """Layer name -> BOPs as a sympy polynomial: `n[group]` kept channels, `bits[tensor or weight]`, and height and
         width symbols where they are dynamic."""
-        names = {axis: sympy.Symbol(f"n[{g.name}]", positive=True, integer=True) for axis, g in self.groups.of_axis.items()}
+        names = {
+            axis: sympy.Symbol(f"n[{g.name}]", positive=True, integer=True) for axis, g in self.groups.of_axis.items()
+        }
 
         def bits(operand_: tuple[str, str] | None) -> Any:
             return FLOAT_BITS if operand_ is None else sympy.Symbol(f"bits[{operand_[1]}]", positive=True)
 
         result = {}
         for layer in self.layers:
-            terms = [p.macs(lambda axis: names.get(axis, axis.size)) * bits(p.left) * bits(p.right) for p in layer.products]
+            terms = [
+                p.macs(lambda axis: names.get(axis, axis.size)) * bits(p.left) * bits(p.right) for p in layer.products
+            ]
             result[layer.name] = sympy.Add(*terms)
         return result
 
@@ -210,7 +230,9 @@ def cost_model(graph_module: fx.GraphModule, groups: ChannelGroups) -> CostModel
         GraphError: the groups belong to another graph.
     """
     if groups.inference.graph_module is not graph_module:
-        raise GraphError("the groups were found on another graph; call channel_groups on this one", pass_name="cost_model")
+        raise GraphError(
+            "the groups were found on another graph; call channel_groups on this one", pass_name="cost_model"
+        )
     return CostModel(groups)
 
 
@@ -231,8 +253,9 @@ def _symbol_values(inference: Inference) -> dict[sympy.Symbol, int | None]:
     return values
 
 
-def _expression(inference: Inference, nodes: Mapping[str, fx.Node], layer: Layer,
-                symbols: Mapping[sympy.Symbol, int | None]) -> LayerExpression:
+def _expression(
+    inference: Inference, nodes: Mapping[str, fx.Node], layer: Layer, symbols: Mapping[sympy.Symbol, int | None]
+) -> LayerExpression:
     node = nodes[layer.name]
     names = {p: ("weight", weight_name(operand(node, p))) for p in layer.weights}
     names |= {p: ("activation", operand(node, p).name) for p in layer.inputs}
@@ -242,8 +265,9 @@ def _expression(inference: Inference, nodes: Mapping[str, fx.Node], layer: Layer
     return LayerExpression(label if label == node.name else f"{label} ({node.name})", layer.kind, products, weights)
 
 
-def _product(inference: Inference, term: Term, names: Mapping[Path, tuple[str, str]],
-             symbols: Mapping[sympy.Symbol, int | None]) -> Product:
+def _product(
+    inference: Inference, term: Term, names: Mapping[Path, tuple[str, str]], symbols: Mapping[sympy.Symbol, int | None]
+) -> Product:
     scale: Any = 1
     dims: list[Dim] = []
     for dim, size in term.sizes:
@@ -265,8 +289,7 @@ def _product(inference: Inference, term: Term, names: Mapping[Path, tuple[str, s
     return Product(scale, tuple(dims), left, right)
 
 
-def _other_tensors(inference: Inference, nodes: Mapping[str, fx.Node],
-                   weights: Mapping[str, Any]) -> list[OtherTensor]:
+def _other_tensors(inference: Inference, nodes: Mapping[str, fx.Node], weights: Mapping[str, Any]) -> list[OtherTensor]:
     absorbed: set[fx.Node] = set()
     stack = [operand(nodes[layer.name], path) for places in weights.values() for layer, path in places]
     while stack:
@@ -278,8 +301,10 @@ def _other_tensors(inference: Inference, nodes: Mapping[str, fx.Node],
     result = []
     for node in nodes.values():
         if node.op == "get_attr" and node not in absorbed:
-            vanishes = all(u.target is aten.batch_norm.default and u.args[2] is not node and _folds(inference, u)
-                           for u in node.users)
+            vanishes = all(
+                u.target is aten.batch_norm.default and u.args[2] is not node and _folds(inference, u)
+                for u in node.users
+            )
             bits = 8 * node.meta["val"].dtype.itemsize
             result.append(OtherTensor(inference.tensors[str(node.target)], bits, node.target in parameters, vanishes))
     return result
@@ -288,8 +313,12 @@ def _other_tensors(inference: Inference, nodes: Mapping[str, fx.Node],
 def _folds(inference: Inference, node: fx.Node) -> bool:
     """Whether a batch norm follows a convolution or linear that nothing else reads."""
     source = node.args[0]
-    return (isinstance(source, fx.Node) and source.name in inference.layers and len(source.users) == 1
-            and inference.layers[source.name].kind in ("conv", "linear"))
+    return (
+        isinstance(source, fx.Node)
+        and source.name in inference.layers
+        and len(source.users) == 1
+        and inference.layers[source.name].kind in ("conv", "linear")
+    )
 
 
 def _ends(inference: Inference) -> tuple[set[str], set[str]]:

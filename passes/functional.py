@@ -1,8 +1,8 @@
 """Make an exported graph functional without tracing it a second time, where that is safe.
 
 In: a graph as `torch.export` leaves it, with in-place operators. Out: the same values from out-of-place operators, or
-False and an unchanged graph where a view outlives a write or a sub-graph is called; torch's own functionalisation, which
-traces again and takes as long as the export, is then the way.
+False and an unchanged graph where a view outlives a write or a sub-graph is called; torch's own functionalisation,
+which traces again and takes as long as the export, is then the way.
 """
 
 from __future__ import annotations
@@ -67,19 +67,28 @@ def _record_view(node: fx.Node, written: dict[fx.Node, fx.Node], views: dict[fx.
 
 
 def _may_alias(target: torch._ops.OpOverload) -> bool:
-    """Whether a result may share storage with an argument: views by schema, and composites such as reshape or dropout."""
+    """Whether a result may share storage with an argument: views by schema, composites such as reshape, dropout."""
     if target in _FRESH:
         return False
-    return any(r.alias_info is not None for r in target._schema.returns) or torch._C._dispatch_has_kernel_for_dispatch_key(
-        target.name(), "CompositeImplicitAutograd"
-    )
+    return any(
+        r.alias_info is not None for r in target._schema.returns
+    ) or torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
 
 
 # Composite operators whose result never shares storage with an argument.
 _FRESH = {
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding, aten.linear.default,
-    aten.batch_norm.default, aten.layer_norm.default, aten.group_norm.default, aten.matmul.default, aten.cat.default,
-    aten.conv_transpose2d.input, aten.max_pool2d.default,
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv2d.padding,
+    aten.linear.default,
+    aten.batch_norm.default,
+    aten.layer_norm.default,
+    aten.group_norm.default,
+    aten.matmul.default,
+    aten.cat.default,
+    aten.conv_transpose2d.input,
+    aten.max_pool2d.default,
 }
 
 

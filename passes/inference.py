@@ -24,6 +24,7 @@ from sbs_fx.passes.dims import Const, Dim
 Dims = tuple[Dim, ...]
 Rule = Callable[["Inference", fx.Node], Any]
 RULES: dict[Any, Rule] = {}
+Path = tuple[int, ...]  # place of a tensor among a node's arguments
 
 # reason: a prime that no layer has as a width, so that a symbolic size never looks like a channel count
 _FIRST_HINT = 10007
@@ -61,7 +62,7 @@ class Statistic:
     """
 
     kind: str
-    arg: int
+    arg: Path
     dims: tuple[tuple[int, Dim], ...]  # (dimension of the argument, its type)
 
 
@@ -71,9 +72,6 @@ class Adapter:
 
     dim: int
     type: Dim
-
-
-Path = tuple[int, ...]  # place of a tensor among a node's arguments
 
 
 @dataclass(frozen=True)
@@ -128,6 +126,7 @@ class Inference:
     live: set[fx.Node] = field(default_factory=set)  # nodes that depend on a model input
     pin_outputs: bool = True
     _sizes: dict[Any, int] = field(default_factory=dict)
+    _parameters: set[str] = field(default_factory=set)
 
     # -- what rules read ------------------------------------------------------------------------------------------
 
@@ -156,6 +155,10 @@ class Inference:
     def constant(self, node: fx.Node) -> Dims:
         """Types of an output whose coordinates all stay."""
         return tuple(Const(s) for s in self.shape(node))
+
+    def is_masked(self, node: fx.Node) -> bool:
+        """Whether coordinates that go are zero in the masked graph: in a parameter, but not in a buffer."""
+        return node.op == "get_attr" and str(node.target) in self._parameters
 
     # -- what rules write -----------------------------------------------------------------------------------------
 
@@ -193,9 +196,11 @@ class Inference:
         if not isinstance(to, Const):
             self.edits.setdefault(node.name, []).append(Edit(path, to))
 
-    def statistic(self, node: fx.Node, kind: str, positions: Sequence[int], arg: int = 0) -> None:
-        """A reduction over dimensions `positions` of argument `arg`; recorded if any of them has a free axis."""
-        types = self[node.args[arg]]
+    def statistic(self, node: fx.Node, kind: str, positions: Sequence[int], *arg: int) -> None:
+        """A reduction over dimensions `positions` of the argument at `arg` (default: the first); recorded if any of
+        them has a free axis."""
+        arg = arg or (0,)
+        types = self[operand(node, arg)]
         over = tuple((p % len(types), types[p]) for p in positions if d.axes(types[p]))
         if over:
             self.statistics.setdefault(node.name, []).append(Statistic(kind, arg, over))
@@ -217,6 +222,7 @@ class Inference:
         import sbs_fx.passes.rules  # noqa: F401  reason: fills RULES; the rules import this module
 
         self.pin_outputs = pin_outputs
+        self._parameters = {name for name, _ in self.graph_module.named_parameters(remove_duplicate=False)}
         for node in self.graph_module.graph.nodes:
             if node.op == "output":
                 self._output(node, pin_outputs)

@@ -1,7 +1,7 @@
 """`insert_gates`: make every decision a node of the graph.
 
-In: a traced (or slim) graph and its channel groups. Out: a searchable graph with one super-bit quantiser per weight, one
-per activation tensor that a layer reads (shared by its consumers), one channel gate per group. Invariants: with every
+In: a traced (or slim) graph and its channel groups. Out: a searchable graph with one super-bit quantiser per weight,
+one per activation tensor that a layer reads (shared by its consumers), one channel gate per group. Invariants: with every
 gate open at float precision the output is bitwise that of the input graph; `.train()` and `.eval()` switch batch norm
 and dropout and keep eps, momentum and p.
 """
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from sbs_fx.errors import GraphError
-from sbs_fx.passes import dims as d
 from sbs_fx.passes import masked
 from sbs_fx.passes.channel_groups import ChannelGroups
 from sbs_fx.passes.dims import Axis, Dim
@@ -28,16 +27,44 @@ FLOAT_BITS = 32
 
 # Operators whose output is never negative, whatever goes in; those that keep the sign of what goes in.
 _NON_NEGATIVE = {
-    aten.relu.default, aten.relu6.default, aten.sigmoid.default, aten.hardsigmoid.default, aten.softmax.int,
-    aten.abs.default, aten.square.default, aten.exp.default, aten.linalg_vector_norm.default,
+    aten.relu.default,
+    aten.relu6.default,
+    aten.sigmoid.default,
+    aten.hardsigmoid.default,
+    aten.softmax.int,
+    aten.abs.default,
+    aten.square.default,
+    aten.exp.default,
+    aten.linalg_vector_norm.default,
 }
 _SIGN_KEEPING = {
-    aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim, aten.sum.dim_IntList,
-    aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.reshape.default, aten.permute.default, aten.transpose.int,
-    aten.flatten.using_ints, aten.dropout.default, aten.clone.default, aten.expand.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.slice.Tensor, aten.constant_pad_nd.default, aten.contiguous.default, aten.select.int,
-    aten.adaptive_max_pool2d.default, aten.index_select.default, aten.upsample_nearest2d.vec, aten.stack.default,
-    aten.upsample_bilinear2d.vec, aten.im2col.default,
+    aten.max_pool2d.default,
+    aten.avg_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.add.Tensor,
+    aten.mul.Tensor,
+    aten.cat.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.flatten.using_ints,
+    aten.dropout.default,
+    aten.clone.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice.Tensor,
+    aten.constant_pad_nd.default,
+    aten.contiguous.default,
+    aten.select.int,
+    aten.adaptive_max_pool2d.default,
+    aten.index_select.default,
+    aten.upsample_nearest2d.vec,
+    aten.stack.default,
+    aten.upsample_bilinear2d.vec,
+    aten.im2col.default,
 }
 
 
@@ -111,10 +138,13 @@ def channel_gates(gated: fx.GraphModule) -> dict[str, ChannelGate]:
     return {n: gated.get_submodule(t) for n, t in gated.meta["channel_gates"].items()}
 
 
-def quantized_tensors(groups: ChannelGroups) -> tuple[dict[str, list[tuple[Layer, Path]]], dict[str, list[tuple[Layer, Path]]]]:
+Readers = dict[str, list[tuple[Layer, Path]]]  # name of a tensor -> the places where layers read it
+
+
+def quantized_tensors(groups: ChannelGroups) -> tuple[Readers, Readers]:
     """(weights, activations) of a graph: name -> the places where layers read it."""
-    weights: dict[str, list[tuple[Layer, Path]]] = {}
-    activations: dict[str, list[tuple[Layer, Path]]] = {}
+    weights: Readers = {}
+    activations: Readers = {}
     named = {node.name: node for node in groups.inference.graph_module.graph.nodes}
     for layer in groups.inference.layers.values():
         for path in layer.weights:
@@ -130,12 +160,16 @@ def apply_bits(gated: fx.GraphModule, weight_bits: Mapping[str, Any], activation
     Raises:
         GraphError: a name without a gate.
     """
-    for kind, gates, bits in (("weight", weight_gates(gated), weight_bits),
-                              ("activation", activation_gates(gated), activation_bits)):
+    for kind, gates, bits in (
+        ("weight", weight_gates(gated), weight_bits),
+        ("activation", activation_gates(gated), activation_bits),
+    ):
         for name, value in bits.items():
             if name not in gates:
-                raise GraphError(f"no {kind} gate is called {name!r}; there are {len(gates)}, "
-                                 f"the first: {list(gates)[:3]}", pass_name="insert_gates")
+                raise GraphError(
+                    f"no {kind} gate is called {name!r}; there are {len(gates)}, the first: {list(gates)[:3]}",
+                    pass_name="insert_gates",
+                )
             gates[name].fix(value)
 
 
@@ -159,8 +193,9 @@ def non_negative(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 class _Builder:
-    def __init__(self, result: fx.GraphModule, groups: ChannelGroups, candidates: tuple[int, ...], grid: str,
-                 per_channel: bool) -> None:
+    def __init__(
+        self, result: fx.GraphModule, groups: ChannelGroups, candidates: tuple[int, ...], grid: str, per_channel: bool
+    ) -> None:
         self.module, self.graph, self.groups = result, result.graph, groups
         self.options = {"candidates": candidates, "grid": grid}
         self.per_channel = per_channel
@@ -205,7 +240,7 @@ class _Builder:
         if cached not in self.dim_masks:
             last = list(self.masks.values())[-1]
             with self.graph.inserting_after(last):
-                ones = {axis: self.masks.get(axis) or self.graph.call_function(torch.ones, (axis.size,)) for axis in order}
+                ones = {a: self.masks.get(a) or self.graph.call_function(torch.ones, (a.size,)) for a in order}
             anchor = max((*ones.values(), last), key=lambda n: n)
             with self.graph.inserting_after(anchor):
                 self.dim_masks[cached] = self.graph.call_function(masked.dim_mask, (key, *ones.values()))
@@ -233,7 +268,7 @@ class _Builder:
             node.args = (node.target, [i for i, _ in masks], [m for _, m in masks], *node.args)
             node.target = masked.moments
             return
-        value = node.args[statistic.arg]
+        value: Any = operand(node, statistic.arg)
         for i, mask in masks:
             with self.graph.inserting_before(node):
                 if statistic.kind == "zero":
@@ -241,7 +276,7 @@ class _Builder:
                 else:
                     limit = float("-inf") if statistic.kind == "lowest" else float("inf")
                     value = self.graph.call_function(masked.exclude, (value, mask, i, limit))
-        node.update_arg(statistic.arg, value)
+        _replace_at(node, statistic.arg, value)
 
     # -- bits ----------------------------------------------------------------------------------------------------------
 
@@ -256,8 +291,12 @@ class _Builder:
             shape = operand(self.nodes[layer.name], path).meta["val"].shape
             dim = layer.outputs % len(shape)
             channels = int(shape[dim]) if self.per_channel else None
-            self._quantize("weight_gates", name, places,
-                           SuperBitQuantizer(channels=channels, channel_dim=dim, signed=True, **self.options))
+            self._quantize(
+                "weight_gates",
+                name,
+                places,
+                SuperBitQuantizer(channels=channels, channel_dim=dim, signed=True, **self.options),
+            )
 
     def _quantize(self, kind: str, name: str, places: list[tuple[Layer, Path]], gate: nn.Module) -> None:
         """One gate node after the tensor, read by every layer that multiplies it."""
@@ -273,7 +312,7 @@ class _Builder:
                 made[source].meta = dict(source.meta)
             _replace_at(consumer, path, made[source])
 
-    # -- modes -----------------------------------------------------------------------------------------------------------
+    # -- modes -----------------------------------------------------------------------------------------------------
 
     def make_switchable(self) -> None:
         """Batch norm and dropout nodes become modules that know their mode."""

@@ -139,6 +139,29 @@ def _std_mean(live: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tenso
     return variance.sqrt(), mean
 
 
+def _var_all(live: Tensor, x: Tensor, unbiased: bool = True) -> Tensor:
+    return _var(live, x, None, correction=int(unbiased))
+
+
+def _std_all(live: Tensor, x: Tensor, unbiased: bool = True) -> Tensor:
+    return _var_all(live, x, unbiased).sqrt()
+
+
+def _var_mean_unbiased(live: Tensor, x: Tensor, dims: Any, unbiased: bool = True,
+                       keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return _var_mean(live, x, dims, correction=int(unbiased), keepdim=keepdim)
+
+
+def _std_mean_unbiased(live: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    variance, mean = _var_mean_unbiased(live, *args)
+    return variance.sqrt(), mean
+
+
+def _log_softmax(live: Tensor, x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    x = x if dtype is None else x.to(dtype)
+    return x - x.masked_fill(live == 0, float("-inf")).logsumexp(dim, keepdim=True)
+
+
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
@@ -180,6 +203,11 @@ _MOMENTS: dict[Any, Callable[..., Any]] = {
     aten.std.dim: _std_unbiased,
     aten.var_mean.correction: _var_mean,
     aten.std_mean.correction: _std_mean,
+    aten.var.default: _var_all,
+    aten.std.default: _std_all,
+    aten.var_mean.dim: _var_mean_unbiased,
+    aten.std_mean.dim: _std_mean_unbiased,
+    aten.log_softmax.int: _log_softmax,
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,
     aten.group_norm.default: _group_norm,

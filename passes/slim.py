@@ -144,7 +144,10 @@ def _resized(value: torch.Tensor, types: Sequence[Dim], index: Slices) -> torch.
     if not any(index.changed(dim) for dim in types):
         return value
     shape = [
-        s if not index.changed(dim) else index.size(dim) if isinstance(s, int)
+        s
+        if not index.changed(dim)
+        else index.size(dim)
+        if isinstance(s, int)
         else s * index.size(dim) // d.resolve(dim).size
         for s, dim in zip(value.shape, types, strict=True)
     ]
@@ -156,12 +159,16 @@ def _resized(value: torch.Tensor, types: Sequence[Dim], index: Slices) -> torch.
 def _checked(groups: ChannelGroups, kept: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
     for name, indices in kept.items():
         if name not in groups:
-            raise PolicyError(f"the plan keeps channels of {name!r}, which is no channel group of this graph "
-                              f"({len(groups)} groups, the first: {list(groups)[:3]})")
+            raise PolicyError(
+                f"the plan keeps channels of {name!r}, which is no channel group of this graph "
+                f"({len(groups)} groups, the first: {list(groups)[:3]})"
+            )
         size = groups[name].size
         if not indices or list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= size:
-            raise PolicyError(f"the plan keeps {list(indices)[:8]} of channel group {name!r}; expected ascending, "
-                              f"distinct coordinates within [0, {size}), at least one")
+            raise PolicyError(
+                f"the plan keeps {list(indices)[:8]} of channel group {name!r}; expected ascending, "
+                f"distinct coordinates within [0, {size}), at least one"
+            )
     return kept
 
 
@@ -223,8 +230,10 @@ def _adapt(graph_module: fx.GraphModule, node: fx.Node, adapter: Adapter, index:
 
     with graph.inserting_before(node):
         kept = add(name, value=narrow_in.new_empty((index.size(adapter.type),), dtype=torch.int64))
-        sizes = [full if i == dim else s if isinstance(s, int) else add(aten.sym_size.int, source, i, value=s)
-                 for i, s in enumerate(narrow_in.shape)]
+        sizes = [
+            full if i == dim else s if isinstance(s, int) else add(aten.sym_size.int, source, i, value=s)
+            for i, s in enumerate(narrow_in.shape)
+        ]
         wide_shape = [full if i == dim else s for i, s in enumerate(narrow_in.shape)]
         zeros = add(aten.new_zeros.default, source, sizes, value=narrow_in.new_empty(wide_shape))
         wide = add(aten.index_copy.default, zeros, dim, kept, source, value=narrow_in.new_empty(wide_shape))

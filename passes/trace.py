@@ -61,19 +61,25 @@ def trace(
     return graph_module
 
 
-def _checked_inputs(module: nn.Module, example_inputs: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def _checked_inputs(
+    module: nn.Module, example_inputs: torch.Tensor | Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
     args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
     if not args:
         raise InputError("no example inputs were given: pass a tensor of shape (batch, ...) or a tuple of tensors")
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     for i, x in enumerate(args):
         if not isinstance(x, torch.Tensor):
-            raise InputError(f"example input {i} is a {type(x).__name__}; expected a torch.Tensor of shape (batch, ...)")
+            raise InputError(
+                f"example input {i} is a {type(x).__name__}; expected a torch.Tensor of shape (batch, ...)"
+            )
         if x.ndim == 0:
             raise InputError(f"example input {i} is a scalar; expected a tensor of shape (batch, ...)")
         if x.shape[0] < 2:
-            raise InputError(f"example input {i} has shape {tuple(x.shape)}; give a batch of 2 or more, so that the "
-                             "batch dimension can be kept dynamic")
+            raise InputError(
+                f"example input {i} has shape {tuple(x.shape)}; give a batch of 2 or more, so that the "
+                "batch dimension can be kept dynamic"
+            )
         if x.device != device:
             raise InputError(f"example input {i} is on {x.device} and the model on {device}; move one of them")
     return args
@@ -95,7 +101,8 @@ def _export(module: nn.Module, args: tuple[torch.Tensor, ...], dynamic_shapes: A
         raise TraceError(
             f"torch.export could not capture {type(module).__name__}"
             f"{f' (sub-module {where})' if where else ''}: {type(error).__name__}: {reason}",
-            submodule=where, reason=reason,
+            submodule=where,
+            reason=reason,
         ) from error
 
 
@@ -106,9 +113,11 @@ def _raise_as_input_error(module: nn.Module, args: tuple[torch.Tensor, ...]) -> 
             module(*args)
     except Exception as error:
         shapes = ", ".join(str(tuple(a.shape)) for a in args)
-        raise InputError(f"the model does not run on example inputs of shape {shapes}: {type(error).__name__}: "
-                         f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}; "
-                         "give inputs that the model accepts") from error
+        raise InputError(
+            f"the model does not run on example inputs of shape {shapes}: {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}; "
+            "give inputs that the model accepts"
+        ) from error
 
 
 def _failing_submodule(error: BaseException) -> str:
@@ -125,12 +134,17 @@ def _failing_submodule(error: BaseException) -> str:
 def _share_storage(graph_module: fx.GraphModule, module: nn.Module) -> None:
     """One name per tensor: aliases of a tied parameter are redirected to the first name that the module gives it."""
     first: dict[int, str] = {}
-    for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+    for name, tensor in [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]:
         first.setdefault(id(tensor), name)
     alias = {
         name: first[id(tensor)]
-        for name, tensor in [*module.named_parameters(remove_duplicate=False),
-                             *module.named_buffers(remove_duplicate=False)]
+        for name, tensor in [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
     }
     seen: dict[str, fx.Node] = {}
     for node in list(graph_module.graph.nodes):
@@ -191,8 +205,10 @@ def _is_foldable(node: fx.Node, constant: dict[fx.Node, Any]) -> bool:
 def _drop_unused_tensors(graph_module: fx.GraphModule) -> None:
     """Delete parameters, buffers and sub-modules that no node reads, so that nothing full-size travels along."""
     used = {node.target for node in graph_module.graph.nodes if node.op in ("get_attr", "call_module")}
-    for name, _ in [*graph_module.named_parameters(remove_duplicate=False),
-                    *graph_module.named_buffers(remove_duplicate=False)]:
+    for name, _ in [
+        *graph_module.named_parameters(remove_duplicate=False),
+        *graph_module.named_buffers(remove_duplicate=False),
+    ]:
         if name not in used and not any(name.startswith(f"{u}.") for u in used):
             owner, _, leaf = name.rpartition(".")
             delattr(graph_module.get_submodule(owner), leaf)

@@ -58,13 +58,15 @@ class SlimReport:
         return max(self.errors, key=self.errors.__getitem__, default="")
 
     def first_above(self, tolerance: float) -> str:
-        """The first node whose error exceeds `tolerance`: the wrong rule is here or just before. "" if there is none."""
+        """The first node whose error exceeds `tolerance`, next to the rule that is wrong; "" if there is none."""
         return next((name for name, error in self.errors.items() if error > tolerance), "")
 
     def __str__(self) -> str:
-        return (f"{self.nodes} tensors compared, worst relative error {self.worst_error:.1e}"
-                f"{f' at {self.worst_node}' if self.worst_error else ''}, at the output {self.output_error:.1e} "
-                f"(slim and dense outputs differ by {self.differs_from_dense:.1e})")
+        return (
+            f"{self.nodes} tensors compared, worst relative error {self.worst_error:.1e}"
+            f"{f' at {self.worst_node}' if self.worst_error else ''}, at the output {self.output_error:.1e} "
+            f"(slim and dense outputs differ by {self.differs_from_dense:.1e})"
+        )
 
 
 def compare_slim(
@@ -100,8 +102,11 @@ def compare_slim(
         errors[name] = relative_error(slices.narrow(name, value), expected, name)
         if name in outputs:
             slim_outputs[name] = value
-    changes = [relative_error(slim_outputs[name], slices.gather(name, value), name)
-               for name, value in activations(graph_module, inputs) if name in slim_outputs]
+    changes = [
+        relative_error(slim_outputs[name], slices.gather(name, value), name)
+        for name, value in activations(graph_module, inputs)
+        if name in slim_outputs
+    ]
     return SlimReport(errors, max((errors[name] for name in slim_outputs), default=0.0), max(changes, default=0.0))
 
 
@@ -147,12 +152,16 @@ class MeasuredSlices:
             graph_module, keep_outputs=groups.inference.pin_outputs, symbol_sizes=symbol_sizes(graph_module, inputs)
         )
         if list(sized) != list(groups):
-            raise GraphError(f"inputs of shape {[tuple(x.shape) for x in inputs]} give other channel groups than the "
-                             f"graph alone; they differ in {sorted({*sized} ^ {*groups})[:3]}", pass_name="channel_groups")
+            raise GraphError(
+                f"inputs of shape {[tuple(x.shape) for x in inputs]} give other channel groups than the "
+                f"graph alone; they differ in {sorted({*sized} ^ {*groups})[:3]}",
+                pass_name="channel_groups",
+            )
         self.slices = Slices(sized, kept)
         self.adapters = sized.inference.adapters
         self.types: dict[str, Any] = {
-            node.name: types for node, types in sized.inference.dims.items()
+            node.name: types
+            for node, types in sized.inference.dims.items()
             if node.op == "call_function" and isinstance(node.meta["val"], Tensor)
         }
 
@@ -188,8 +197,11 @@ def relative_error(actual: Tensor, expected: Tensor, name: str = "") -> float:
         GraphError: the shapes differ.
     """
     if actual.shape != expected.shape:
-        raise GraphError(f"has shape {tuple(actual.shape)} in the slim graph and {tuple(expected.shape)} by its type",
-                         pass_name="slim", node=name)
+        raise GraphError(
+            f"has shape {tuple(actual.shape)} in the slim graph and {tuple(expected.shape)} by its type",
+            pass_name="slim",
+            node=name,
+        )
     if actual.numel() == 0:
         return 0.0
     if not expected.is_floating_point() and not expected.is_complex():

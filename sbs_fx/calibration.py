@@ -25,7 +25,7 @@ Inputs = tuple[int, tuple[Tensor, ...]]  # index of a batch, and what the graph 
 
 METHODS = ("mse", "minmax", "percentile")
 FLOAT_BITS = 32
-# Standard deviations of a batch norm's output that a range takes in. 3 to 6 were tried on a ResNet-20 for CIFAR-10: at
+# Standard deviations of a batch norm's output that a range takes in. 3 to 6 were tried on a residual network for CIFAR-10: at
 # 8-bit activations all within 0.5 points; at 4 bits "minmax" was best with 4 and 1.7 points worse with 6.
 SPREAD = 4.0
 _SYNTHETIC = 1 << 18  # elements in a batch of synthetic input; at most 64 images

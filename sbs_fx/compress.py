@@ -1,7 +1,7 @@
 """`compress` and `apply`: a float model in, a static quantised graph out, under a budget that is met.
 
-In: a module (or a timm model name), a budget or a saved policy, maybe data. Out: a `Result` with the graph, the plan and
-what both cost. Read `compress` top to bottom for the list of passes.
+In: a module (or a timm model name), a budget or a saved policy, maybe data. Out: a `Result` with the graph, the plan
+and what both cost. Read `compress` top to bottom for the list of passes.
 """
 
 from __future__ import annotations
@@ -149,13 +149,21 @@ def compress(
     traced = _Traced.of(model, example_inputs, config, job)
     job.stage("search", 0.35)
     policy = uniform(
-        traced.groups, traced.cost, budget, weight_bits=config.weight_bits, activation_bits=config.activation_bits,
-        importance=config.importance, round_to=config.round_to, minor_groups=config.minor_groups, seed=config.seed,
+        traced.groups,
+        traced.cost,
+        budget,
+        weight_bits=config.weight_bits,
+        activation_bits=config.activation_bits,
+        importance=config.importance,
+        round_to=config.round_to,
+        minor_groups=config.minor_groups,
+        seed=config.seed,
     )
     result = _realise(traced, policy, data, config, job)
     if not budget.is_satisfied_by(result.cost):
-        raise GraphError(f"the result costs {budget.shares(result.cost)} of the float model, over {budget}",
-                         pass_name="compress")
+        raise GraphError(
+            f"the result costs {budget.shares(result.cost)} of the float model, over {budget}", pass_name="compress"
+        )
     if output_dir is not None:
         job.stage("save", 0.95)
         result.save(output_dir)
@@ -193,8 +201,13 @@ class _Traced:
     inputs: tuple[torch.Tensor, ...]
 
     @classmethod
-    def of(cls, model: nn.Module | str, example_inputs: torch.Tensor | Sequence[torch.Tensor] | None, config: Config,
-           job: _Job) -> _Traced:
+    def of(
+        cls,
+        model: nn.Module | str,
+        example_inputs: torch.Tensor | Sequence[torch.Tensor] | None,
+        config: Config,
+        job: _Job,
+    ) -> _Traced:
         job.stage("trace", 0.0)
         module = create_model(model) if isinstance(model, str) else model
         _check_weights(module)
@@ -242,8 +255,9 @@ def _check_weights(module: nn.Module) -> None:
     """Refuse NaN and Inf before anything is computed from them."""
     names = [n for n, p in module.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
     if names:
-        raise WeightsError(f"NaN or Inf in {len(names)} parameters, the first: {names[:3]}; load sound weights",
-                           names=names)
+        raise WeightsError(
+            f"NaN or Inf in {len(names)} parameters, the first: {names[:3]}; load sound weights", names=names
+        )
 
 
 def prepare_directory(directory: str | os.PathLike[str]) -> str:
@@ -252,8 +266,9 @@ def prepare_directory(directory: str | os.PathLike[str]) -> str:
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise FileError(f"cannot make the output directory {path!r}: {error.strerror}; "
-                        "expected a new name or a directory") from error
+        raise FileError(
+            f"cannot make the output directory {path!r}: {error.strerror}; expected a new name or a directory"
+        ) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise FileError(f"the output directory {path!r} is not writable")
     return path

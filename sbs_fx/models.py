@@ -39,8 +39,10 @@ def example_inputs(module: nn.Module, batch: int = 2) -> torch.Tensor:
     """
     config = input_config(module)
     if "input_size" not in config:
-        raise InputError(f"no example inputs were given and {type(module).__name__} has no pretrained_cfg with an "
-                         "input_size to derive them from; pass example_inputs of shape (batch of 2 or more, ...)")
+        raise InputError(
+            f"no example inputs were given and {type(module).__name__} has no pretrained_cfg with an "
+            "input_size to derive them from; pass example_inputs of shape (batch of 2 or more, ...)"
+        )
     parameter = next(module.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, *config["input_size"], generator=generator)

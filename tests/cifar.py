@@ -39,8 +39,10 @@ class CifarResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
         width = 16
         for stage, outputs in enumerate((16, 32, 64), start=1):
-            blocks = [Block(width if i == 0 else outputs, outputs, 2 if i == 0 and stage > 1 else 1, padded_shortcuts)
-                      for i in range((depth - 2) // 6)]
+            blocks = [
+                Block(width if i == 0 else outputs, outputs, 2 if i == 0 and stage > 1 else 1, padded_shortcuts)
+                for i in range((depth - 2) // 6)
+            ]
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
             width = outputs
         self.fc = nn.Linear(64, classes)

@@ -72,9 +72,11 @@ def test_saved_policy_applied_again_gives_the_same_graph(result, net, tmp_path) 
 def test_saved_file_runs_with_torch_alone(result, tmp_path) -> None:
     result.save(tmp_path)
     torch.save(IMAGES, tmp_path / "images.pt")
-    script = ("import torch, torch.ao.quantization.fx._decomposed, sys; "
-              "m = torch.export.load('model.pt2').module(); torch.save(m(torch.load('images.pt')), 'out.pt'); "
-              "assert 'sbs_fx' not in sys.modules")
+    script = (
+        "import torch, torch.ao.quantization.fx._decomposed, sys; "
+        "m = torch.export.load('model.pt2').module(); torch.save(m(torch.load('images.pt')), 'out.pt'); "
+        "assert 'sbs_fx' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
     assert torch.equal(torch.load(tmp_path / "out.pt"), result.model(IMAGES))
     assert torch.equal(sbs_fx.load(tmp_path / "model.pt2")(IMAGES), result.model(IMAGES))

@@ -39,7 +39,12 @@ def random_plan(groups, seed: int = 0) -> dict[str, list[int]]:
 
 # PAPERS: MACs x bits x bits, first and last layer 8/8, as printed in the tables of arXiv 2101.04935 and of SAQ.
 PUBLISHED = [
-    (20, 2, "190.2"), (20, 3, "392.1"), (20, 4, "674.6"), (20, 8, "2612.4"), (20, 32, "41798.6"), (56, 4, "2033.6"),
+    (20, 2, "190.2"),
+    (20, 3, "392.1"),
+    (20, 4, "674.6"),
+    (20, 8, "2612.4"),
+    (20, 32, "41798.6"),
+    (56, 4, "2033.6"),
 ]
 
 
@@ -106,7 +111,9 @@ def test_expressions_agree_with_the_exact_and_the_differentiable_cost() -> None:
 def test_dynamic_height_and_width_stay_symbols() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).eval()
     side = torch.export.Dim("side", min=8, max=512)
-    graph = trace(net, torch.randn(2, 3, 32, 32), dynamic_shapes=({0: torch.export.Dim("batch", min=1), 2: side, 3: side},))
+    graph = trace(
+        net, torch.randn(2, 3, 32, 32), dynamic_shapes=({0: torch.export.Dim("batch", min=1), 2: side, 3: side},)
+    )
     cost = cost_model(graph, channel_groups(graph))
     expression = cost.expressions["0 (conv2d)"]
     (side_symbol,) = [s for s in expression.free_symbols if not str(s).startswith(("n[", "bits["))]

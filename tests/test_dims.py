@@ -11,7 +11,7 @@ from torch import Tensor
 from sbs_fx.passes import dims as d
 from sbs_fx.passes.dims import Axis, Conflict, Const, Dim, Prod, Sum
 
-SOME = settings(max_examples=settings().max_examples // 3)  # reason: each law is small, the algebra is used in all tests
+SOME = settings(max_examples=settings().max_examples // 3)  # reason: all tests use the algebra
 
 
 @st.composite
@@ -50,9 +50,7 @@ def pairs(draw: st.DrawFn) -> tuple[Dim, Dim]:
 def keep(data: st.DataObject, *dims: Dim) -> dict[Axis, Tensor]:
     """Random non-empty subsets of all free axes of the given types."""
     free = {axis: None for dim in dims for axis in d.axes(dim)}
-    return {
-        axis: torch.tensor(sorted(data.draw(st.sets(st.integers(0, axis.size - 1), min_size=1)))) for axis in free
-    }
+    return {axis: torch.tensor(sorted(data.draw(st.sets(st.integers(0, axis.size - 1), min_size=1)))) for axis in free}
 
 
 def brute_force(dim: Dim, kept: dict[Axis, Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models import SMALLEST_RECIPES, Recipe, networks
@@ -45,6 +45,18 @@ def test_listed_exceptions_exist() -> None:
     assert {*PARTLY_PINNED, *WITHOUT_GROUPS} <= {*SMALLEST_RECIPES}
 
 
-@given(networks(max_blocks=4), st.integers(0, 2**16))
-def test_drawn_networks(recipe: Recipe, seed: int) -> None:
+def examples(count: int) -> settings:
+    """`count` examples in CI, in proportion more in a longer profile."""
+    return settings(max_examples=count * settings().max_examples // 300)
+
+
+@examples(200)
+@given(networks(max_blocks=2), st.integers(0, 2**16))
+def test_drawn_short_networks(recipe: Recipe, seed: int) -> None:
+    check_network(recipe.build(), recipe.example, seed)
+
+
+@examples(100)
+@given(networks(max_blocks=6), st.integers(0, 2**16))
+def test_drawn_long_networks(recipe: Recipe, seed: int) -> None:
     check_network(recipe.build(), recipe.example, seed)

@@ -33,7 +33,12 @@ def test_a_chain_couples_each_output_with_the_next_input() -> None:
     groups = groups_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3)), 3, 9, 9)
     assert list(groups) == ["0.weight:0"]
     assert set(places(groups, "0.weight:0")) == {
-        ("0.weight", 0), ("0.bias", 0), ("1.weight", 0), ("1.bias", 0), ("1.running_mean", 0), ("1.running_var", 0),
+        ("0.weight", 0),
+        ("0.bias", 0),
+        ("1.weight", 0),
+        ("1.bias", 0),
+        ("1.running_mean", 0),
+        ("1.running_var", 0),
         ("3.weight", 1),
     }
 
@@ -81,8 +86,12 @@ def test_attention_is_three_times_heads_times_width(how: str) -> None:
 
 def test_grouped_and_depthwise_convolutions() -> None:
     groups = groups_of(
-        nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, groups=4), nn.Conv2d(12, 24, 3, groups=12)), 3, 9, 9,
-        keep_outputs=False)
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, groups=4), nn.Conv2d(12, 24, 3, groups=12)),
+        3,
+        9,
+        9,
+        keep_outputs=False,
+    )
     group, inner = d.resolve(groups.inference.tensors["0.weight"][0]).factors  # type: ignore[union-attr]
     assert (group.size, inner.size) == (4, 2)
     outer = d.resolve(groups.inference.tensors["1.weight"][0])
@@ -112,7 +121,7 @@ def test_a_shuffle_swaps_the_factors() -> None:
 
 def test_a_gated_unit_splits_its_input() -> None:
     groups = groups_of(nn.Sequential(nn.Linear(6, 8), nn.GLU(), nn.Linear(4, 5)), 6)
-    (axis,) = {axis for axis in d.axes(groups.inference.tensors["0.weight"][0])}
+    (axis,) = set(d.axes(groups.inference.tensors["0.weight"][0]))
     assert types_of(groups, "0.weight")[0] == f"({axis} + {axis})"
     assert types_of(groups, "2.weight")[1] == str(axis)
 
@@ -182,8 +191,10 @@ def test_it_is_a_mapping_that_prints_itself() -> None:
     assert len(groups) == 1
     assert "0.weight:0" in groups
     assert "0.weight:1" not in groups
-    assert str(groups) == "0.weight:0: 8 channels\n  0.weight dim 0: 0.weight:0\n  0.bias dim 0: 0.weight:0\n  " \
-                          "2.weight dim 1: 0.weight:0"
+    assert (
+        str(groups) == "0.weight:0: 8 channels\n  0.weight dim 0: 0.weight:0\n  0.bias dim 0: 0.weight:0\n  "
+        "2.weight dim 1: 0.weight:0"
+    )
     assert groups.of_axis[groups["0.weight:0"].axis] is groups["0.weight:0"]
 
 
@@ -191,8 +202,13 @@ def test_the_coupling_graph_joins_layers_and_groups() -> None:
     groups = groups_of(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 4)), 6)
     coupling = groups.graph()
     assert nx.is_bipartite(coupling)
-    assert nx.shortest_path(coupling, "linear", "linear_2") == ["linear", "0.weight:0", "linear_1", "2.weight:0",
-                                                                 "linear_2"]
+    assert nx.shortest_path(coupling, "linear", "linear_2") == [
+        "linear",
+        "0.weight:0",
+        "linear_1",
+        "2.weight:0",
+        "linear_2",
+    ]
     assert coupling.nodes["2.weight:0"] == {"kind": "group", "size": 7}
 
 

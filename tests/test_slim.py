@@ -83,8 +83,12 @@ def test_every_shifted_index_is_noticed() -> None:
         expected = dict(masked_activations(case.exact, case.groups, plan, inputs))
         slimmed, slices = slim(case.exact, case.groups, plan), MeasuredSlices(case.groups, plan, inputs)
 
-        def worst(graph: fx.GraphModule = slimmed, inputs: tuple[Tensor] = inputs,
-                  expected: dict[str, Tensor] = expected, slices: MeasuredSlices = slices) -> float:
+        def worst(
+            graph: fx.GraphModule = slimmed,
+            inputs: tuple[Tensor] = inputs,
+            expected: dict[str, Tensor] = expected,
+            slices: MeasuredSlices = slices,
+        ) -> float:
             values = {node: v for node, v in activations(graph, inputs) if node in expected}
             assert values.keys() == expected.keys()
             return max(relative_error(slices.narrow(node, v), expected[node]) for node, v in values.items())
@@ -133,8 +137,13 @@ def test_a_report_names_the_first_node_that_is_wrong() -> None:
     slimmed = slim(case.exact, case.groups, plan)
     report = compare_slim(case.exact, case.groups, plan, case.inputs(), slimmed=slimmed)
     assert report.first_above(NODE_TOLERANCE) == ""
-    assert report.nodes == len([n for n in case.exact.graph.nodes if n.op == "call_function" and "val" in n.meta
-                                and isinstance(n.meta["val"], Tensor)])
+    assert report.nodes == len(
+        [
+            n
+            for n in case.exact.graph.nodes
+            if n.op == "call_function" and "val" in n.meta and isinstance(n.meta["val"], Tensor)
+        ]
+    )
     assert report.differs_from_dense > 1e-3
     assert f"{report.nodes} tensors compared, worst relative error" in str(report)
     (norm, *_) = [n for n in slimmed.graph.nodes if n.target is torch.ops.aten.batch_norm.default]

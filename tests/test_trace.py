@@ -68,7 +68,10 @@ def test_graphs_are_functional_and_flat() -> None:
 def test_parameters_that_nothing_reads_are_left_out() -> None:
     module = Apply(lambda conv, x: conv(x))
     module.unused = nn.Linear(4, 4)
-    assert [name for name, _ in trace(module, torch.randn(2, 3, 8, 8)).named_parameters()] == ["conv.weight", "conv.bias"]
+    assert [name for name, _ in trace(module, torch.randn(2, 3, 8, 8)).named_parameters()] == [
+        "conv.weight",
+        "conv.bias",
+    ]
 
 
 def test_a_tied_parameter_has_one_name() -> None:
@@ -186,8 +189,15 @@ def through_a_reshape(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.dropout(y, 0.5, training=False).mul_(3.0) + y
 
 
-WRITES = [into_a_view, into_the_input, after_a_view_was_read, into_a_residual, into_a_slice, into_both_halves,
-          through_a_reshape]
+WRITES = [
+    into_a_view,
+    into_the_input,
+    after_a_view_was_read,
+    into_a_residual,
+    into_a_slice,
+    into_both_halves,
+    through_a_reshape,
+]
 
 
 @pytest.mark.parametrize("function", WRITES, ids=[f.__name__ for f in WRITES])

@@ -86,8 +86,9 @@ def test_importance_is_the_norm_over_every_member(resnet, norm: str) -> None:
 
 def test_the_least_important_channels_go_first() -> None:
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU(),
-                              torch.nn.Conv2d(8, 4, 3)).eval()
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)
+    ).eval()
     with torch.no_grad():
         net[0].weight[[1, 5]] *= 1e-3
         net[0].bias[[1, 5]] *= 1e-3

@@ -30,8 +30,8 @@ def extent(dim: Dim) -> tuple[Dim, Any]:
 
 
 def silence(t: Inference, node: fx.Node, *contracted: int, arg: int = 0, weight: int = 1) -> None:
-    """Contracted coordinates must be zero on one side: masked parameters are, anything computed need not be."""
-    if node.args[weight].op != "get_attr":
+    """Contracted coordinates must be zero on one side: masked parameters are, anything else need not be."""
+    if not t.is_masked(node.args[weight]):
         t.statistic(node, "zero", contracted, arg)
 
 
@@ -89,9 +89,9 @@ def _einsum(t: Inference, node: fx.Node) -> Dims:
                 letters[letter] = dim
     contracted = [letter for letter in letters if letter not in right]
     for letter in contracted:
-        if d.axes(letters[letter]):
-            # reason: operands of einsum sit in a list, which a mask cannot reach; rare enough to pin
-            t.pin(node, "contracts a channel axis", letters[letter])
+        holders = [(k, term.index(letter)) for k, term in enumerate(left.split(",")) if letter in term]
+        if not any(t.is_masked(node.args[1][k]) for k, _ in holders):
+            t.statistic(node, "zero", [holders[0][1]], 1, holders[0][0])
     result = tuple(letters[letter] for letter in right)
     if len(operands) == 2:
         sizes = (*sized(node, result), *(extent(letters[c]) for c in contracted))

@@ -158,7 +158,7 @@ def _index_copy(t: Inference, node: fx.Node) -> Dims:
             t.unify(node, a, b)
     t.unify(node, t[node.args[2]][0], source[axis])
     t.pin(node, "written to at places that a tensor names", x[axis])
-    t.statistic(node, "zero", [axis], arg=3)
+    t.statistic(node, "zero", [axis], 3)
     return x
 
 

@@ -58,9 +58,16 @@ def _group_norm(t: Inference, node: fx.Node) -> Dims:
     return x
 
 
-@rule(aten.softmax.int, aten._softmax, aten.log_softmax.int, aten._safe_softmax)
+@rule(aten.softmax.int, aten._softmax, aten._safe_softmax)
 def _softmax(t: Inference, node: fx.Node) -> Dims:
     t.statistic(node, "lowest", [node.args[1]])
+    return t[node.args[0]]
+
+
+@rule(aten.log_softmax.int)
+def _log_softmax(t: Inference, node: fx.Node) -> Dims:
+    # reason: the logarithm of a softmax of -inf is -inf, and 0 times that, in whatever reads it, is NaN
+    t.statistic(node, "moments", [node.args[1]])
     return t[node.args[0]]
 
 
@@ -103,7 +110,8 @@ def _sum_all(t: Inference, node: fx.Node) -> Dims:
 
 @rule(aten.linalg_vector_norm, aten.norm.ScalarOpt_dim)
 def _vector_norm(t: Inference, node: fx.Node) -> Dims:
-    return _reduction(t, node, "zero", node.args[2], node.args[3])
+    order = 2 if node.args[1] is None else node.args[1]
+    return _reduction(t, node, "highest" if order < 0 else "zero", node.args[2], node.args[3])
 
 
 @rule(aten.var.correction, aten.std.correction)
@@ -114,6 +122,17 @@ def _variance(t: Inference, node: fx.Node) -> Dims:
 @rule(aten.var.dim, aten.std.dim)
 def _variance_dim(t: Inference, node: fx.Node) -> Dims:
     return _reduction(t, node, "moments", node.args[1], node.args[3])
+
+
+@rule(aten.var.default, aten.std.default)
+def _variance_of_all(t: Inference, node: fx.Node) -> Dims:
+    return _reduction(t, node, "moments", None, False)
+
+
+@rule(aten.var_mean.dim, aten.std_mean.dim)
+def _variance_and_mean_dim(t: Inference, node: fx.Node) -> tuple[Dims, Dims]:
+    dims = _reduction(t, node, "moments", node.args[1], node.args[3])
+    return dims, dims
 
 
 @rule(aten.var_mean.correction, aten.std_mean.correction)

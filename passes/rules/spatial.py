@@ -33,12 +33,13 @@ def _planes(t: Inference, node: fx.Node) -> Any:
 
 
 @rule(aten.max_pool1d, aten.avg_pool1d, aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d, aten.upsample_nearest1d,
-      aten.upsample_linear1d, aten.reflection_pad1d, aten.replication_pad1d)
+      aten.upsample_linear1d, aten._upsample_nearest_exact1d, aten.reflection_pad1d, aten.replication_pad1d)
 def _lines(t: Inference, node: fx.Node) -> Any:
     return _each(t, node, 1)
 
 
-@rule(aten.max_pool3d, aten.avg_pool3d, aten.adaptive_avg_pool3d, aten.upsample_trilinear3d)
+@rule(aten.max_pool3d, aten.avg_pool3d, aten.adaptive_avg_pool3d, aten.upsample_trilinear3d,
+      aten.upsample_nearest3d, aten._upsample_nearest_exact3d, aten.reflection_pad3d, aten.replication_pad3d)
 def _volumes(t: Inference, node: fx.Node) -> Any:
     return _each(t, node, 3)
 

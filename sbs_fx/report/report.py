@@ -1,7 +1,7 @@
 """`Report`: layers, channel groups, pins and totals of one model, before or after compression.
 
-In: channel groups, their cost model, maybe a policy. Out: frozen data that is written as JSON; `str` of it is the text of
-`sbs_fx.report.text`. Invariant: the layers of a report add up to its cost.
+In: channel groups, their cost model, maybe a policy. Out: frozen data that is written as JSON; `str` of it is the text
+of `sbs_fx.report.text`. Invariant: the layers of a report add up to its cost.
 """
 
 from __future__ import annotations
@@ -102,14 +102,12 @@ class Report(_Row):
         return self.model_copy(update={"accuracy": accuracy})
 
     def totals(self) -> list[tuple[str, float, float | None]]:
-        """(measure, before, after) of BOPs, MACs, parameters, stored bytes and, if known, accuracy in percent; `after` is
-        None without a plan."""
-        before, after = self.cost.reference or self.cost, self.cost if self.cost.reference else None
+        """(measure, before, after) of BOPs, MACs, parameters, stored bytes and, if known, accuracy in percent; `after`
+        is None without a plan."""
+        planned = self.cost.reference is not None
+        pairs = zip(_measures(self.cost.reference or self.cost), _measures(self.cost), strict=True)
         rows: list[tuple[str, float, float | None]] = [
-            ("BOPs", before.bops, after and after.bops),
-            ("MACs", before.macs, after and after.macs),
-            ("parameters", before.params, after and after.params),
-            ("stored bytes", math.ceil(before.stored_bits / 8), after and math.ceil(after.stored_bits / 8)),
+            (name, before, after if planned else None) for (name, before), (_, after) in pairs
         ]
         if self.accuracy:
             rows.append(("accuracy %", self.accuracy[0], self.accuracy[1] if len(self.accuracy) > 1 else None))
@@ -129,11 +127,13 @@ class Report(_Row):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise FileError(f"this is no whole report ({error.error_count()} problems, the first: "
-                            f"{error.errors()[0]['msg']}); compress the model again") from None
+            raise FileError(
+                f"this is no whole report ({error.error_count()} problems, the first: "
+                f"{error.errors()[0]['msg']}); compress the model again"
+            ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report, all of it or nothing: as JSON if the name ends in ".json", else as text. Raises FileError."""
+        """Write the report, all of it or nothing: JSON if the name ends in ".json", else text. Raises FileError."""
         text = self.to_json() if os.fspath(path).endswith(".json") else str(self)
         write_atomic(path, f"{text.rstrip()}\n".encode())
 
@@ -141,6 +141,15 @@ class Report(_Row):
         from sbs_fx.report.text import render
 
         return render(self)
+
+
+def _measures(cost: Cost) -> list[tuple[str, int]]:
+    return [
+        ("BOPs", cost.bops),
+        ("MACs", cost.macs),
+        ("parameters", cost.params),
+        ("stored bytes", math.ceil(cost.stored_bits / 8)),
+    ]
 
 
 def _layers(groups: ChannelGroups, cost_model: CostModel, kept: Mapping[str, int], cost: Cost) -> tuple[LayerRow, ...]:
@@ -152,18 +161,26 @@ def _layers(groups: ChannelGroups, cost_model: CostModel, kept: Mapping[str, int
     rows = []
     for expression, layer in zip(cost_model.layers, cost.layers, strict=True):
         outputs = next((dims[i] for dims, i in expression.weights.values()), None)
-        rows.append(LayerRow(
-            name=layer.name, kind=layer.kind, macs=layer.macs, bops=layer.bops, weight_bits=layer.weight_bits,
-            activation_bits=layer.activation_bits, params=layer.params,
-            channels=None if outputs is None else size(outputs, sizes),
-            channels_before=None if outputs is None else size(outputs, {}),
-        ))
+        rows.append(
+            LayerRow(
+                name=layer.name,
+                kind=layer.kind,
+                macs=layer.macs,
+                bops=layer.bops,
+                weight_bits=layer.weight_bits,
+                activation_bits=layer.activation_bits,
+                params=layer.params,
+                channels=None if outputs is None else size(outputs, sizes),
+                channels_before=None if outputs is None else size(outputs, {}),
+            )
+        )
     return tuple(sorted(rows, key=lambda row: -row.bops))
 
 
 def _groups(groups: ChannelGroups, kept: Mapping[str, int]) -> Iterator[GroupRow]:
     for g in groups.values():
-        yield GroupRow(name=g.name, size=g.size, kept=kept.get(g.name, g.size), members=len(g.members), primary=g.primary)
+        count = kept.get(g.name, g.size)
+        yield GroupRow(name=g.name, size=g.size, kept=count, members=len(g.members), primary=g.primary)
 
 
 def _pins(cost_model: CostModel) -> tuple[PinRow, ...]:
@@ -179,8 +196,10 @@ def _pins(cost_model: CostModel) -> tuple[PinRow, ...]:
                 if not d.axes(dim):
                     for cause in dict.fromkeys(_cause(why) for why in d.reasons(dim)):
                         found.setdefault(cause, []).append((f"{layer.name}: {side}", d.resolve(dim).size))
-    rows = [PinRow(cause=cause, channels=sum(n for _, n in sides), sides=tuple(name for name, _ in sides))
-            for cause, sides in found.items()]
+    rows = [
+        PinRow(cause=cause, channels=sum(n for _, n in sides), sides=tuple(name for name, _ in sides))
+        for cause, sides in found.items()
+    ]
     return tuple(sorted(rows, key=lambda row: -row.channels))
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from sbs_fx.report.report import Report
 
 _SHOWN_SIDES = 4
@@ -26,22 +28,49 @@ def _sections(report: Report) -> Iterator[list[str]]:
         for operator, nodes in report.unknown_operators.items()
     ]
     yield totals(report)
-    yield [f"{100 * report.prunable_share:.1f} % of the MACs of convolutions and linears have a side that can be pruned"]
+    yield [f"{100 * report.prunable_share:.1f} % of the MACs of convolutions and linears have a prunable side"]
     if report.layers:
-        yield ["Layers by BOPs", *columns(
-            ["layer", "kind", "MACs", "BOPs", "share", "bits w/a", "channels", "of"],
-            [[row.name, row.kind, f"{row.macs:,}", f"{row.bops:,}", f"{100 * row.bops / max(1, report.cost.bops):.1f} %",
-              f"{row.weight_bits:g}/{row.activation_bits:g}", _number(row.channels), _number(row.channels_before)]
-             for row in report.layers], left=2)]
+        yield [
+            "Layers by BOPs",
+            *columns(
+                ["layer", "kind", "MACs", "BOPs", "share", "bits w/a", "channels", "of"],
+                [
+                    [
+                        row.name,
+                        row.kind,
+                        f"{row.macs:,}",
+                        f"{row.bops:,}",
+                        f"{100 * row.bops / max(1, report.cost.bops):.1f} %",
+                        f"{row.weight_bits:g}/{row.activation_bits:g}",
+                        _number(row.channels),
+                        _number(row.channels_before),
+                    ]
+                    for row in report.layers
+                ],
+                left=2,
+            ),
+        ]
     if report.groups:
-        yield [f"Channel groups ({len(report.groups)})", *columns(
-            ["group", "kept", "of", "places", ""],
-            [[row.name, str(row.kept), str(row.size), str(row.members), "" if row.primary else "minor factor"]
-             for row in report.groups], left=1)]
+        yield [
+            f"Channel groups ({len(report.groups)})",
+            *columns(
+                ["group", "kept", "of", "places", ""],
+                [
+                    [row.name, str(row.kept), str(row.size), str(row.members), "" if row.primary else "minor factor"]
+                    for row in report.groups
+                ],
+                left=1,
+            ),
+        ]
     if report.pins:
-        yield ["Sides of layers that keep all their channels", *columns(
-            ["cause", "channels", "where"],
-            [[row.cause, str(row.channels), _listed(row.sides)] for row in report.pins], left=1)]
+        yield [
+            "Sides of layers that keep all their channels",
+            *columns(
+                ["cause", "channels", "where"],
+                [[row.cause, str(row.channels), _listed(row.sides)] for row in report.pins],
+                left=1,
+            ),
+        ]
 
 
 def totals(report: Report) -> list[str]:
@@ -49,9 +78,27 @@ def totals(report: Report) -> list[str]:
     rows = report.totals()
     if all(after is None for _, _, after in rows):
         return columns(["", "float model"], [[name, amount(before)] for name, before, _ in rows], left=1)
-    return columns(["", "before", "after", "ratio"], [
-        [name, amount(before), "" if after is None else amount(after), ratio(name, before, after)]
-        for name, before, after in rows], left=1)
+    return columns(
+        ["", "before", "after", "ratio"],
+        [
+            [name, amount(before), "" if after is None else amount(after), ratio(name, before, after)]
+            for name, before, after in rows
+        ],
+        left=1,
+    )
+
+
+def closing_table(report: Report) -> Table:
+    """The same table for a terminal."""
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("")
+    for name in ("before", "after", "ratio"):
+        table.add_column(name, justify="right")
+    for name, before, after in report.totals():
+        table.add_row(name, amount(before), "" if after is None else amount(after), ratio(name, before, after))
+    return table
 
 
 def amount(value: float) -> str:
@@ -75,8 +122,10 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) 
     ragged = any(not cell[:1].isdigit() for cell in (row[-1] for row in rows) if cell) and len(header) > 2
     lines = []
     for row in table:
-        cells = [cell.ljust(width) if i < left or (ragged and i == len(row) - 1) else cell.rjust(width)
-                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(width) if i < left or (ragged and i == len(row) - 1) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  " + "  ".join(cells).rstrip())
     return lines
 
@@ -86,4 +135,5 @@ def _number(value: int | None) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN_SIDES]) + (f" and {len(names) - _SHOWN_SIDES} more" if len(names) > _SHOWN_SIDES else "")
+    more = len(names) - _SHOWN_SIDES
+    return ", ".join(names[:_SHOWN_SIDES]) + (f" and {more} more" if more > 0 else "")

@@ -87,9 +87,13 @@ def uniform(
     for name, count in counts.items():
         kept[name] = sorted(scores[name].argsort(descending=True, stable=True)[:count].tolist())
     return Policy(
-        fingerprint=groups.fingerprint, method="uniform", seed=seed, kept=kept,
+        fingerprint=groups.fingerprint,
+        method="uniform",
+        seed=seed,
+        kept=kept,
         sizes={g.name: g.size for g in groups.values()},
-        weight_bits=dict(bits.weights), activation_bits=dict(bits.activations),
+        weight_bits=dict(bits.weights),
+        activation_bits=dict(bits.activations),
     )
 
 
@@ -128,8 +132,9 @@ def _counts(groups: list[ChannelGroup], steps: Mapping[str, int], share: float) 
     return counts
 
 
-def _largest_share(groups: list[ChannelGroup], steps: Mapping[str, int], cost: CostModel, budget: Budget,
-                   bits: Bits) -> tuple[float, dict[str, int]] | None:
+def _largest_share(
+    groups: list[ChannelGroup], steps: Mapping[str, int], cost: CostModel, budget: Budget, bits: Bits
+) -> tuple[float, dict[str, int]] | None:
     """The largest share of channels that meets the budget, by bisection over costs that grow with it."""
 
     def fits(share: float) -> bool:
@@ -147,8 +152,14 @@ def _largest_share(groups: list[ChannelGroup], steps: Mapping[str, int], cost: C
     return low, _counts(groups, steps, low)
 
 
-def _fill(groups: list[ChannelGroup], steps: Mapping[str, int], cost: CostModel, budget: Budget, bits: Bits,
-          counts: dict[str, int]) -> dict[str, int]:
+def _fill(
+    groups: list[ChannelGroup],
+    steps: Mapping[str, int],
+    cost: CostModel,
+    budget: Budget,
+    bits: Bits,
+    counts: dict[str, int],
+) -> dict[str, int]:
     """Spend what rounding left over: give groups one more multiple, the most pruned first, while the budget holds."""
     counts = dict(counts)
     by_share = sorted((g for g in groups if counts[g.name] < g.size), key=lambda g: counts[g.name] / g.size)
