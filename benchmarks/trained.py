@@ -20,7 +20,7 @@ import sbs_fx
 from sbs_fx.data import open_data
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.cifar import CifarResNet  # noqa: E402  reason: the tests' network, found beside this folder
+from tests.cifar import CifarResNet
 
 PLANS = [  # (budget in BOPs, weight bits, activation bits)
     (1 / 16, 8, 8),

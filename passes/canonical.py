@@ -17,8 +17,11 @@ aten = torch.ops.aten
 
 _RENAMED = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 _BOOKKEEPING = {
-    aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_scalar.default,
-    aten.sym_constrain_range_for_size.default, aten.sym_constrain_range.default,
+    aten._assert_tensor_metadata.default,
+    aten._assert_async.msg,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
 }
 _IDENTITIES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.lift_fresh.default}
 
@@ -29,9 +32,7 @@ def canonicalise(graph_module: fx.GraphModule) -> None:
     for node in list(graph.nodes):
         if node._erased:
             continue
-        if node.op == "call_module" and node.target == "_guards_fn":
-            graph.erase_node(node)
-        elif node.op == "call_function" and node.target in _BOOKKEEPING:
+        if node.target == "_guards_fn" or node.target in _BOOKKEEPING:
             graph.erase_node(node)
         elif node.op == "call_function" and node.target in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
@@ -103,8 +104,13 @@ def _count_from_the_start(node: fx.Node) -> None:
 
 
 _SPLITS = {
-    aten.chunk.default, aten.unsafe_chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_copy.Tensor,
-    aten.tensor_split.sections, aten.tensor_split.indices,
+    aten.chunk.default,
+    aten.unsafe_chunk.default,
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_copy.Tensor,
+    aten.tensor_split.sections,
+    aten.tensor_split.indices,
 }
 
 

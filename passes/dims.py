@@ -282,7 +282,7 @@ def factor(dim: Dim, size: int) -> tuple[Dim, Dim]:
         dim.binding = product([major, minor])
         return major, minor
     if isinstance(dim, Sum):
-        pairs = [factor(item, size) for item in dim.items]
+        pairs = _factor_items(dim.items, size)
         for _, minor in pairs[1:]:
             unify(pairs[0][1], minor)
         return concatenate([resolve(major) for major, _ in pairs]), resolve(pairs[0][1])
@@ -294,6 +294,27 @@ def factor(dim: Dim, size: int) -> tuple[Dim, Dim]:
         raise Conflict(f"{dim} has no minor factor of {size} coordinates")
     major, minor = factor(product(rest), size // last.size)
     return major, product([minor, last])
+
+
+def _factor_items(items: Sequence[Dim], size: int) -> list[tuple[Dim, Dim]]:
+    """(major, minor) of consecutive parts of a sum: of each item that is a multiple of `size`, else of the shortest run
+    of items that is, cut every `size` coordinates; the major side of such a run stays whole."""
+    pairs: list[tuple[Dim, Dim]] = []
+    run: list[Dim] = []
+    for item in items:
+        run.append(item)
+        whole = concatenate(run)
+        if whole.size % size:
+            continue
+        if len(run) == 1:
+            pairs.append(factor(item, size))
+        else:
+            rest: Dim = whole
+            while rest.size:
+                chunk, rest = split(rest, size)
+                pairs.append((Const(1), chunk))
+        run = []
+    return pairs
 
 
 def evaluate(dim: Dim, of_axis: Callable[[Axis], int]) -> int:

@@ -239,8 +239,9 @@ class Inference:
         if node.op == "placeholder":
             if not isinstance(node.meta.get("val"), torch.Tensor):
                 return None
-            return tuple(Const(self.size(s), ("model input",) if i == 1 else ())
-                         for i, s in enumerate(node.meta["val"].shape))
+            return tuple(
+                Const(self.size(s), ("model input",) if i == 1 else ()) for i, s in enumerate(node.meta["val"].shape)
+            )
         if node.op == "get_attr":
             if node.target not in self.tensors:
                 self.tensors[node.target] = tuple(d.fresh(s) for s in self.shape(node))
@@ -249,7 +250,11 @@ class Inference:
         if not isinstance(value, (torch.Tensor, tuple, list)):
             return None  # a size: carries no coordinates
         function = RULES.get(node.target)
-        if function is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+        if (
+            function is None
+            and isinstance(node.target, torch._ops.OpOverload)
+            and torch.Tag.pointwise in node.target.tags
+        ):
             function = RULES["pointwise"]
         if function is None:
             self.unknown[node.name] = str(node.target)
@@ -271,9 +276,13 @@ class Inference:
             if isinstance(tensor, torch.Tensor):
                 sizes, shape = tuple(x.size for x in dims), tuple(self.size(s) for s in tensor.shape)
                 if sizes != shape:
-                    raise GraphError(f"({_operator_name(node)}) types "
-                                     f"{[str(x) for x in dims]} have sizes {sizes}, its shape is {shape}: "
-                                     "the operator's rule is wrong", pass_name="channel_groups", node=node.name)
+                    raise GraphError(
+                        f"({_operator_name(node)}) types "
+                        f"{[str(x) for x in dims]} have sizes {sizes}, its shape is {shape}: "
+                        "the operator's rule is wrong",
+                        pass_name="channel_groups",
+                        node=node.name,
+                    )
 
 
 def _operator_name(node: fx.Node) -> str:

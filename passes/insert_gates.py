@@ -1,9 +1,9 @@
 """`insert_gates`: make every decision a node of the graph.
 
 In: a traced (or slim) graph and its channel groups. Out: a searchable graph with one super-bit quantiser per weight,
-one per activation tensor that a layer reads (shared by its consumers), one channel gate per group. Invariants: with every
-gate open at float precision the output is bitwise that of the input graph; `.train()` and `.eval()` switch batch norm
-and dropout and keep eps, momentum and p.
+one per activation tensor that a layer reads (shared by its consumers), one channel gate per group. Invariants: with
+every gate open at float precision the output is bitwise that of the input graph; `.train()` and `.eval()` switch batch
+norm and dropout and keep eps, momentum and p.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ Recipe = tuple[Any, ...]
 
 
 def recipe(dim: Dim, order: dict[Axis, int]) -> Recipe:
-    """A type as plain data, its axes numbered in `order` (extended as axes are met), to sit among a node's arguments."""
+    """A type as plain data, to sit among a node's arguments; its axes are numbered in `order`, which grows."""
     dim = d.resolve(dim)
     if isinstance(dim, d.Const):
         return ("const", dim.size)
@@ -88,7 +88,7 @@ def moments(target: Callable[..., Any], dims: Sequence[int], masks: Sequence[Ten
 def _mean(live: Tensor, x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Mean over live coordinates with kept dimensions, and their number."""
     dims = [i % x.ndim for i in dims]
-    count = live.sum([i for i in dims], keepdim=True) * math.prod(x.shape[i] for i in dims if live.shape[i] == 1)
+    count = live.sum(list(dims), keepdim=True) * math.prod(x.shape[i] for i in dims if live.shape[i] == 1)
     count = count.clamp_min(1)
     return (x * live).sum(dims, keepdim=True) / count, count
 
@@ -129,8 +129,9 @@ def _std_unbiased(live: Tensor, *args: Any) -> Tensor:
     return _var_unbiased(live, *args).sqrt()
 
 
-def _var_mean(live: Tensor, x: Tensor, dims: Any = None, *, correction: Any = None,
-              keepdim: bool = False) -> tuple[Tensor, Tensor]:
+def _var_mean(
+    live: Tensor, x: Tensor, dims: Any = None, *, correction: Any = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
     return _var(live, x, dims, correction=correction, keepdim=keepdim), _mean_dim(live, x, dims, keepdim)
 
 
@@ -147,8 +148,9 @@ def _std_all(live: Tensor, x: Tensor, unbiased: bool = True) -> Tensor:
     return _var_all(live, x, unbiased).sqrt()
 
 
-def _var_mean_unbiased(live: Tensor, x: Tensor, dims: Any, unbiased: bool = True,
-                       keepdim: bool = False) -> tuple[Tensor, Tensor]:
+def _var_mean_unbiased(
+    live: Tensor, x: Tensor, dims: Any, unbiased: bool = True, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
     return _var_mean(live, x, dims, correction=int(unbiased), keepdim=keepdim)
 
 
@@ -167,8 +169,15 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-def _layer_norm(live: Tensor, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float,
-                _cudnn: bool = True) -> Tensor:
+def _layer_norm(
+    live: Tensor,
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    _cudnn: bool = True,
+) -> Tensor:
     variance, mean = _variance(live, x, range(-len(shape), 0), 0)
     return _affine((x - mean) * torch.rsqrt(variance + eps), weight, bias)
 
@@ -178,8 +187,9 @@ def _rms_norm(live: Tensor, x: Tensor, shape: Sequence[int], weight: Tensor | No
     return _affine(x * torch.rsqrt(_mean(live, x.square(), range(-len(shape), 0))[0] + eps), weight, None)
 
 
-def _group_norm(live: Tensor, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float,
-                _cudnn: bool = True) -> Tensor:
+def _group_norm(
+    live: Tensor, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, _cudnn: bool = True
+) -> Tensor:
     grouped = x.unflatten(1, (groups, -1))
     live = live.unflatten(1, (groups, -1))
     variance, mean = _variance(live, grouped, range(2, grouped.ndim), 0)
@@ -187,8 +197,18 @@ def _group_norm(live: Tensor, x: Tensor, groups: int, weight: Tensor | None, bia
     return _affine(normal, *(None if p is None else along(p, 1, x.ndim) for p in (weight, bias)))
 
 
-def _batch_norm(live: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, _mean_: Any, _var_: Any,
-                _training: bool, _momentum: float, eps: float, _cudnn: bool) -> Tensor:
+def _batch_norm(
+    live: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    _mean_: Any,
+    _var_: Any,
+    _training: bool,
+    _momentum: float,
+    eps: float,
+    _cudnn: bool,
+) -> Tensor:
     variance, mean = _variance(live, x, [0, *range(2, x.ndim)], 0)
     normal = (x - mean) * torch.rsqrt(variance + eps)
     return _affine(normal, *(None if p is None else along(p, 1, x.ndim) for p in (weight, bias)))

@@ -25,8 +25,8 @@ Inputs = tuple[int, tuple[Tensor, ...]]  # index of a batch, and what the graph 
 
 METHODS = ("mse", "minmax", "percentile")
 FLOAT_BITS = 32
-# Standard deviations of a batch norm's output that a range takes in. 3 to 6 were tried on a residual network for CIFAR-10: at
-# 8-bit activations all within 0.5 points; at 4 bits "minmax" was best with 4 and 1.7 points worse with 6.
+# Standard deviations of a batch norm's output that a range takes in. 3 to 6 were tried on a residual network for
+# CIFAR-10: at 8-bit activations all within 0.5 points; at 4 bits "minmax" was best with 4 and 1.7 points worse with 6.
 SPREAD = 4.0
 _SYNTHETIC = 1 << 18  # elements in a batch of synthetic input; at most 64 images
 _SYNTHETIC_BATCHES = 2
@@ -71,8 +71,10 @@ def calibrate(
     if method not in METHODS:
         raise MethodError(f"unknown calibration method {method!r}; expected one of {METHODS}", known=METHODS)
     if max_batches < 1 or not 50 < percentile <= 100 or not spread > 0:
-        raise InputError(f"max_batches {max_batches}, percentile {percentile}, spread {spread}; expected at least 1, "
-                         "above 50 up to 100, above 0")
+        raise InputError(
+            f"max_batches {max_batches}, percentile {percentile}, spread {spread}; expected at least 1, "
+            "above 50 up to 100, above 0"
+        )
     expected = len(gated.graph.find_nodes(op="placeholder"))
     if len(inputs) != expected:
         raise InputError(f"{len(inputs)} example inputs for a graph that takes {expected}; give one tensor for each")
@@ -98,11 +100,15 @@ def _checked(data: Iterable[Any], inputs: Sequence[Tensor], max_batches: int) ->
     for index, tensors, _ in read_batches(data, inputs=len(inputs), max_batches=max_batches):
         for x, example in zip(tensors, inputs, strict=True):
             if x.shape[1:] != example.shape[1:]:
-                raise DataError(f"batch {index} has shape {tuple(x.shape)}; the graph takes "
-                                f"(batch, {', '.join(str(int(s)) for s in example.shape[1:])})")
+                raise DataError(
+                    f"batch {index} has shape {tuple(x.shape)}; the graph takes "
+                    f"(batch, {', '.join(str(int(s)) for s in example.shape[1:])})"
+                )
             if x.is_floating_point() != example.is_floating_point():
-                raise DataError(f"batch {index} has dtype {x.dtype}, the graph takes {example.dtype}; images must be "
-                                "normalised, as the model was trained")
+                raise DataError(
+                    f"batch {index} has dtype {x.dtype}, the graph takes {example.dtype}; images must be "
+                    "normalised, as the model was trained"
+                )
             if x.is_floating_point() and not bool(torch.isfinite(x).all()):
                 raise DataError(f"NaN or Inf in batch {index} of the calibration data; drop or mend that batch")
         yield index, tuple(x.to(e.device, e.dtype) for x, e in zip(tensors, inputs, strict=True))
@@ -115,10 +121,14 @@ def _synthetic(inputs: Sequence[Tensor], max_batches: int) -> Iterator[Inputs]:
     batch = max(len(inputs[0]), min(64, _SYNTHETIC // max(1, largest)))
     for index in range(min(max_batches, _SYNTHETIC_BATCHES)):
         rows = torch.arange(batch) % len(inputs[0])
-        yield index, tuple(
-            torch.randn(batch, *x.shape[1:], generator=generator).to(x.device, x.dtype)
-            if x.is_floating_point() else x[rows.to(x.device)]
-            for x in inputs
+        yield (
+            index,
+            tuple(
+                torch.randn(batch, *x.shape[1:], generator=generator).to(x.device, x.dtype)
+                if x.is_floating_point()
+                else x[rows.to(x.device)]
+                for x in inputs
+            ),
         )
 
 
@@ -126,16 +136,40 @@ def _synthetic(inputs: Sequence[Tensor], max_batches: int) -> Iterator[Inputs]:
 
 # Functions of one tensor, value by value; arguments after the first are numbers.
 _ELEMENTWISE = {
-    aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default,
-    aten.clamp_max.default, aten.sigmoid.default, aten.hardsigmoid.default, aten.tanh.default, aten.silu.default,
-    aten.hardswish.default, aten.gelu.default, aten.mish.default, aten.elu.default, aten.leaky_relu.default,
-    aten.softplus.default, aten.celu.default, aten.selu.default,
+    aten.relu.default,
+    aten.relu6.default,
+    aten.hardtanh.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.clamp_max.default,
+    aten.sigmoid.default,
+    aten.hardsigmoid.default,
+    aten.tanh.default,
+    aten.silu.default,
+    aten.hardswish.default,
+    aten.gelu.default,
+    aten.mish.default,
+    aten.elu.default,
+    aten.leaky_relu.default,
+    aten.softplus.default,
+    aten.celu.default,
+    aten.selu.default,
 }
 # Operators that pick or move values.
 _MOVING = {
-    aten.max_pool2d.default, aten.adaptive_max_pool2d.default, aten.reshape.default, aten.flatten.using_ints,
-    aten.permute.default, aten.transpose.int, aten.contiguous.default, aten.clone.default, aten.dropout.default,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.upsample_nearest2d.vec,
+    aten.max_pool2d.default,
+    aten.adaptive_max_pool2d.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.dropout.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.upsample_nearest2d.vec,
 }
 
 
@@ -185,8 +219,10 @@ class _Recorder(fx.Interpreter):
         name, gate = self.activations[id(module)]
         if gate.bits != FLOAT_BITS and not self.histograms.setdefault(id(module), Histogram()).add(x, weights):
             cause = "this data" if self.deviations is None else "synthetic input: give data"
-            raise DataError(f"the activation {name!r} is NaN or Inf at batch {self.batch}, whose input is finite; the "
-                            f"model overflows on {cause}")
+            raise DataError(
+                f"the activation {name!r} is NaN or Inf at batch {self.batch}, whose input is finite; the "
+                f"model overflows on {cause}"
+            )
 
     def _follow(self, node: fx.Node) -> None:
         """Carry the distribution of a batch norm's output through what comes after it."""

@@ -60,13 +60,16 @@ def read_batches(data: Iterable[Any], *, inputs: int = 1, max_batches: int | Non
         except DataError:
             raise
         except Exception as error:
-            raise DataError(f"the data raised {type(error).__name__} at batch {index}: {error}; mend the data or give "
-                            "fewer batches") from error
+            raise DataError(
+                f"the data raised {type(error).__name__} at batch {index}: {error}; mend the data or give fewer batches"
+            ) from error
         yield Batch(index, *_parts(item, inputs, index))
         index += 1
     if not index and max_batches != 0:
-        raise DataError("the data holds no batch; expected at least one of (images, labels). An iterator that was read "
-                        "before is empty: give a list or a loader")
+        raise DataError(
+            "the data holds no batch; expected at least one of (images, labels). An iterator that was read "
+            "before is empty: give a list or a loader"
+        )
 
 
 def _parts(item: Any, inputs: int, index: int) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -76,16 +79,20 @@ def _parts(item: Any, inputs: int, index: int) -> tuple[tuple[Tensor, ...], Tens
         parts = (*parts[0], *parts[1:])
     found = parts[:inputs]
     if len(found) < inputs or len(parts) > inputs + 1 or not all(isinstance(x, Tensor) for x in found):
-        raise DataError(f"batch {index} is {_form(item)}; expected {inputs} tensor{'s' * (inputs > 1)}, with labels "
-                        "behind or without")
+        raise DataError(
+            f"batch {index} is {_form(item)}; expected {inputs} tensor{'s' * (inputs > 1)}, with labels "
+            "behind or without"
+        )
     if any(x.ndim == 0 or len(x) == 0 for x in found):
         raise DataError(f"batch {index} is {_form(item)}; expected at least one image in each batch")
     labels = parts[inputs] if len(parts) > inputs else None
     if labels is not None:
         labels = torch.as_tensor(labels)
         if labels.is_floating_point() or labels.is_complex() or labels.shape != found[0].shape[:1]:
-            raise DataError(f"labels of batch {index} have dtype {labels.dtype} and shape {tuple(labels.shape)}; "
-                            f"expected {len(found[0])} whole numbers, one an image")
+            raise DataError(
+                f"labels of batch {index} have dtype {labels.dtype} and shape {tuple(labels.shape)}; "
+                f"expected {len(found[0])} whole numbers, one an image"
+            )
         labels = labels.to(torch.int64)
     return found, labels
 
@@ -105,8 +112,10 @@ def check_labels(labels: Tensor | None, classes: int | None, index: int) -> Tens
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (classes is not None and high >= classes):
         wrong = low if low < 0 else high
-        raise DataError(f"label {wrong} in batch {index}; expected 0 to {'...' if classes is None else classes - 1}. "
-                        "Does the model have another number of classes than the data?")
+        raise DataError(
+            f"label {wrong} in batch {index}; expected 0 to {'...' if classes is None else classes - 1}. "
+            "Does the model have another number of classes than the data?"
+        )
     return labels
 
 
@@ -171,8 +180,10 @@ def open_data(
     elif not is_hub and (folder / f"{split}_images.npy").is_file():
         images, labels = _arrays(folder, split)
     elif not is_hub and any(folder.glob("*_images.npy")):
-        raise DataError(f"{str(folder)!r} has no {split}_images.npy; expected {split}_images.npy and "
-                        f"{split}_labels.npy beside what is there")
+        raise DataError(
+            f"{str(folder)!r} has no {split}_images.npy; expected {split}_images.npy and "
+            f"{split}_labels.npy beside what is there"
+        )
     else:
         dataset = _hub_dataset(spec, split, data_dir) if is_hub else _image_folder(folder, split)
         return LoaderBatches(dataset, shape, batch_size, shuffle, augment, seed, num_classes, crop_pct, num_workers)
@@ -197,8 +208,10 @@ def _per_channel(name: str, values: Sequence[float], channels: int) -> tuple[flo
     elif len(numbers) == 1:
         numbers = numbers * channels
     if len(numbers) != channels or (name == "std" and min(numbers) <= 0):
-        raise DataError(f"{name} {tuple(values)}; expected {channels} numbers, one a channel"
-                        f"{', all above 0' if name == 'std' else ''}")
+        raise DataError(
+            f"{name} {tuple(values)}; expected {channels} numbers, one a channel"
+            f"{', all above 0' if name == 'std' else ''}"
+        )
     return numbers
 
 
@@ -228,8 +241,17 @@ class ArrayBatches(Batches):
         labels: (N,), whole numbers.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, shape: _Shape, batch_size: int, shuffle: bool,
-                 augment: bool, seed: int, flip: bool = True) -> None:
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        shape: _Shape,
+        batch_size: int,
+        shuffle: bool,
+        augment: bool,
+        seed: int,
+        flip: bool = True,
+    ) -> None:
         super().__init__(batch_size, seed)
         self.images, self.labels, self.shape = images, torch.from_numpy(labels.astype(np.int64)), shape
         self.shuffle, self.augment, self.flip = shuffle, augment, flip
@@ -303,8 +325,9 @@ def _arrays(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
             raise DataError(f"cannot read {str(path)!r}: {error}; expected an array that numpy.save wrote") from error
     images, labels = found
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] > 4:
-        raise DataError(f"{split}_images.npy is {images.dtype} {images.shape}; expected uint8 (N, height, width, "
-                        "channels)")
+        raise DataError(
+            f"{split}_images.npy is {images.dtype} {images.shape}; expected uint8 (N, height, width, channels)"
+        )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise DataError(f"{split}_labels.npy is {labels.dtype} {labels.shape}; expected {len(images)} whole numbers")
     if not len(labels):
@@ -315,16 +338,20 @@ def _arrays(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 def _image_folder(folder: Path, split: str) -> Any:
     from timm.data.dataset_factory import create_dataset
 
-    parts = {name: next((folder / s for s in spellings if (folder / s).is_dir()), None)
-             for name, spellings in _SPELLINGS.items()}
+    parts = {
+        name: next((folder / s for s in spellings if (folder / s).is_dir()), None)
+        for name, spellings in _SPELLINGS.items()
+    }
     root = parts[split]
     if root is None and any(parts.values()):
         raise DataError(f"{str(folder)!r} has no folder for the split {split!r}; expected one of {_SPELLINGS[split]}")
     try:
         return create_dataset("", root=str(root or folder), search_split=False)
     except RuntimeError as error:
-        raise DataError(f"no images in {str(root or folder)!r}: {error}; expected a folder a class with image files in "
-                        "it, or arrays such as train_images.npy") from error
+        raise DataError(
+            f"no images in {str(root or folder)!r}: {error}; expected a folder a class with image files in "
+            "it, or arrays such as train_images.npy"
+        ) from error
 
 
 def _hub_dataset(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -> Any:
@@ -341,12 +368,15 @@ def _hub_dataset(spec: str, split: str, data_dir: str | os.PathLike[str] | None)
             root.mkdir(parents=True, exist_ok=True)
             return create_dataset(spec, root=str(root), split=name, **options)
         except ImportError as error:
-            raise DataError(f"cannot open {spec!r}: {error}; install what it names, for 'hfds/' with "
-                            "`pip install datasets`") from error
+            raise DataError(
+                f"cannot open {spec!r}: {error}; install what it names, for 'hfds/' with `pip install datasets`"
+            ) from error
         except Exception as error:  # reason: each hub has exceptions of its own, and none is ours
             problem = problem or error
-    raise DataError(f"cannot open {spec!r}, split {split!r}, in {str(root)!r}: {type(problem).__name__}: {problem}; "
-                    f"expected a name that timm.data.create_dataset knows, and a network or the files") from problem
+    raise DataError(
+        f"cannot open {spec!r}, split {split!r}, in {str(root)!r}: {type(problem).__name__}: {problem}; "
+        f"expected a name that timm.data.create_dataset knows, and a network or the files"
+    ) from problem
 
 
 class _Converted:
@@ -362,8 +392,18 @@ class _Converted:
 class LoaderBatches(Batches):
     """Batches of one of timm's data sets through timm's loader."""
 
-    def __init__(self, dataset: Any, shape: _Shape, batch_size: int, shuffle: bool, augment: bool, seed: int,
-                 num_classes: int | None, crop_pct: float, num_workers: int) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        shape: _Shape,
+        batch_size: int,
+        shuffle: bool,
+        augment: bool,
+        seed: int,
+        num_classes: int | None,
+        crop_pct: float,
+        num_workers: int,
+    ) -> None:
         from timm.data.loader import create_loader
 
         super().__init__(min(batch_size, len(dataset)) or 1, seed)
@@ -371,9 +411,19 @@ class LoaderBatches(Batches):
             raise DataError(f"{shape.channels} channels; expected 1 or 3 for image files, or arrays in .npy files")
         self.num_classes = num_classes
         self.loader = create_loader(
-            dataset, (shape.channels, *shape.size), self.batch_size, is_training=augment or shuffle, no_aug=not augment,
-            mean=shape.mean, std=shape.std, crop_pct=crop_pct, num_workers=num_workers, use_prefetcher=False,
-            persistent_workers=False, device=torch.device("cpu"))
+            dataset,
+            (shape.channels, *shape.size),
+            self.batch_size,
+            is_training=augment or shuffle,
+            no_aug=not augment,
+            mean=shape.mean,
+            std=shape.std,
+            crop_pct=crop_pct,
+            num_workers=num_workers,
+            use_prefetcher=False,
+            persistent_workers=False,
+            device=torch.device("cpu"),
+        )
         dataset.transform = _Converted("L" if shape.channels == 1 else "RGB", dataset.transform)
 
     def __len__(self) -> int:

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sbs_fx.models import SMALL_MODEL
+
 if TYPE_CHECKING:
     from sbs_fx.data import Batches
 
-MODEL = "test_resnet"  # 16 convolutions, 0.4 M parameters
 IMAGE_SIZE = 32
 LEAST_RATIO = 30.0
 MOST_POINTS = 1.0
@@ -54,7 +55,7 @@ def run(directory: str) -> int:
     torch.set_num_threads(1)  # reason: layers this small gain nothing from a second, and sums keep their order
     begun = time.perf_counter()
     model = train_model()
-    print(f"trained {MODEL} on scans of digits in {time.perf_counter() - begun:.0f} s", flush=True)
+    print(f"trained {SMALL_MODEL} on scans of digits in {time.perf_counter() - begun:.0f} s", flush=True)
     begun = time.perf_counter()
     result = sbs_fx.compress(
         model,
@@ -103,7 +104,7 @@ def train_model() -> nn.Module:
     from sbs_fx.models import create_model
 
     torch.manual_seed(SEED)
-    model = create_model(MODEL, in_chans=1, num_classes=10).train()
+    model = create_model(SMALL_MODEL, in_chans=1, num_classes=10).train()
     data = digits("train", augment=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=TRAIN_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TRAIN_RATE, total_steps=TRAIN_EPOCHS * len(data))

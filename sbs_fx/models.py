@@ -9,6 +9,8 @@ from torch import nn
 
 from sbs_fx.errors import InputError
 
+SMALL_MODEL = "test_resnet"  # what the demo trains: 16 convolutions, 0.5 M parameters
+
 
 def create_model(name: str, *, pretrained: bool = False, checkpoint: str | None = None, **options: Any) -> nn.Module:
     """A timm model by name, in eval mode; `checkpoint` is a local file of weights.

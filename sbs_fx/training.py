@@ -100,8 +100,10 @@ def fine_tune(
         InputError: a rate or a number of epochs that means nothing.
     """
     if epochs < 0 or not lr > 0 or range_lr < 0 or not math.isfinite(lr + range_lr) or weight_decay < 0:
-        raise InputError(f"epochs {epochs}, lr {lr}, range_lr {range_lr}, weight_decay {weight_decay}; expected epochs "
-                         "and decay of at least 0, and finite rates above 0 (range_lr may be 0)")
+        raise InputError(
+            f"epochs {epochs}, lr {lr}, range_lr {range_lr}, weight_decay {weight_decay}; expected epochs "
+            "and decay of at least 0, and finite rates above 0 (range_lr may be 0)"
+        )
     if optimizer not in ("sgd", "adamw"):
         raise InputError(f"optimizer {optimizer!r}; expected 'sgd' or 'adamw'")
     device = _device(gated)
@@ -125,28 +127,46 @@ def fine_tune(
 class _Loop:
     """Optimisers, schedule and the step count."""
 
-    def __init__(self, gated: fx.GraphModule, teacher: nn.Module | None, epochs: int, lr: float, weight_decay: float,
-                 range_lr: float, optimizer: str, progress: Callable[[Progress], None] | None) -> None:
+    def __init__(
+        self,
+        gated: fx.GraphModule,
+        teacher: nn.Module | None,
+        epochs: int,
+        lr: float,
+        weight_decay: float,
+        range_lr: float,
+        optimizer: str,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
         self.gated, self.teacher, self.epochs, self.progress = gated, teacher, epochs, progress
         self.device, self.step = _device(gated), 0
         self.length: int | None = None  # batches in an epoch, once known
         gates = [m for m in gated.modules() if isinstance(m, SuperBitQuantizer)]
-        apart = {id(p) for m in gated.modules() if isinstance(m, (SuperBitQuantizer, ChannelGate))
-                 for p in m.parameters()}
+        apart = {
+            id(p) for m in gated.modules() if isinstance(m, (SuperBitQuantizer, ChannelGate)) for p in m.parameters()
+        }
         self.weights = [p for p in gated.parameters() if p.requires_grad and id(p) not in apart]
-        groups = [{"params": [p for p in self.weights if p.ndim >= 2], "weight_decay": weight_decay},
-                  {"params": [p for p in self.weights if p.ndim < 2], "weight_decay": 0.0}]
+        groups = [
+            {"params": [p for p in self.weights if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in self.weights if p.ndim < 2], "weight_decay": 0.0},
+        ]
         self.optimizers: list[torch.optim.Optimizer] = []
         groups = [group for group in groups if group["params"]]
         if groups:
-            self.optimizers.append(torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True) if optimizer == "sgd"
-                                   else torch.optim.AdamW(groups, lr=lr))
+            self.optimizers.append(
+                torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+                if optimizer == "sgd"
+                else torch.optim.AdamW(groups, lr=lr)
+            )
         fixed = [gate.range for gate in gates if isinstance(gate.bits, Tensor) or gate.bits in gate.candidates]
         self.ranges = [(r, r.detach() * _LEAST_SHARE) for r in fixed] if range_lr else []
         if self.ranges:
             # reason: Adam's steps have the size of the rate, so a rate in proportion makes all ranges move alike
-            self.optimizers.append(torch.optim.Adam(
-                [{"params": [r], "lr": range_lr * float(r.detach().abs().mean())} for r, _ in self.ranges]))
+            self.optimizers.append(
+                torch.optim.Adam(
+                    [{"params": [r], "lr": range_lr * float(r.detach().abs().mean())} for r, _ in self.ranges]
+                )
+            )
         self.rates = [[group["lr"] for group in each.param_groups] for each in self.optimizers]
 
     def epoch(self, epoch: int, data: Iterable[Any]) -> None:
@@ -163,8 +183,10 @@ class _Loop:
                     self.progress(Progress(epoch, self.step, steps, loss, rate))
         except DataError as error:
             if epoch and self.step == start:
-                raise DataError(f"the data is empty in epoch {epoch}, after {start} steps before; it can be read only "
-                                "once. Give a list or a loader") from error
+                raise DataError(
+                    f"the data is empty in epoch {epoch}, after {start} steps before; it can be read only "
+                    "once. Give a list or a loader"
+                ) from error
             raise
         self.length = self.step - start
 
@@ -183,8 +205,10 @@ class _Loop:
         if not bool(torch.isfinite(loss)):
             if not bool(torch.isfinite(images).all()):
                 raise DataError(f"NaN or Inf in batch {index} (step {self.step}); drop or mend that batch")
-            raise SbsError(f"the loss is {loss.item()} at step {self.step}, batch {index} of its epoch; lower the "
-                           "learning rate, and check that the graph was calibrated")
+            raise SbsError(
+                f"the loss is {loss.item()} at step {self.step}, batch {index} of its epoch; lower the "
+                "learning rate, and check that the graph was calibrated"
+            )
         loss.backward()
         nn.utils.clip_grad_norm_(self.weights, MAX_NORM)
         for each in self.optimizers:

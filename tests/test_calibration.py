@@ -19,8 +19,20 @@ from sbs_fx.superbit import SuperBitQuantizer
 from tests.models import SMALLEST, example
 
 # Kinds of block that differ in what a gate sees: computed and shared weights, several operands, signs, statistics.
-NETWORKS = ["residual", "squeeze_excite", "lstm", "standardised", "summed_weights", "shared", "transposed_conv",
-            "channel_conv", "gated_mlp", "token_mixing", "attention", "relative_attention"]
+NETWORKS = [
+    "residual",
+    "squeeze_excite",
+    "lstm",
+    "standardised",
+    "summed_weights",
+    "shared",
+    "transposed_conv",
+    "channel_conv",
+    "gated_mlp",
+    "token_mixing",
+    "attention",
+    "relative_attention",
+]
 
 
 def gated_network(module: nn.Module, x: Tensor, bits: int = 4, grid: str = "symmetric") -> fx.GraphModule:
@@ -31,15 +43,27 @@ def gated_network(module: nn.Module, x: Tensor, bits: int = 4, grid: str = "symm
 
 
 def ranges(gated: fx.GraphModule) -> dict[str, Tensor]:
-    gates = {**{f"w {n}": g for n, g in weight_gates(gated).items()},
-             **{f"a {n}": g for n, g in activation_gates(gated).items()}}
+    gates = {
+        **{f"w {n}": g for n, g in weight_gates(gated).items()},
+        **{f"a {n}": g for n, g in activation_gates(gated).items()},
+    }
     return {name: gate.range.detach().clone() for name, gate in gates.items()}
 
 
 def conv_net() -> nn.Module:
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.5),
-                           nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.SiLU(), nn.Flatten(), nn.Linear(72, 4))
+    layers = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.5),
+        nn.Conv2d(8, 8, 1),
+        nn.BatchNorm2d(8),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(72, 4),
+    )
     for norm in (layers[1], layers[6]):
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)

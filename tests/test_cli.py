@@ -89,9 +89,9 @@ def test_apply_gives_the_same_cost_again(output: Path, capsys: Captured) -> None
     ("arguments", "expected"),
     [
         (["inspect", "no_such_model"], "no_such_model"),
-        (["compress", "test_vit", "--budget", "0"], "budget"),
-        (["compress", "test_vit", "--budget", "nan"], "budget"),
-        (["compress", "test_vit", "--budget", "120%"], "budget"),
+        (["compress", "test_vit", "--budget", "0"], "Budget"),
+        (["compress", "test_vit", "--budget", "nan"], "Budget"),
+        (["compress", "test_vit", "--budget", "120%"], "Budget"),
         (["compress", "test_vit", "--method", "magic"], "magic"),
         (["compress", "test_vit", "--weight-bits", "3"], "--weight-bits 3"),
         (["compress", "test_vit", "--lr", "-1"], "--lr -1"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -22,11 +21,11 @@ def _run(out: Path, *arguments: str) -> list[dict[str, object]]:
 
 
 @pytest.fixture
-def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def workers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import _coverage_workers
 
-    yield _coverage_workers
+    return _coverage_workers
 
 
 def test_one_family_goes_all_the_way(tmp_path: Path) -> None:
@@ -51,10 +50,7 @@ def test_graph_work_alone_resumes(tmp_path: Path) -> None:
     assert first["device"] == "meta"
     with out.with_suffix(".jsonl").open("a") as side:
         side.write('{"family": "cut sh')  # what an interrupted run leaves
-    rows = _run(out, "--all", "--resume", "--models", "test_vit,test_convnext")
-    assert {row["model"] for row in rows} == {"test_vit", "test_convnext"}
-    assert all(row["outcome"] == "ok" for row in rows)
-    assert first in rows, "not computed again"
+    assert _run(out, "--all", "--resume", "--models", "test_vit") == [first], "not computed again"
 
 
 def test_an_unknown_family_is_told(tmp_path: Path) -> None:

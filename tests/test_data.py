@@ -132,8 +132,16 @@ def test_shuffled_arrays_keep_images_and_labels_together(array_folder: Path) -> 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_folder_of_images(image_folder: Path, shuffle: bool) -> None:
-    data = open_data(str(image_folder), split="test", batch_size=4, image_size=8, shuffle=shuffle, num_classes=2,
-                     mean=(0.5,), std=(0.5,))
+    data = open_data(
+        str(image_folder),
+        split="test",
+        batch_size=4,
+        image_size=8,
+        shuffle=shuffle,
+        num_classes=2,
+        mean=(0.5,),
+        std=(0.5,),
+    )
     images, labels = gathered(data)
     assert images.shape[1:] == (3, 8, 8)
     for image, label in zip(images, labels, strict=True):
@@ -227,8 +235,15 @@ def test_labels_of_an_image_folder_are_checked(image_folder: Path) -> None:
 
 def test_forms_of_batches() -> None:
     x, y = torch.zeros(2, 3), torch.tensor([0, 1])
-    for item, inputs, labelled in ((x, 1, False), ((x, y), 1, True), ([x], 1, False), ((x, x), 2, False),
-                                   ((x, x, y), 2, True), (((x, x), y), 2, True), ((x, [0, 1]), 1, True)):
+    for item, inputs, labelled in (
+        (x, 1, False),
+        ((x, y), 1, True),
+        ([x], 1, False),
+        ((x, x), 2, False),
+        ((x, x, y), 2, True),
+        (((x, x), y), 2, True),
+        ((x, [0, 1]), 1, True),
+    ):
         (batch,) = read_batches([item], inputs=inputs)
         assert len(batch.inputs) == inputs
         assert (batch.labels is not None) == labelled

@@ -102,6 +102,24 @@ def test_grouped_and_depthwise_convolutions() -> None:
     assert types_of(groups, "2.weight")[1] == "1"
 
 
+def test_groups_of_a_convolution_may_cross_the_parts_of_a_concatenation() -> None:
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 5, 1)
+            self.grouped, self.head = nn.Conv2d(16, 8, 1, groups=4), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.grouped(torch.cat([self.a(x), self.b(x), self.c(x)], dim=1)))
+
+    groups = groups_of(Crossed(), 3, 4, 4)
+    assert not groups.inference.conflicts
+    inner = d.resolve(groups.inference.tensors["grouped.weight"][1])
+    (three,) = d.axes(groups.inference.tensors["b.weight"][0])
+    assert str(inner) == f"({three} + 1)", "three coordinates of b and the first of c make the third group"
+    assert d.axes(groups.inference.tensors["a.weight"][0])[1:] == [three]
+
+
 def test_a_shuffle_swaps_the_factors() -> None:
     class Shuffled(nn.Module):
         def __init__(self) -> None:

@@ -35,7 +35,5 @@ def test_no_timm_name_in_the_product_or_the_passes() -> None:
     root = Path(sbs_fx.__file__).parent
     files = [p for p in [*root.rglob("*.py"), *(root / "passes").rglob("*.py")] if p.name not in ALLOWED]
     assert len(files) > 20
-    found = {
-        (path.name, word) for path in files for word in re.findall(r"\w+", path.read_text()) if word in known
-    }
+    found = {(path.name, word) for path in files for word in re.findall(r"\w+", path.read_text()) if word in known}
     assert not found

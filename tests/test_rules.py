@@ -75,7 +75,6 @@ UNCALLED = {
         "empty",
         "new_empty",
         "empty_like",
-        "max_pool2d_with_indices",
         "upsample_nearest3d",
         "_upsample_nearest_exact3d",
         "take_along_dim",

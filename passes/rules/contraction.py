@@ -24,9 +24,9 @@ def sized(node: fx.Node, dims: Dims) -> list[tuple[Dim, Any]]:
     return list(zip(dims, node.meta["val"].shape, strict=True))
 
 
-def extent(dim: Dim) -> tuple[Dim, Any]:
-    """A contracted type beside its size."""
-    return dim, d.resolve(dim).size
+def extent(dim: Dim, size: Any = None) -> tuple[Dim, Any]:
+    """A contracted type beside its size, which must be given where it may be symbolic."""
+    return dim, d.resolve(dim).size if size is None else size
 
 
 def silence(t: Inference, node: fx.Node, *contracted: int, arg: int = 0, weight: int = 1) -> None:
@@ -58,7 +58,12 @@ def _matmul(t: Inference, node: fx.Node, a: int, b: int) -> Dims:
         batch = batch[len(batch) - len(node.meta["val"].shape) :]
     t.unify(node, *inner)
     silence(t, node, -1, arg=a, weight=b)
-    t.layer(node, "matmul", Term((*sized(node, batch), extent(inner[0])), ((a,), (b,))), outputs=-1)
+    t.layer(
+        node,
+        "matmul",
+        Term((*sized(node, batch), extent(inner[0], node.args[a].meta["val"].shape[-1])), ((a,), (b,))),
+        outputs=-1,
+    )
     return batch
 
 
@@ -79,7 +84,11 @@ def _einsum(t: Inference, node: fx.Node) -> Dims:
     operands = [t[a] for a in node.args[1]]
     letters: dict[str, Dim] = {}
     if "." in left or not right or len(operands) > 2:
-        t.pin(node, "einsum with an ellipsis, implicit output or more than two operands", *(x for o in operands for x in o))
+        t.pin(
+            node,
+            "einsum with an ellipsis, implicit output or more than two operands",
+            *(x for o in operands for x in o),
+        )
         return t.constant(node)
     for term, dims in zip(left.split(","), operands, strict=True):
         for letter, dim in zip(term, dims, strict=True):
@@ -94,7 +103,12 @@ def _einsum(t: Inference, node: fx.Node) -> Dims:
             t.statistic(node, "zero", [holders[0][1]], 1, holders[0][0])
     result = tuple(letters[letter] for letter in right)
     if len(operands) == 2:
-        sizes = (*sized(node, result), *(extent(letters[c]) for c in contracted))
+        size_of = {
+            letter: size
+            for term, source in zip(left.split(","), node.args[1], strict=True)
+            for letter, size in zip(term, source.meta["val"].shape, strict=True)
+        }
+        sizes = (*sized(node, result), *(extent(letters[c], size_of[c]) for c in contracted))
         t.layer(node, "matmul", Term(sizes, ((1, 0), (1, 1))))
     return result
 

@@ -27,8 +27,17 @@ def _transposed(t: Inference, node: fx.Node) -> Dims:
     return _convolve(t, node, groups, 6, t[node.args[0]][1], weight[1], weight[0], transposed=True)
 
 
-def _convolve(t: Inference, node: fx.Node, groups: int, position: int, channels: Dim, outputs: Dim, inputs: Dim,
-              *, transposed: bool) -> Dims:
+def _convolve(
+    t: Inference,
+    node: fx.Node,
+    groups: int,
+    position: int,
+    channels: Dim,
+    outputs: Dim,
+    inputs: Dim,
+    *,
+    transposed: bool,
+) -> Dims:
     x, weight = t[node.args[0]], t[node.args[1]]
     kernel = weight[2:]
     t.pin(node, "kernel positions", *kernel)

@@ -35,17 +35,56 @@ def _pointwise(t: Inference, node: fx.Node) -> Dims:
     return broadcast(t, node, *operands) if operands else t.constant(node)
 
 
-@rule(aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.clone, aten.contiguous, aten.to, aten._to_copy,
-      aten.type_as, aten.native_dropout, aten.relu6, aten.hardswish, aten.hardsigmoid, aten.celu, aten.selu,
-      aten.silu, aten.mish, aten.rrelu, aten.log_sigmoid, aten.softplus, aten.positive, aten.real, aten.imag,
-      aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like,
-      aten.nan_to_num, aten.square, aten.bernoulli, aten.lerp, aten.clip)
+@rule(
+    aten.dropout,
+    aten.feature_dropout,
+    aten.alpha_dropout,
+    aten.clone,
+    aten.contiguous,
+    aten.to,
+    aten._to_copy,
+    aten.type_as,
+    aten.native_dropout,
+    aten.relu6,
+    aten.hardswish,
+    aten.hardsigmoid,
+    aten.celu,
+    aten.selu,
+    aten.silu,
+    aten.mish,
+    aten.rrelu,
+    aten.log_sigmoid,
+    aten.softplus,
+    aten.positive,
+    aten.real,
+    aten.imag,
+    aten.zeros_like,
+    aten.ones_like,
+    aten.empty_like,
+    aten.full_like,
+    aten.rand_like,
+    aten.randn_like,
+    aten.nan_to_num,
+    aten.square,
+    aten.bernoulli,
+    aten.lerp,
+    aten.clip,
+)
 def _same_as_first(t: Inference, node: fx.Node) -> Dims:
     return t[node.args[0]]
 
 
-@rule(aten.where, aten.copy, aten.masked_fill, aten.addcmul, aten.addcdiv, aten.clamp, aten.minimum, aten.maximum,
-      aten.fill)
+@rule(
+    aten.where,
+    aten.copy,
+    aten.masked_fill,
+    aten.addcmul,
+    aten.addcdiv,
+    aten.clamp,
+    aten.minimum,
+    aten.maximum,
+    aten.fill,
+)
 def _agreeing(t: Inference, node: fx.Node) -> Dims:
     return _pointwise(t, node)
 
@@ -58,8 +97,18 @@ def _prelu(t: Inference, node: fx.Node) -> Dims:
     return x
 
 
-@rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty,
-      aten.rand, aten.randn)
+@rule(
+    aten.zeros,
+    aten.ones,
+    aten.full,
+    aten.empty,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+    aten.new_empty,
+    aten.rand,
+    aten.randn,
+)
 def _created(t: Inference, node: fx.Node) -> Dims:
     """Coordinates without parameters follow whatever they meet: fresh axes, not constants. A size that is read off a
     tensor has that dimension's type and needs no edit."""
@@ -75,8 +124,17 @@ def _created(t: Inference, node: fx.Node) -> Dims:
     return tuple(result)
 
 
-@rule(aten.arange, aten.linspace, aten.eye, aten.scalar_tensor, aten.tril_indices, aten.triu_indices, aten.randperm,
-      aten.sym_size, aten.one_hot)
+@rule(
+    aten.arange,
+    aten.linspace,
+    aten.eye,
+    aten.scalar_tensor,
+    aten.tril_indices,
+    aten.triu_indices,
+    aten.randperm,
+    aten.sym_size,
+    aten.one_hot,
+)
 def _counting(t: Inference, node: fx.Node) -> Any:
     return t.constant(node)
 

@@ -23,23 +23,52 @@ def _resampled(t: Inference, node: fx.Node, spatial: int, shape: tuple[int, ...]
     return (*x[:keep], *(Const(s) for s in shape[keep:]))
 
 
-@rule(aten.max_pool2d, aten.avg_pool2d, aten.adaptive_avg_pool2d, aten.adaptive_max_pool2d, aten._adaptive_avg_pool2d,
-      aten.max_pool2d_with_indices,
-      aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten._upsample_nearest_exact2d,
-      aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa, aten.grid_sampler,
-      aten.reflection_pad2d, aten.replication_pad2d)
+@rule(
+    aten.max_pool2d,
+    aten.avg_pool2d,
+    aten.adaptive_avg_pool2d,
+    aten.adaptive_max_pool2d,
+    aten._adaptive_avg_pool2d,
+    aten.max_pool2d_with_indices,
+    aten.upsample_nearest2d,
+    aten.upsample_bilinear2d,
+    aten.upsample_bicubic2d,
+    aten._upsample_nearest_exact2d,
+    aten._upsample_bilinear2d_aa,
+    aten._upsample_bicubic2d_aa,
+    aten.grid_sampler,
+    aten.reflection_pad2d,
+    aten.replication_pad2d,
+)
 def _planes(t: Inference, node: fx.Node) -> Any:
     return _each(t, node, 2)
 
 
-@rule(aten.max_pool1d, aten.avg_pool1d, aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d, aten.upsample_nearest1d,
-      aten.upsample_linear1d, aten._upsample_nearest_exact1d, aten.reflection_pad1d, aten.replication_pad1d)
+@rule(
+    aten.max_pool1d,
+    aten.avg_pool1d,
+    aten.adaptive_avg_pool1d,
+    aten.adaptive_max_pool1d,
+    aten.upsample_nearest1d,
+    aten.upsample_linear1d,
+    aten._upsample_nearest_exact1d,
+    aten.reflection_pad1d,
+    aten.replication_pad1d,
+)
 def _lines(t: Inference, node: fx.Node) -> Any:
     return _each(t, node, 1)
 
 
-@rule(aten.max_pool3d, aten.avg_pool3d, aten.adaptive_avg_pool3d, aten.upsample_trilinear3d,
-      aten.upsample_nearest3d, aten._upsample_nearest_exact3d, aten.reflection_pad3d, aten.replication_pad3d)
+@rule(
+    aten.max_pool3d,
+    aten.avg_pool3d,
+    aten.adaptive_avg_pool3d,
+    aten.upsample_trilinear3d,
+    aten.upsample_nearest3d,
+    aten._upsample_nearest_exact3d,
+    aten.reflection_pad3d,
+    aten.replication_pad3d,
+)
 def _volumes(t: Inference, node: fx.Node) -> Any:
     return _each(t, node, 3)
 
