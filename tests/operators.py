@@ -159,7 +159,7 @@ def enter_short_ones() -> None:
         "unfold": lambda p, y: F.unfold(y, 3, stride=3),
         "fold": lambda p, y: F.fold(F.unfold(y, 3, stride=3), (SIDE, SIDE), 3, stride=3),
         "windows": lambda p, y: y.unfold(2, 3, 3).unfold(3, 2, 2).mean((2, 3)),
-        "grid_sample": lambda p, y: F.grid_sample(y, y.mean(1)[:, None, :, :2].tanh()),
+        "grid_sample": lambda p, y: F.grid_sample(y, y.mean(1)[:, None, :, :2].tanh(), align_corners=False),
         "more_resizing": lambda p, y: both(
             F.interpolate(y[:, :, None], scale_factor=2, mode="trilinear")
             + F.adaptive_avg_pool3d(y[:, :, None], 12)[:, :, :2],

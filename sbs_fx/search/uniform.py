@@ -75,7 +75,7 @@ def uniform(
         assert least is not None
         shares = budget.shares(least)
         raise InfeasibleBudget(
-            f"{budget} cannot be met: the least that method 'uniform' reaches on this model is "
+            f"the budget {budget.limits} cannot be met: the least that method 'uniform' reaches on this model is "
             + ", ".join(f"{name} {shares[name]:.4g}" for name in budget.limits)
             + "; raise the budget, or allow lower bits or smaller multiples (round_to)",
             least=shares,
