@@ -99,7 +99,7 @@ class Result:
         return self.cost.reference
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `policy.json`, `model.pt2` and `report.txt` into `directory`, each whole or not at all.
+        """Write `policy.json`, `model.pt2` and the report (`.txt`, `.json`) into `directory`, each whole or not at all.
 
         Raises:
             FileError: the directory is a file or cannot be written, or the disk is full.
@@ -107,7 +107,8 @@ class Result:
         path = prepare_directory(directory)
         save_pt2(self.model, self.example_inputs, os.path.join(path, "model.pt2"))
         self.policy.save(os.path.join(path, "policy.json"))
-        self.report.save(os.path.join(path, "report.txt"))
+        for name in ("report.txt", "report.json"):
+            self.report.save(os.path.join(path, name))
 
     def __str__(self) -> str:
         return str(self.report)
