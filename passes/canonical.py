@@ -137,8 +137,3 @@ def _explicit_scale(node: fx.Node) -> None:
         return
     width = node.args[0].meta["val"].shape[-1]
     node.kwargs = {**node.kwargs, "scale": 1.0 / math.sqrt(int(width))}
-
-
-def is_call(node: fx.Node) -> bool:
-    """Whether a node computes something (an operator or a Python function on sizes)."""
-    return node.op == "call_function" and node.target is not operator.getitem

@@ -19,7 +19,7 @@ from sbs_fx.passes import masked
 from sbs_fx.passes.channel_groups import ChannelGroups
 from sbs_fx.passes.dims import Axis, Dim
 from sbs_fx.passes.inference import Layer, Path, Statistic, operand
-from sbs_fx.passes.slim import copy_graph
+from sbs_fx.passes.slim import attribute, copy_graph
 from sbs_fx.superbit import ChannelGate, SuperBitQuantizer
 
 aten = torch.ops.aten
@@ -222,7 +222,7 @@ class _Builder:
                 target = self._add("channel_gates", group.name, ChannelGate(group.size, block))
                 self.masks[group.axis] = self.graph.call_module(target)
         for node in list(self.graph.nodes):
-            if node.op == "get_attr" and isinstance(masked_parameter(self.module, node), nn.Parameter):
+            if node.op == "get_attr" and isinstance(attribute(self.module, str(node.target)), nn.Parameter):
                 self._mask_parameter(node)
             for statistic in self.groups.inference.statistics.get(node.name, ()):
                 self._mask_statistic(node, statistic)
@@ -326,12 +326,6 @@ class _Builder:
             holder = self.module._modules.setdefault("modes", nn.Module())
             holder.add_module(node.name, module)
             node.op, node.target, node.args, node.kwargs = "call_module", f"modes.{node.name}", tuple(args), {}
-
-
-def masked_parameter(module: nn.Module, node: fx.Node) -> Any:
-    """The tensor a get_attr node reads."""
-    owner, _, leaf = str(node.target).rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
 
 
 def _replace_at(node: fx.Node, path: Path, value: fx.Node) -> None:
