@@ -14,13 +14,11 @@ import sys
 from pathlib import Path
 
 import torch
+from _cifar_models import CifarResNet
 from safetensors.torch import load_file
 
 import sbs_fx
 from sbs_fx.data import open_data
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.cifar import CifarResNet
 
 PLANS = [  # (budget in BOPs, weight bits, activation bits)
     (1 / 16, 8, 8),

@@ -169,23 +169,41 @@ class CostModel:
 
     # -- differentiable --------------------------------------------------------------------------------------------
 
-    def expected_bops(
+    def expected(
         self, sizes: Mapping[str, Any], weight_bits: Mapping[str, Any], activation_bits: Mapping[str, Any]
-    ) -> Any:
-        """BOPs with tensors (or numbers) in place of sizes by group name and bits by name; differentiable in each."""
+    ) -> dict[str, Any]:
+        """Costs by measure ("bops", "macs", "size" in stored bits) with tensors, or numbers, in place of sizes by group
+        name and bits by name; differentiable in each. With whole numbers it is what `evaluate` gives.
+        """
         by_axis = {self.groups[n].axis: s for n, s in sizes.items()}
+
+        def of_axis(axis: Axis) -> Any:
+            return by_axis.get(axis, axis.size)
 
         def bits(operand_: tuple[str, str] | None) -> Any:
             if operand_ is None:
                 return FLOAT_BITS
             return (weight_bits if operand_[0] == "weight" else activation_bits).get(operand_[1], FLOAT_BITS)
 
-        total: Any = 0
+        bops: Any = 0
+        macs: Any = 0
+        size: Any = 0
+        weights: dict[str, tuple[tuple[Dim, ...], int]] = {}
         for layer in self.layers:
+            weights.update(layer.weights)
             for product in layer.products:
-                macs = product.macs(lambda axis: by_axis.get(axis, axis.size))
-                total = total + macs * bits(product.left) * bits(product.right)
-        return total
+                count = product.macs(of_axis)
+                macs = macs + count
+                bops = bops + count * bits(product.left) * bits(product.right)
+        for name, (dims, outputs) in weights.items():
+            width = weight_bits.get(name, FLOAT_BITS)
+            size = size + math.prod(d.evaluate(x, of_axis) for x in dims) * width
+            if width is not FLOAT_BITS:
+                size = size + FLOAT_BITS * d.evaluate(dims[outputs], of_axis)
+        for tensor in self._others:
+            if not tensor.vanishes:
+                size = size + math.prod(d.evaluate(x, of_axis) for x in tensor.dims) * tensor.bits
+        return {"bops": bops, "macs": macs, "size": size}
 
     # -- symbolic --------------------------------------------------------------------------------------------------
 

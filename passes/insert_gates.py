@@ -8,13 +8,14 @@ norm and dropout and keep eps, momentum and p.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from sbs_fx.errors import GraphError
+from sbs_fx.passes import dims as d
 from sbs_fx.passes import masked
 from sbs_fx.passes.channel_groups import ChannelGroups
 from sbs_fx.passes.dims import Axis, Dim
@@ -93,7 +94,7 @@ def insert_gates(
     candidates: tuple[int, ...] = (2, 4, 8),
     grid: str = "symmetric",
     per_channel: bool = True,
-    block: int = 1,
+    block: int | Mapping[str, int] = 1,
 ) -> fx.GraphModule:
     """A copy of the graph with gates, all open at float precision and in eval mode.
 
@@ -103,7 +104,7 @@ def insert_gates(
         channels: insert channel gates and masked statistics.
         candidates, grid: of every super-bit quantiser (`sbs_fx.superbit`).
         per_channel: one weight range per output channel; False: one per tensor.
-        block: channels that share one pruning decision.
+        block: channels that share one pruning decision, one number or one by group name.
 
     The modules are found with `weight_gates`, `activation_gates` and `channel_gates`.
     """
@@ -200,6 +201,7 @@ class _Builder:
         self.options = {"candidates": candidates, "grid": grid}
         self.per_channel = per_channel
         self.nodes = {node.name: node for node in result.graph.nodes}
+        self.types = {node.name: dims for node, dims in groups.inference.dims.items()}
         self.masks: dict[Axis, fx.Node] = {}
         self.dim_masks: dict[Any, fx.Node] = {}
         result.meta = {**result.meta, "weight_gates": {}, "activation_gates": {}, "channel_gates": {}}
@@ -215,52 +217,80 @@ class _Builder:
 
     # -- channels ----------------------------------------------------------------------------------------------------
 
-    def insert_channel_gates(self, block: int) -> None:
+    def insert_channel_gates(self, block: int | Mapping[str, int]) -> None:
         first = next(iter(self.graph.nodes))
         with self.graph.inserting_before(first):
             for group in self.groups.values():
-                target = self._add("channel_gates", group.name, ChannelGate(group.size, block))
+                target = self._add(
+                    "channel_gates",
+                    group.name,
+                    ChannelGate(group.size, block if isinstance(block, int) else block[group.name]),
+                )
                 self.masks[group.axis] = self.graph.call_module(target)
+        read_by_weights = self._axes_read_by_weights()
         for node in list(self.graph.nodes):
             if node.op == "get_attr" and isinstance(attribute(self.module, str(node.target)), nn.Parameter):
-                self._mask_parameter(node)
+                self._mask_tensor(node, range(node.meta["val"].ndim), self.masks.keys() - read_by_weights)
             for statistic in self.groups.inference.statistics.get(node.name, ()):
                 self._mask_statistic(node, statistic)
+        layers = self.groups.inference.layers.values()
+        weights = {operand(self.nodes[x.name], path): x.outputs for x in layers for path in x.weights}
+        for weight, outputs in weights.items():
+            rank = weight.meta["val"].ndim
+            self._mask_tensor(weight, [i for i in range(rank) if i != outputs % rank], read_by_weights)
 
-    def _mask(self, dim: Dim, before: fx.Node) -> fx.Node | None:
-        """The node that holds the mask of a type; None where nothing can be pruned."""
+    def _axes_read_by_weights(self) -> set[Axis]:
+        """Axes that only layers with weights add up over. Masking those weights' inputs takes all effect from a closed
+        channel, while the channel itself is still computed: so the gradient tells what opening it again would do, which
+        is zero where its own weights are masked too."""
+        inference = self.groups.inference
+        others = {axis for adapter in inference.adapters.values() for axis in d.axes(adapter.type)}
+        outputs: dict[fx.Node, int] = {}
+        for layer in inference.layers.values():
+            read = [operand(self.nodes[layer.name], path) for path in layer.weights]
+            alike = all(outputs.setdefault(node, layer.outputs) == layer.outputs for node in read)
+            if layer.kind not in ("conv", "linear") or not read or not alike:
+                others |= {axis for term in layer.terms for dim, _ in term.sizes for axis in d.axes(dim)}
+        return self.masks.keys() - others
+
+    def _mask(self, dim: Dim, among: Set[Axis]) -> fx.Node | None:
+        """The node that holds the mask of a type by these axes; None where nothing can be pruned."""
         order: dict[Axis, int] = {}
         key = masked.recipe(dim, order)
-        live = [axis for axis in order if axis in self.masks]
+        live = [axis for axis in order if axis in among]
         if not live:
             return None
         if key == ("axis", 0):
             return self.masks[live[0]]
-        cached = (key, tuple(order))
+        cached = (key, tuple(order), tuple(live))
         if cached not in self.dim_masks:
             last = list(self.masks.values())[-1]
             with self.graph.inserting_after(last):
-                ones = {a: self.masks.get(a) or self.graph.call_function(torch.ones, (a.size,)) for a in order}
+                ones = {
+                    a: self.masks[a] if a in live else self.graph.call_function(torch.ones, (a.size,)) for a in order
+                }
             anchor = max((*ones.values(), last), key=lambda n: n)
             with self.graph.inserting_after(anchor):
                 self.dim_masks[cached] = self.graph.call_function(masked.dim_mask, (key, *ones.values()))
         return self.dim_masks[cached]
 
-    def _mask_parameter(self, node: fx.Node) -> None:
-        users = list(node.users)
-        value = node
-        for i, dim in enumerate(self.groups.inference.tensors[str(node.target)]):
-            mask = self._mask(dim, node)
+    def _mask_tensor(self, node: fx.Node, dims: Iterable[int], among: Set[Axis]) -> None:
+        """Silence these dimensions of a tensor, for all that read it."""
+        types, users, value = self.types[node.name], list(node.users), node
+        for i in dims:
+            mask = self._mask(types[i], among)
             if mask is not None:
-                with self.graph.inserting_after(value):
+                # reason: after both, whichever comes later
+                with self.graph.inserting_after(max(value, mask)):
                     value = self.graph.call_function(masked.silence, (value, mask, i))
                 value.meta = dict(node.meta)
+                self.types[value.name] = types
         for user in users:
             if value is not node:
                 user.replace_input_with(node, value)
 
     def _mask_statistic(self, node: fx.Node, statistic: Statistic) -> None:
-        found = [(i, self._mask(dim, node)) for i, dim in statistic.dims]
+        found = [(i, self._mask(dim, self.masks.keys())) for i, dim in statistic.dims]
         masks = [(i, mask) for i, mask in found if mask is not None]
         if not masks:
             return

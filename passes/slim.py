@@ -40,12 +40,23 @@ def slim(graph_module: fx.GraphModule, groups: ChannelGroups, kept: Mapping[str,
     result = copy_with(graph_module, tensors)
     for node in list(result.graph.nodes):
         _edit(node, groups, index)
-    _retype(graph_module, result, index)
+    _retype(groups.inference.graph_module, result, index)
     for node in list(result.graph.nodes):
         if node.name in groups.inference.adapters:
             _adapt(result, node, groups.inference.adapters[node.name], index)
     result.graph.lint()
     result.recompile()
+    return result
+
+
+def scatter(
+    groups: ChannelGroups, kept: Mapping[str, Sequence[int]], name: str, whole: torch.Tensor, part: torch.Tensor
+) -> torch.Tensor:
+    """The tensor `name` as a whole with its kept coordinates replaced by those of its slim form `part`."""
+    index = Slices(groups, kept)
+    places = [index.index(dim).to(whole.device) for dim in groups.inference.tensors[name]]
+    result = whole.clone()
+    result[torch.meshgrid(*places, indexing="ij") if places else ...] = part.to(whole.dtype)
     return result
 
 
@@ -101,6 +112,15 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
         new = old.detach().clone()
         tensors[name] = torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
     return copy_with(graph_module, tensors)
+
+
+def with_tensors(graph_module: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """A copy whose parameters and buffers of these names have these values."""
+    result = copy_graph(graph_module)
+    with torch.no_grad():
+        for name, value in tensors.items():
+            attribute(result, name).copy_(value)
+    return result
 
 
 def copy_with(graph_module: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:

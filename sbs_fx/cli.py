@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from json import dumps
+from contextlib import ExitStack, contextmanager
+from json import dumps, loads
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from sbs_fx.compress import Config, Result
     from sbs_fx.data import Batches
     from sbs_fx.report import Report
+    from sbs_fx.training.progress import Observer
+
+METRICS = "metrics.jsonl"
 
 app = typer.Typer(
     add_completion=False,
@@ -48,14 +51,21 @@ Epochs = Annotated[int, typer.Option(help="epochs of fine-tuning with the gates 
 Rate = Annotated[float | None, typer.Option(help="learning rate of fine-tuning")]
 Ranges = Annotated[str, typer.Option(help="how ranges are chosen: mse, percentile or minmax")]
 Seed = Annotated[int, typer.Option(help="of everything random")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="any other setting, such as training.ema=0.999 or search.block=4"),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; always ends in SystemExit: 0, 2 for an error of ours or a wrong option, 130 when interrupted."""
-    from sbs_fx.errors import SbsError
+    from sbs_fx.errors import Interrupted, SbsError
 
     try:
         app(list(arguments) if arguments is not None else None)
+    except Interrupted as error:
+        _errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(130) from None
     except SbsError as error:
         message = " ".join(str(error).split())
         _errors.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
@@ -98,7 +108,12 @@ def compress(
     data: Data = None,
     data_dir: DataDir = None,
     batch_size: BatchSize = 64,
-    method: Annotated[str, typer.Option(help="auto or uniform")] = "auto",
+    method: Annotated[str, typer.Option(help="auto, sbs, uniform, or a baseline such as bayesian_bits")] = "auto",
+    search_epochs: Annotated[int | None, typer.Option(help="epochs of a search that trains")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="train through torch.compile")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="forget the checkpoints in --out")] = False,
+    settings: Overrides = None,
     weight_bits: Annotated[int | None, typer.Option(help="2, 4 or 8; default: the method chooses")] = None,
     activation_bits: Annotated[int | None, typer.Option(help="2, 4 or 8; default: the method chooses")] = None,
     epochs: Epochs = 0,
@@ -132,13 +147,29 @@ def compress(
         epochs=epochs,
         learning_rate=lr,
         seed=seed,
+        overrides=[
+            *([f"search.epochs={search_epochs}"] if search_epochs is not None else []),
+            *([f"training.precision={precision}"] if precision is not None else []),
+            *(["training.compiled=true"] if compiled else []),
+            *(settings or []),
+        ],
     )
     _check_output(out)
     made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans)
     train, test = both_splits(made, data, data_dir, batch_size, seed)
-    with _progress() as progress:
+    with _progress() as progress, _observer(out, restart) as observer:
         result = run(
-            made.module, made.example_inputs, budget=limits, data=train, method=method, config=config, progress=progress
+            made.module,
+            made.example_inputs,
+            budget=limits,
+            data=train,
+            method=method,
+            config=config,
+            output_dir=out,
+            validation=test,
+            restart=restart,
+            progress=progress,
+            observer=observer,
         )
         report = _measured(made.module, result, test, progress)
     _finish(made, result, report, out, json)
@@ -155,6 +186,7 @@ def apply(
     lr: Rate = None,
     ranges: Ranges = "mse",
     seed: Seed = 0,
+    settings: Overrides = None,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = False,
     input_size: InputSize = None,
@@ -169,12 +201,21 @@ def apply(
     from sbs_fx.policy import Policy
 
     plan = Policy.load(policy)
-    config = _config(ranges=ranges, epochs=epochs, learning_rate=lr, seed=seed)
+    config = _config(ranges=ranges, epochs=epochs, learning_rate=lr, seed=seed, overrides=settings or [])
     _check_output(out)
     made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans)
     train, test = both_splits(made, data, data_dir, batch_size, seed)
-    with _progress() as progress:
-        result = run(made.module, plan, made.example_inputs, data=train, config=config, progress=progress)
+    with _progress() as progress, _observer(None, False) as observer:
+        result = run(
+            made.module,
+            plan,
+            made.example_inputs,
+            data=train,
+            config=config,
+            validation=test,
+            progress=progress,
+            observer=observer,
+        )
         report = _measured(made.module, result, test, progress)
     _finish(made, result, report, out, json)
 
@@ -220,19 +261,38 @@ def report(
         raise FileError(f"cannot read {path!r}: {error}; expected the --out directory of `sbs-fx compress`") from error
     found = Report.from_json(text)
     typer.echo(found.to_json() if json else str(found), nl=json)
+    metrics = os.path.join(directory, METRICS)
+    if not json and os.path.exists(metrics):
+        from sbs_fx.report.curves import training_lines
+        from sbs_fx.report.monitor import read_metrics
+
+        typer.echo("\n".join(["Training", *training_lines(read_metrics(metrics))]))
 
 
 # -- settings and results ----------------------------------------------------------------------------------------------
 
 
-def _config(**settings: Any) -> Config:
+def _config(overrides: Sequence[str] = (), **settings: Any) -> Config:
     """Settings of the options that were given; the others keep their defaults."""
     from pydantic import ValidationError
 
     from sbs_fx.compress import Config
 
+    given = {name: value for name, value in settings.items() if value is not None}
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        *owners, name = path.strip().split(".")
+        place = given
+        for owner in owners:
+            place = place.setdefault(owner, {})
+        if not equals or not name or not isinstance(place, dict):
+            raise typer.BadParameter(f"--set {text}: expected NAME=VALUE, such as training.ema=0.999")
+        try:
+            place[name] = loads(value)
+        except ValueError:
+            place[name] = value.strip()
     try:
-        return Config(**{name: value for name, value in settings.items() if value is not None})
+        return Config(**given)
     except ValidationError as error:
         options = [str(p["loc"][0]).replace("learning_rate", "lr").replace("_", "-") for p in error.errors()]
         problems = [f"--{o} {p['input']}: {p['msg']}" for o, p in zip(options, error.errors(), strict=True)]
@@ -291,6 +351,7 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     if not sys.stderr.isatty():
         yield lambda stage, share: typer.echo(f"{stage} ...", err=True) if stage != "done" else None
         return
+    # reason: what trains draws a panel of its own, so the bar is taken away then
     bar = Progress(
         TextColumn("{task.description:16s}"),
         BarColumn(),
@@ -301,7 +362,32 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     )
     with bar:
         task = bar.add_task("", total=1.0)
-        yield lambda stage, share: bar.update(task, description=stage, completed=share)
+
+        def show(stage: str, share: float) -> None:
+            bar.update(task, description=stage, completed=share)
+            if stage in ("search", "fine-tune"):
+                bar.stop()
+            elif not bar.live.is_started:
+                bar.start()
+
+        yield show
+
+
+@contextmanager
+def _observer(out: str | None, restart: bool) -> Iterator[Observer]:
+    """What shows training steps, and keeps them in the output directory, where an earlier part of the run may be."""
+    from sbs_fx.report.monitor import MetricsFile, monitor, together
+
+    with ExitStack() as stack:
+        shown = monitor(_errors)
+        stack.enter_context(shown)
+        observers: list[Observer] = [shown]
+        if out is not None:
+            path = os.path.join(out, METRICS)
+            if os.path.exists(path) and (restart or not os.path.exists(os.path.join(out, "checkpoints"))):
+                os.unlink(path)
+            observers.append(stack.enter_context(MetricsFile(path)))
+        yield together(*observers)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import fx, nn
 
 from sbs_fx.calibration import calibrate
-from sbs_fx.errors import FileError, GraphError, MethodError, WeightsError
+from sbs_fx.errors import DataError, FileError, GraphError, MethodError, WeightsError
 from sbs_fx.export.pt2 import save_pt2
 from sbs_fx.models import create_model
 from sbs_fx.models import example_inputs as derive_inputs
@@ -32,13 +33,15 @@ from sbs_fx.passes import (
     slim,
     trace,
 )
-from sbs_fx.passes.slim import Slices
-from sbs_fx.policy import Budget, Cost, Policy
+from sbs_fx.passes.slim import Slices, with_tensors
+from sbs_fx.policy import Budget, Cost, Policy, current_versions
 from sbs_fx.report import Report
-from sbs_fx.search import uniform
-from sbs_fx.training import fine_tune
+from sbs_fx.search import SEARCHES, Search, Searched, uniform
+from sbs_fx.training import Checkpoints, Training, fine_tune
+from sbs_fx.training.processes import Processes
+from sbs_fx.training.progress import Observer
 
-METHODS = ("auto", "uniform")
+METHODS = ("auto", "uniform", *SEARCHES)
 Data = Iterable[Any]
 Progress = Callable[[str, float], None]
 
@@ -54,7 +57,9 @@ class Config(BaseModel):
         keep_outputs: False lets the output features of a headless model shrink.
         ranges: how activation and weight ranges are chosen: "mse", "percentile" or "minmax".
         calibration_batches: batches of `data` that calibration reads.
-        epochs, learning_rate: fine-tuning with the gates fixed, on labelled data; 0 epochs: none.
+        epochs, learning_rate: fine-tuning with the gates fixed; 0 epochs: none.
+        search: settings of a method that trains.
+        training: how search and fine-tuning train.
         seed: of everything random.
     """
 
@@ -70,6 +75,8 @@ class Config(BaseModel):
     calibration_batches: int = Field(default=8, ge=1)
     epochs: int = Field(default=0, ge=0)
     learning_rate: float = Field(default=0.01, gt=0)
+    search: Search = Search()
+    training: Training = Training()
     seed: int = 0
 
 
@@ -123,19 +130,29 @@ def compress(
     method: str = "auto",
     config: Config | None = None,
     output_dir: str | os.PathLike[str] | None = None,
+    validation: Data | None = None,
+    restart: bool = False,
     progress: Progress | None = None,
+    observer: Observer | None = None,
 ) -> Result:
     """Compress a float model under a budget.
+
+    With `output_dir`, whatever trains leaves checkpoints there, and the same call again goes on from them.
 
     Args:
         model: a module that `torch.export` can capture, or a timm model name. It is not changed.
         example_inputs: tensor(s) of shape (batch of 2 or more, ...); default: from the model's `pretrained_cfg`.
         budget: shares of the float model; a number or text means BOPs.
         data: iterable of (images, labels) or images, normalised as the model expects; None: data-free.
-        method: "uniform", or "auto", which is the best there is for what was given.
+        method: "sbs" (trains on labelled data), "uniform", one of the methods that papers compare with
+            ("prune_then_quantise", "multi_path", "bayesian_bits"), or "auto": "sbs" if there is data and epochs of
+            fine-tuning are asked for, else "uniform".
         config: settings; see `Config`.
         output_dir: also save the result there.
+        validation: held-out (images, labels), read at each epoch's end of fine-tuning.
+        restart: forget the checkpoints in `output_dir`.
         progress: called with (stage, share of the whole job done).
+        observer: called after each training step.
 
     Raises:
         SbsError: any of `sbs_fx.errors`; nothing is written in that case.
@@ -146,28 +163,23 @@ def compress(
     config = config or Config()
     if output_dir is not None:
         prepare_directory(output_dir)
-    job = _Job(progress)
+    if method == "auto":
+        method = "sbs" if data is not None and config.epochs else "uniform"
+    if method != "uniform" and data is None:
+        raise DataError(f"method {method!r} trains and needs data; give it, or use method='uniform'")
+    job = _Job(progress, observer)
     traced = _Traced.of(model, example_inputs, config, job)
-    job.stage("search", 0.35)
-    policy = uniform(
-        traced.groups,
-        traced.cost,
-        budget,
-        weight_bits=config.weight_bits,
-        activation_bits=config.activation_bits,
-        importance=config.importance,
-        round_to=config.round_to,
-        minor_groups=config.minor_groups,
-        seed=config.seed,
-    )
-    result = _realise(traced, policy, data, config, job)
-    if not budget.is_satisfied_by(result.cost):
-        raise GraphError(
-            f"the result costs {budget.shares(result.cost)} of the float model, over {budget}", pass_name="compress"
-        )
-    if output_dir is not None:
-        job.stage("save", 0.95)
-        result.save(output_dir)
+    with _checkpoints(output_dir, traced, method, budget, config, restart) as checkpoints:
+        job.stage("search", 0.35)
+        searched = _search(traced, method, budget, data, config, checkpoints, job)
+        result = _realise(traced, searched, data, config, job, validation, checkpoints)
+        if not budget.is_satisfied_by(result.cost):
+            raise GraphError(
+                f"the result costs {budget.shares(result.cost)} of the float model, over {budget}", pass_name="compress"
+            )
+        if output_dir is not None and Processes().is_first:
+            job.stage("save", 0.95)
+            result.save(output_dir)
     job.stage("done", 1.0)
     return result
 
@@ -179,7 +191,9 @@ def apply(
     *,
     data: Data | None = None,
     config: Config | None = None,
+    validation: Data | None = None,
     progress: Progress | None = None,
+    observer: Observer | None = None,
 ) -> Result:
     """A saved policy onto the float model again: what `compress` does after its search.
 
@@ -187,9 +201,9 @@ def apply(
         PolicyMismatch: the policy belongs to another model; names what differs.
     """
     config = config or Config()
-    job = _Job(progress)
+    job = _Job(progress, observer)
     traced = _Traced.of(model, example_inputs, config, job)
-    return _realise(traced, policy, data, config, job)
+    return _realise(traced, Searched(policy, {}), data, config, job, validation, None)
 
 
 @dataclass
@@ -220,26 +234,115 @@ class _Traced:
         return cls(graph, groups, cost_model(graph, groups), inputs)
 
 
-def _realise(traced: _Traced, policy: Policy, data: Data | None, config: Config, job: _Job) -> Result:
+def _search(
+    traced: _Traced,
+    method: str,
+    budget: Budget,
+    data: Data | None,
+    config: Config,
+    checkpoints: Checkpoints | None,
+    job: _Job,
+) -> Searched:
+    """The plan, and the weights that its search left; from the checkpoints if they have it already."""
+    if method == "uniform":
+        policy = uniform(
+            traced.groups,
+            traced.cost,
+            budget,
+            weight_bits=config.weight_bits,
+            activation_bits=config.activation_bits,
+            importance=config.importance,
+            round_to=config.round_to,
+            minor_groups=config.minor_groups,
+            seed=config.seed,
+        )
+        return Searched(policy, {})
+    saved = None if checkpoints is None else checkpoints.load("searched")
+    if saved is not None:
+        return Searched(Policy.from_json(saved.state["policy"]), saved.tensors)
+    assert data is not None
+    searched = SEARCHES[method](
+        traced.graph,
+        traced.groups,
+        traced.cost,
+        budget,
+        data,
+        inputs=traced.inputs,
+        search=config.search,
+        settings=config.training,
+        seed=config.seed,
+        checkpoints=checkpoints,
+        progress=job.observer,
+    )
+    if checkpoints is not None:
+        checkpoints.save("searched", searched.tensors, {"policy": searched.policy.to_json()})
+    return searched
+
+
+def _realise(
+    traced: _Traced,
+    searched: Searched,
+    data: Data | None,
+    config: Config,
+    job: _Job,
+    validation: Data | None,
+    checkpoints: Checkpoints | None,
+) -> Result:
     """Slim, gate, calibrate, maybe fine-tune, finalise."""
-    groups, cost = traced.groups, traced.cost
+    groups, cost, policy = traced.groups, traced.cost, searched.policy
     policy.check(groups.fingerprint, {g.name: g.size for g in groups.values()}, cost.weights, cost.activations)
     job.stage("slim", 0.4)
     weight_bits = kept_bits(groups, cost, policy)
-    slimmed = slim(traced.graph, groups, policy.kept)
+    slimmed = slim(with_tensors(traced.graph, searched.tensors), groups, policy.kept)
     gated = insert_gates(slimmed, groups, channels=False, grid=policy.grid)
     apply_bits(gated, weight_bits, policy.activation_bits)
     job.stage("calibrate", 0.5)
     calibrate(gated, data, inputs=traced.inputs, method=config.ranges, max_batches=config.calibration_batches)
     if config.epochs and data is not None:
         job.stage("fine-tune", 0.6)
-        fine_tune(gated, data, epochs=config.epochs, lr=config.learning_rate, teacher=traced.graph, seed=config.seed)
+        fine_tune(
+            gated,
+            data,
+            epochs=config.epochs,
+            lr=config.learning_rate,
+            settings=config.training,
+            teacher=traced.graph if config.training.distillation else None,
+            validation=validation,
+            seed=config.seed,
+            checkpoints=checkpoints,
+            progress=job.observer,
+        )
     job.stage("finalise", 0.9)
     static = finalize(gated)
     total = cost.evaluate(policy.kept, weight_bits, policy.activation_bits)
     report = Report.of(groups, cost, policy, total)
     job.close()
     return Result(static, policy, total, report, gated, traced.inputs, job.seconds)
+
+
+@contextmanager
+def _checkpoints(
+    output_dir: str | os.PathLike[str] | None,
+    traced: _Traced,
+    method: str,
+    budget: Budget,
+    config: Config,
+    restart: bool,
+) -> Iterator[Checkpoints | None]:
+    """Where training saves itself, if it trains and there is a place."""
+    if output_dir is None or (method == "uniform" and not config.epochs):
+        yield None
+        return
+    identity = {
+        "model": traced.groups.fingerprint,
+        "method": method,
+        "budget": budget.limits,
+        "version": current_versions()["sbs_fx"],
+        **config.model_dump(mode="json"),
+    }
+    first = Processes().is_first
+    with Checkpoints(os.path.join(output_dir, "checkpoints"), identity, restart=restart, writes=first) as found:
+        yield found
 
 
 def kept_bits(groups: ChannelGroups, cost: CostModel, policy: Policy) -> dict[str, int | list[int]]:
@@ -278,8 +381,8 @@ def prepare_directory(directory: str | os.PathLike[str]) -> str:
 class _Job:
     """Reports stages and keeps their times."""
 
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress = progress
+    def __init__(self, progress: Progress | None, observer: Observer | None) -> None:
+        self.progress, self.observer = progress, observer
         self._current: str | None = None
         self._since = time.perf_counter()
         self.seconds: dict[str, float] = {}

@@ -227,6 +227,10 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         raise NotImplementedError
 
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass that of epoch `epoch`, from 0, whatever was read before."""
+        self.passes = epoch
+
     def _next_generator(self) -> torch.Generator:
         """Random numbers of the next pass: the same for the same seed and the same number of passes before."""
         self.passes += 1

@@ -12,6 +12,9 @@
   + WeightsError              NaN or Inf in the model's weights                          (also a ValueError)
   + MethodError               an unknown method                                          (also a ValueError)
   + FileError                 truncated or altered file, output that cannot be written   (also an OSError)
+  + CheckpointMismatch        a checkpoint of another run                                (also a ValueError)
+  + TrainingError             training that cannot go on, such as a loss that is NaN
+  + Interrupted               stopped from outside, with everything saved
 
 Comes in: a message that repeats the offending value, says what was expected and what to do next; attributes by keyword.
 Holds: every class can be built from its message alone, so that an exception survives the way between processes.
@@ -133,3 +136,31 @@ class MethodError(SbsError, ValueError):
 class FileError(SbsError, OSError):
     """A file that is truncated or altered, or an output that cannot be written (a file where a directory is expected,
     no permission, disk full). Nothing half-written is left under the final name."""
+
+
+class CheckpointMismatch(SbsError, ValueError):
+    """A checkpoint that another model, method, budget, setting or version has left.
+
+    Attributes:
+        different: the fields that differ.
+    """
+
+    def __init__(self, message: str, *, different: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.different = tuple(different)
+
+
+class TrainingError(SbsError):
+    """Training that cannot go on.
+
+    Attributes:
+        step: of the stage, from 0. batch: index within its epoch. checkpoint: file of the last good state, or None.
+    """
+
+    def __init__(self, message: str, *, step: int = 0, batch: int = 0, checkpoint: str | None = None) -> None:
+        super().__init__(message)
+        self.step, self.batch, self.checkpoint = step, batch, checkpoint
+
+
+class Interrupted(SbsError):
+    """Stopped by SIGINT after a whole step; the message says how to go on."""

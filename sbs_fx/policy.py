@@ -74,7 +74,7 @@ def _explain(owner: str, error: ValidationError) -> str:
     return f"invalid {owner}: " + "; ".join(lines)
 
 
-class _Value(BaseModel):
+class Value(BaseModel):
     """A frozen pydantic value whose constructor raises an error of ours."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,7 +89,7 @@ class _Value(BaseModel):
                 raise self._error(_explain(type(self).__name__, error)) from None
 
 
-class Policy(_Value):
+class Policy(Value):
     """Everything that turns one float model into one static quantised graph.
 
     Attributes:
@@ -233,7 +233,7 @@ class Policy(_Value):
         )
 
 
-class LayerCost(_Value):
+class LayerCost(Value):
     """What one layer costs for one example. BOPs = MACs x weight bits x activation bits (arXiv 2101.04935).
 
     Attributes:
@@ -254,7 +254,7 @@ class LayerCost(_Value):
     stored_bits: NonNegativeInt
 
 
-class Cost(_Value):
+class Cost(Value):
     """What a model costs for one example: per layer, the rest, and in total.
 
     Attributes:
@@ -295,7 +295,7 @@ class Cost(_Value):
         return cls(**_parse_object(text, "cost"))
 
 
-class Budget(_Value):
+class Budget(Value):
     """How much of the float model may be left; every limit that is given must hold.
 
     | usage                            | meaning                                                        |

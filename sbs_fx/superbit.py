@@ -125,7 +125,9 @@ class _Search(torch.autograd.Function):
     """The whole chain with its gates. Keeps the input, the ranges and one norm and one threshold a gate."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, range_: Tensor, threshold: Tensor, levels: Sequence[Level], signed: bool) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, range_: Tensor, threshold: Tensor, levels: Sequence[Level], signed: bool, shared: bool
+    ) -> Any:
         value, width = _ranges(x, range_)
         clipped = torch.minimum(torch.maximum(value, -width if signed else torch.zeros_like(width)), width)
         y = previous = torch.zeros_like(value)
@@ -133,7 +135,8 @@ class _Search(torch.autograd.Function):
         still_open = torch.ones((), dtype=torch.bool, device=x.device)
         for index, z in enumerate(_chain(value, width, levels)):
             if index:
-                norms[index - 1] = ((clipped - previous) / width).square().mean().sqrt().to(norms.dtype)
+                steps = (clipped - previous) * (levels[index - 1].divisor / levels[index - 1].stride / width)
+                norms[index - 1] = _mean(steps.square(), shared).sqrt().to(norms.dtype)
                 still_open = still_open & (norms[index - 1] > threshold[index - 1])
             y = torch.where(still_open, z, y)
             previous = z
@@ -168,7 +171,16 @@ class _Search(torch.autograd.Function):
         for index in reversed(range(len(offsets))):
             after = offsets[index] + (gates[index + 1] * after if index + 1 < len(offsets) else 0)
             grad_threshold[index] = -slope[index] * gates[:index].prod() * after
-        return grad_x, grad_range, grad_threshold, None, None
+        return grad_x, grad_range, grad_threshold, None, None, None
+
+
+def _mean(x: Tensor, shared: bool) -> Tensor:
+    """Of all elements; over all processes if the tensor is spread over them."""
+    mean = x.mean()
+    if shared:
+        torch.distributed.all_reduce(mean)
+        mean = mean / torch.distributed.get_world_size()
+    return mean
 
 
 def _slope(norms: Tensor, threshold: Tensor) -> Tensor:
@@ -191,9 +203,10 @@ class SuperBitQuantizer(nn.Module):
     | fixed per channel     | `fix([0, 2, 8, 4])`       | the same, channel by channel; zeros where there are 0 bits  |
     | searching             | `search()`                | z_2 + g_4(eps_4 + g_8 eps_8), gates by their thresholds     |
 
-    A gate is open if the root mean square of the normalised residual (z - z_b)/v, over the whole tensor, is above its
-    threshold. The paper names no norm and no start; this one does not grow with the tensor, and thresholds start at 0,
-    so that all gates are open. Rounding is done in float32 (float64 for float64 input); the output has x's dtype.
+    A gate is open if the root mean square of the residual z - z_b over the whole tensor, in steps of the coarser grid,
+    is above its threshold. The paper names no norm and no start; this one grows neither with the tensor nor with the
+    step (evenly spread residuals give 0.29 for every gate), and thresholds start at 0, so that all gates are open.
+    Rounding is done in float32 (float64 for float64 input); the output has x's dtype.
 
     Args:
         channels: number of ranges, one per coordinate of `channel_dim`; None for one range per tensor.
@@ -205,6 +218,7 @@ class SuperBitQuantizer(nn.Module):
     Attributes:
         range: what x is clipped to, in units of x; shape () or (channels,); initially 1.
         threshold: of the gates, shape (len(candidates) - 1,).
+        across_processes: each process sees a part of x, and gates are decided over all of it.
 
     Raises:
         PolicyError: candidates that do not nest, bits that are no candidate, an input with other channels.
@@ -233,6 +247,7 @@ class SuperBitQuantizer(nn.Module):
         self.register_buffer("norms", torch.full((len(self.candidates) - 1,), torch.inf), persistent=False)
         self.register_buffer("channel_bits", None, persistent=False)
         self._bits: int | None = FLOAT_BITS
+        self.across_processes = False
 
     @property
     def bits(self) -> int | Tensor | None:
@@ -297,7 +312,7 @@ class SuperBitQuantizer(nn.Module):
         range_ = self._along(self.range, x)
         if self.bits is None:
             levels = tuple(level(bits, self.signed, self.grid) for bits in self.candidates)
-            y, norms = _Search.apply(x, range_, self.threshold, levels, self.signed)
+            y, norms = _Search.apply(x, range_, self.threshold, levels, self.signed, self.across_processes)
             self.norms.copy_(norms)
             return y
         bounds = tuple(self._along(bound, x) for bound in self._bounds(_precision(x)))

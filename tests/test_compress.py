@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import sbs_fx
+from benchmarks._cifar_models import CifarResNet
 from sbs_fx.errors import (
     BudgetError,
     DataError,
@@ -26,7 +27,6 @@ from sbs_fx.errors import (
     TraceError,
     WeightsError,
 )
-from tests.cifar import CifarResNet
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 

@@ -10,12 +10,13 @@ import timm
 import torch
 from hypothesis import given, settings
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks._cifar_models import CifarResNet
 from sbs_fx.errors import GraphError
 from sbs_fx.passes import channel_groups, cost_model, slim, trace
 from sbs_fx.search.uniform import uniform_bits
-from tests.cifar import CifarResNet
 from tests.models import Recipe, networks
 
 
@@ -26,7 +27,8 @@ def analysed(module: nn.Module, *shape: int):
 
 
 def counted_macs(module: nn.Module, *shape: int) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # reason: torch 2.14's counter does not know the fused attention of CPUs, but its products
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         module(torch.randn(1, *shape))
     assert counter.get_total_flops() % 2 == 0
     return counter.get_total_flops() // 2
@@ -100,7 +102,7 @@ def test_expressions_agree_with_the_exact_and_the_differentiable_cost() -> None:
         values |= {sympy.Symbol(f"bits[{n}]", positive=True): b for n, b in table.items()}
     assert sum(e.subs(values) for e in cost.expressions.values()) == exact
     sizes = {n: torch.tensor(float(len(k)), dtype=torch.float64, requires_grad=True) for n, k in plan.items()}
-    soft = cost.expected_bops(sizes, bits.weights, bits.activations)
+    soft = cost.expected(sizes, bits.weights, bits.activations)["bops"]
     assert soft.item() == pytest.approx(exact, rel=1e-12)
     soft.backward()
     name = next(iter(plan))

@@ -17,7 +17,7 @@ from sbs_fx.errors import DataError, InputError, SbsError
 from sbs_fx.passes.channel_groups import channel_groups
 from sbs_fx.passes.insert_gates import BatchNorm, activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.passes.trace import trace
-from sbs_fx.training import Progress, evaluate, fine_tune
+from sbs_fx.training import Progress, Training, evaluate, fine_tune
 
 
 def network() -> nn.Sequential:
@@ -88,6 +88,13 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@torch.no_grad()
+def loss_of(gated: fx.GraphModule) -> float:
+    """Cross-entropy on the training data, in eval mode."""
+    images, labels = (torch.cat(parts) for parts in zip(*digits(), strict=True))
+    return float(nn.functional.cross_entropy(gated(images), labels))
+
+
 # Accuracy
 
 
@@ -141,6 +148,7 @@ def test_two_bits_learn_the_digits_again(
     trained: nn.Sequential, gated: fx.GraphModule, optimizer: Any, lr: float, teach: bool
 ) -> None:
     bits, before, teacher = bits_of(gated), evaluate(gated, digits("test")), state_of(trained)
+    loss = loss_of(gated)
     steps: list[Progress] = []
     state = torch.get_rng_state()
     fine_tune(
@@ -148,12 +156,11 @@ def test_two_bits_learn_the_digits_again(
         digits(shuffle=True),
         epochs=2,
         lr=lr,
-        optimizer=optimizer,
+        settings=Training(optimizer=optimizer),
         progress=steps.append,
         teacher=trained if teach else None,
     )
-    losses = [step.loss for step in steps]
-    assert sum(losses[-8:]) < 0.6 * sum(losses[:8])
+    assert loss_of(gated) < 0.6 * loss  # measured: 0.16 to 0.45
     assert evaluate(gated, digits("test")) >= max(before, 95.0)  # measured: 97.5 to 97.8, from 92.2
     assert bits_of(gated) == bits
     assert not any(module.training for module in gated.modules())
@@ -188,7 +195,7 @@ def test_what_moves_and_what_stays(gated: fx.GraphModule) -> None:
     def moved(**options: Any) -> set[str]:
         tuned = copy.deepcopy(gated)
         before = state_of(tuned)
-        fine_tune(tuned, digits(count=256), epochs=2, lr=0.02, **options)
+        fine_tune(tuned, digits(count=256), epochs=2, lr=0.02, settings=Training(**options))
         return {name for name, value in state_of(tuned).items() if not torch.equal(value, before[name])}
 
     everything, fixed = moved(), moved(range_lr=0.0)
@@ -214,7 +221,7 @@ def test_batch_norms_are_frozen_in_the_last_epochs_only(gated: fx.GraphModule) -
     def watch(step: Progress) -> None:
         seen.append((step.epoch, {m.training for m in gated.modules() if isinstance(m, BatchNorm)}))
 
-    fine_tune(gated, digits(count=64), epochs=3, lr=0.01, frozen_norm_epochs=1, progress=watch)
+    fine_tune(gated, digits(count=64), epochs=3, lr=0.01, settings=Training(frozen_norm_epochs=1), progress=watch)
     assert seen == [(0, {True}), (1, {True}), (2, {False})]
 
 
@@ -264,10 +271,15 @@ def test_non_finite_loss_names_step_and_batch(gated: fx.GraphModule) -> None:
         ({"epochs": -1}, "epochs -1"),
         ({"lr": 0.0}, "lr 0.0"),
         ({"lr": math.nan}, "lr nan"),
-        ({"range_lr": -1.0}, "range_lr -1.0"),
-        ({"optimizer": "lion"}, "optimizer 'lion'"),
+        ({"settings": {"range_lr": -1.0}}, "range_lr: .*given -1.0"),
+        ({"settings": {"optimizer": "none such"}}, "optimizer 'none such'"),
+        ({"settings": {"patience": 2}}, "patience 2 needs validation"),
     ],
 )
 def test_options_that_mean_nothing(gated: fx.GraphModule, options: dict[str, Any], message: str) -> None:
+    def tune(settings: dict[str, Any] | None = None, **others: Any) -> None:
+        arguments = {"epochs": 1, "lr": 0.01, "settings": Training(**settings or {}), **others}
+        fine_tune(gated, digits(count=64), **arguments)
+
     with pytest.raises(InputError, match=message):
-        fine_tune(gated, digits(count=64), **{"epochs": 1, "lr": 0.01, **options})
+        tune(**options)

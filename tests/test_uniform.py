@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks._cifar_models import CifarResNet
 from sbs_fx.errors import InfeasibleBudget
 from sbs_fx.passes import channel_groups, cost_model, trace
 from sbs_fx.policy import Budget, Policy
 from sbs_fx.search import uniform
 from sbs_fx.search.importance import group_importance
-from tests.cifar import CifarResNet
 
 
 @pytest.fixture(scope="module")

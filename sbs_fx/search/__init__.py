@@ -1,5 +1,27 @@
 """Searchers: each turns (groups, cost model, budget, maybe data) into a policy; one method a file."""
 
+from sbs_fx.search.bayesian_bits import bayesian_bits
+from sbs_fx.search.gate_search import Search
+from sbs_fx.search.multi_path import multi_path
+from sbs_fx.search.prune_then_quantise import prune_then_quantise
+from sbs_fx.search.sbs import Searched, sbs
 from sbs_fx.search.uniform import uniform
 
-__all__ = ["uniform"]
+# method -> searcher that trains
+SEARCHES = {
+    "sbs": sbs,
+    "prune_then_quantise": prune_then_quantise,
+    "multi_path": multi_path,
+    "bayesian_bits": bayesian_bits,
+}
+
+__all__ = [
+    "SEARCHES",
+    "Search",
+    "Searched",
+    "bayesian_bits",
+    "multi_path",
+    "prune_then_quantise",
+    "sbs",
+    "uniform",
+]

@@ -6,31 +6,36 @@ of everything that would be removed with it: rows, columns, biases and scales al
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sbs_fx.passes import ChannelGroups
+from sbs_fx.passes import ChannelGroup, ChannelGroups
 from sbs_fx.passes import dims as d
 from sbs_fx.passes.dims import Axis, Dim
 
 Norm = Literal["l1", "l2"]
 
 
-def group_importance(groups: ChannelGroups, norm: Norm = "l2") -> dict[str, Tensor]:
+def group_importance(
+    groups: ChannelGroups, norm: Norm = "l2", parameters: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Group name -> scores of shape (size,), float64: the L1 or L2 norm of each coordinate over all its members.
 
     Each parameter is divided by its own mean magnitude first, so that a layer scale of 1e-6 counts as much as a
-    convolution.
+    convolution. `parameters` (by name) take the place of those of the graph the groups were found on.
     """
     power = 1 if norm == "l1" else 2
-    scores = {g.axis: torch.zeros(g.size, dtype=torch.float64) for g in groups.values()}
-    for name, parameter in groups.inference.graph_module.named_parameters():
+    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+    scores = {g.axis: torch.zeros(g.size, dtype=torch.float64, device=device) for g in groups.values()}
+    for name, parameter in (parameters or dict(groups.inference.graph_module.named_parameters())).items():
         dims = groups.inference.tensors.get(name)
         if dims is None or not any(d.axes(dim) for dim in dims):
             continue
-        mass = parameter.detach().abs().double().pow(power).cpu()
+        mass = parameter.detach().abs().double().pow(power).to(device)
         mass = mass / mass.mean().clamp_min(1e-30)
         for i, dim in enumerate(dims):
             if d.axes(dim):
@@ -52,3 +57,18 @@ def _spread(dim: Dim, mass: Tensor, scores: dict[Axis, Tensor]) -> None:
         for i, part in enumerate(dim.factors):
             others = [k for k in range(grid.ndim) if k != i]
             _spread(part, grid.sum(others), scores)
+
+
+def kernel_multiple(group: ChannelGroup, round_to: int | None) -> int:
+    """What kept channels should be a multiple of: `round_to`; None: 16, 8 in groups under 64 channels.
+
+    Kernels step at multiples of the width of the whole tensor dimension, so a product axis needs a smaller one.
+    """
+    multiple = round_to or (16 if group.size >= 64 else 8)
+    widest = 1
+    for member in group.members:
+        dim = d.resolve(member.type)
+        if isinstance(dim, d.Prod):
+            widest = max(widest, dim.size // group.size)
+    multiple //= math.gcd(multiple, widest)
+    return multiple if round_to or group.size > multiple else 1

@@ -7,15 +7,13 @@ kernels like.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sbs_fx.errors import InfeasibleBudget
 from sbs_fx.passes import ChannelGroup, ChannelGroups, CostModel
-from sbs_fx.passes import dims as d
 from sbs_fx.policy import Budget, Cost, Policy
-from sbs_fx.search.importance import Norm, group_importance
+from sbs_fx.search.importance import Norm, group_importance, kernel_multiple
 
 # (weight bits, activation bits), from harmless to harsh
 BIT_PAIRS = ((8, 8), (4, 8), (4, 4), (2, 4), (2, 2))
@@ -55,7 +53,7 @@ def uniform(
         InfeasibleBudget: even the smallest policy is over the budget; `least` has the shares it reaches.
     """
     prunable = [g for g in groups.values() if g.primary or minor_groups]
-    steps = {g.name: _multiple(g, round_to) for g in prunable}
+    steps = {g.name: kernel_multiple(g, round_to) for g in prunable}
     pairs = [(w, a) for w, a in BIT_PAIRS if weight_bits in (None, w) and activation_bits in (None, a)]
     if not pairs:
         pairs = [(weight_bits or 8, activation_bits or 8)]
@@ -108,18 +106,6 @@ def uniform_bits(cost: CostModel, weight_bits: int, activation_bits: int, ends: 
             if any(layer.name in first or layer.name in last for layer, _ in places):
                 table[name] = ends
     return Bits(weights, activations)
-
-
-def _multiple(group: ChannelGroup, round_to: int | None) -> int:
-    """Kernels step at multiples of the width of the whole tensor dimension, so a product axis needs a smaller one."""
-    multiple = round_to or (16 if group.size >= 64 else 8)
-    widest = 1
-    for member in group.members:
-        dim = d.resolve(member.type)
-        if isinstance(dim, d.Prod):
-            widest = max(widest, dim.size // group.size)
-    multiple //= math.gcd(multiple, widest)
-    return multiple if round_to or group.size > multiple else 1
 
 
 def _counts(groups: list[ChannelGroup], steps: Mapping[str, int], share: float) -> dict[str, int]:

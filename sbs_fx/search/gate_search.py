@@ -1,0 +1,314 @@
+"""`GateSearch`: a training stage in which gates choose bits and channels under a budget.
+
+In: a searchable graph (`insert_gates`), its groups and cost model, a budget. Out: the same graph, trained, and a draft
+of the decisions. Source: Single-path Bit Sharing (arXiv 2101.04935). The penalty is sum_m lambda_m log(R_m / B_m) with
+R_m the cost at the gates of the moment and B_m the limit of measure m.
+Ours are: lambda is found by multiplicative dual ascent, unless one is given; thresholds may start from measured moves
+(`start_at`), and move by gradients that are brought to a mean square of 1 per kind of gate, since their size is that
+of the loss; what the gates chose most often in the last third is the draft.
+Holds: gates are decided without random numbers, and the same way in all processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from sbs_fx.errors import InputError, SbsError
+from sbs_fx.passes import ChannelGroups, CostModel, activation_gates, channel_gates, weight_gates
+from sbs_fx.passes import dims as d
+from sbs_fx.policy import Budget, Value
+from sbs_fx.search.importance import group_importance
+from sbs_fx.superbit import FLOAT_BITS, ChannelGate, SuperBitQuantizer
+from sbs_fx.training import Training, TrainingStage
+
+_FIRST_MULTIPLIER = 0.1
+_BOUNDS = (1e-4, 1e3)
+_UNKNOWN_STEPS = 1000  # of data without a length
+# How far steps of the mean size move a threshold in all: the norms of gates are about 0.29. From a warm start they need
+# not go far, and steps are to be small beside the margin, or noise decides.
+_TRAVEL, _WARM_TRAVEL = 1.0, 0.25
+_LARGEST = 10.0  # of a threshold's gradient, in mean sizes
+_MARGIN = 0.05  # between a gate's norm and its threshold at the start; a fifth of the norms of evenly spread residuals
+_VOTING = 2 / 3  # share of the search after which decisions count
+
+
+class Search(Value):
+    """Settings of a search by gates.
+
+    Attributes:
+        epochs, lr: of the search; `lr` is the weights' rate.
+        decisions: "joint", "bits" alone (every channel stays) or "channels" alone (bits stay at float).
+        lam: a fixed multiplier, as in the paper; None: found so that the budget is met.
+        threshold_lr: highest rate of the gates' thresholds; None: so that they can travel the whole way.
+        warm_start: begin at decisions that meet the budget, found by measured moves (`settle`); False: all gates open,
+            as in the paper.
+        reach: share of the search after which the cost should be at the budget, where it begins above it.
+        stiffness: how fast multipliers answer: their logarithm grows by this times log(cost / path) in a whole search
+            over which that stays the same.
+        block: channels that are decided together; None: as many as kernels like (`kernel_multiple`).
+        inner_only: prune only channels inside a residual branch, as the paper does; the stream keeps all.
+        minor_groups: also prune the smaller factor of product axes (heads, group widths).
+        settle_batches: batches on which the last moves to the budget are judged.
+    """
+
+    _error: ClassVar[type[SbsError]] = InputError
+
+    epochs: int = Field(default=4, ge=1)
+    lr: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
+    decisions: Literal["joint", "bits", "channels"] = "joint"
+    lam: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    threshold_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    warm_start: bool = True
+    reach: float = Field(default=0.6, gt=0, le=1)
+    stiffness: float = Field(default=20.0, gt=0)
+    block: int | None = Field(default=None, ge=1)
+    inner_only: bool = False
+    minor_groups: bool = False
+    settle_batches: int = Field(default=1, ge=1)
+
+
+_STATE = ("multipliers", "first", "last", "squares", "mask_votes")
+
+
+@dataclass
+class Draft:
+    """Decisions before they are a policy: bits by weight and tensor name, kept coordinates by group name.
+
+    `price` is the loss that the last share of the budget is worth, where it was measured.
+    """
+
+    weight_bits: dict[str, int]
+    activation_bits: dict[str, int]
+    kept: dict[str, list[int]]
+    price: float = 0.0
+
+
+class GateSearch(TrainingStage):
+    """Gates and weights trained together.
+
+    Args:
+        network: from `insert_gates` on the graph of `groups`, calibrated; channel gates only if they are to decide.
+        fixed: names of weights and tensors whose bits are not searched, with those bits (the first and last layer).
+        steps: of the whole stage; None if unknown.
+    """
+
+    method: ClassVar[str] = "sbs"
+    starts_warm: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        groups: ChannelGroups,
+        cost: CostModel,
+        budget: Budget,
+        search: Search,
+        *,
+        fixed: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {}),
+        steps: int | None = None,
+        name: str = "search",
+    ) -> None:
+        super().__init__(network, name)
+        self.groups, self.cost, self.budget, self.search = groups, cost, budget, search
+        self.steps = steps or _UNKNOWN_STEPS
+        self.weights, self.activations = weight_gates(network), activation_gates(network)
+        self.channels: dict[str, ChannelGate] = {
+            n: g for n, g in channel_gates(network).items() if may_be_pruned(groups, cost, n, search)
+        }
+        self.parameters = {
+            n: p for n, p in network.named_parameters() if not n.startswith(("weight_gates.", "activation_gates."))
+        }
+        self.searched: dict[str, dict[str, SuperBitQuantizer]] = {}
+        for kind, gates, kept in (("w", self.weights, fixed[0]), ("a", self.activations, fixed[1])):
+            self.searched[kind] = {n: g for n, g in gates.items() if n not in kept}
+            for name_, gate in gates.items():
+                if search.decisions == "channels":
+                    gate.fix(FLOAT_BITS)
+                elif name_ in kept:
+                    gate.fix(kept[name_])
+                else:
+                    gate.search()
+        if search.decisions == "channels":
+            self.searched = {"w": {}, "a": {}}
+        self.multipliers = dict.fromkeys(budget.limits, _FIRST_MULTIPLIER if search.lam is None else search.lam)
+        self.first: dict[str, float] = {}  # log of cost over limit, at the first step
+        self.last: dict[str, float] = {}  # the same, at the last one
+        self.squares: dict[str, float] = {}  # kind of gate -> mean square of the thresholds' gradients, a running mean
+        self.votes: dict[str, dict[str, dict[int, int]]] = {"w": {}, "a": {}}
+        self.mask_votes: dict[str, list[int]] = {}
+        self.done = 0.0
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether the search is to begin at measured decisions; not with the paper's fixed multiplier."""
+        return self.starts_warm and self.search.warm_start and self.search.lam is None
+
+    @torch.no_grad()
+    def start_at(self, draft: Draft, images: Tensor) -> None:
+        """Put every threshold beside its gate's norm on these images, on the side that the draft asks for."""
+        self.before_step(0, 0.0)
+        for gates in self.searched.values():
+            for gate in gates.values():
+                gate.search()
+        for name, channel in self.channels.items():
+            kept = channel.mask.new_zeros(channel.size)
+            kept[draft.kept[name]] = 1
+            stays = kept[:: channel.block] > 0
+            lowest = channel.block_norms[stays].min()
+            gone = channel.block_norms[~stays]
+            channel.threshold.copy_((lowest + (gone.max() if len(gone) else 0.5 * lowest)) / 2)
+        self.network(images)
+        for kind, table in (("w", draft.weight_bits), ("a", draft.activation_bits)):
+            for name, gate in self.searched[kind].items():
+                opened = torch.tensor([b <= table[name] for b in gate.candidates[1:]], device=gate.norms.device)
+                gate.threshold.copy_(torch.where(opened, gate.norms - _MARGIN, gate.norms + _MARGIN))
+        self.multipliers = dict.fromkeys(self.multipliers, min(_BOUNDS[1], max(_BOUNDS[0], draft.price)))
+
+    # -- hooks -------------------------------------------------------------------------------------------------------
+
+    def optimizers(self, settings: Training) -> list[torch.optim.Optimizer]:
+        thresholds = [gate.threshold for gates in self._kinds().values() for gate in gates.values()]
+        travel = _WARM_TRAVEL if self.is_warm else _TRAVEL
+        lr = self.search.threshold_lr or travel / (0.5 * self.steps)  # reason: 0.5 is the mean of a cosine
+        # reason: steps of momentum add up to ten times the rate
+        return [torch.optim.SGD(thresholds, lr=0.1 * lr, momentum=0.9)] if thresholds else []
+
+    def _kinds(self) -> dict[str, dict[str, Any]]:
+        return {**self.searched, "c": self.channels}
+
+    def before_step(self, step: int, done: float) -> None:
+        self.done = done
+        if self.channels:
+            norms = group_importance(self.groups, "l1", self.parameters)
+            for name, gate in self.channels.items():
+                gate.gate_from(norms[name] / norms[name].mean().clamp_min(1e-30))
+
+    def penalty(self) -> Tensor | None:
+        total: Tensor | None = None
+        for measure, excess in self._excess().items():
+            self.last[measure] = float(excess.detach())
+            self.first.setdefault(measure, self.last[measure])
+            part = self.multipliers[measure] * excess
+            total = part if total is None else total + part
+        return total
+
+    def before_update(self, step: int) -> None:
+        """Weight gates and activation gates take turns, as in the paper; sizes of gradients are brought to 1."""
+        for kind, gates in self._kinds().items():
+            found = [g.threshold.grad for g in gates.values() if g.threshold.grad is not None]
+            if not found:
+                continue
+            square = float(torch.cat([g.flatten() for g in found]).double().square().mean())
+            self.squares[kind] = 0.98 * self.squares.get(kind, square) + 0.02 * square
+            scale = max(self.squares[kind], 1e-60) ** -0.5
+            for gate in gates.values():
+                if kind == "wa"[step % 2]:
+                    gate.threshold.grad = None
+                elif gate.threshold.grad is not None:
+                    gate.threshold.grad.mul_(scale).clamp_(-_LARGEST, _LARGEST)
+
+    def after_step(self, step: int) -> None:
+        if self.done >= _VOTING:
+            self._vote()
+        if self.search.lam is not None:
+            return
+        for measure, multiplier in self.multipliers.items():
+            error = min(1.0, max(-1.0, self.last[measure] - self.path(measure)))
+            grown = multiplier * math.exp(self.search.stiffness / self.steps * error)
+            self.multipliers[measure] = min(_BOUNDS[1], max(_BOUNDS[0], grown))
+
+    def measures(self) -> dict[str, Any]:
+        limits = self.budget.limits
+        histograms = {}
+        for key, gates in (("weight_bits", self.weights), ("activation_bits", self.activations)):
+            bits = [bits_of(gate) for gate in gates.values()]
+            histograms[key] = {b: bits.count(b) for b in sorted(set(bits))}
+        masks = [gate.mask for gate in self.channels.values()]
+        closed = sum(int((m < 0.5).sum()) for m in masks)
+        return {
+            **{m: limit * math.exp(self.last.get(m, 0.0)) for m, limit in limits.items()},
+            "budget": limits,
+            "pruned": closed / sum(len(m) for m in masks) if masks else 0.0,
+            "multiplier": dict(self.multipliers),
+            **histograms,
+        }
+
+    def state(self) -> dict[str, Any]:
+        plain = {k: getattr(self, k) for k in _STATE}
+        return {**plain, "votes": {k: {n: [*v.items()] for n, v in t.items()} for k, t in self.votes.items()}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self.votes = {k: {n: {int(b): int(c) for b, c in v} for n, v in t.items()} for k, t in state["votes"].items()}
+
+    # -- decisions -----------------------------------------------------------------------------------------------------
+
+    def draft(self) -> Draft:
+        """What the gates chose most often towards the end; what they amount to now, if nothing was counted."""
+        kept = {name: list(range(group.size)) for name, group in self.groups.items()}
+        for name, gate in self.channels.items():
+            found = (gate.mask > 0.5).nonzero().flatten().tolist()
+            counts = self.mask_votes.get(name)
+            often = [] if counts is None else [i for i, n in enumerate(counts) if 2 * n > self.mask_votes["steps"][0]]
+            kept[name] = often or found
+
+        def usual(kind: str, gates: Mapping[str, SuperBitQuantizer]) -> dict[str, int]:
+            votes = self.votes[kind]
+            return {n: max(votes[n], key=votes[n].__getitem__) if n in votes else bits_of(g) for n, g in gates.items()}
+
+        return Draft(usual("w", self.weights), usual("a", self.activations), kept)
+
+    def _vote(self) -> None:
+        for kind, gates in self.searched.items():
+            for name, gate in gates.items():
+                counts = self.votes[kind].setdefault(name, {})
+                counts[bits_of(gate)] = counts.get(bits_of(gate), 0) + 1
+        for name, channel in self.channels.items():
+            so_far, chosen = self.mask_votes.get(name, [0] * channel.size), (channel.mask > 0.5).tolist()
+            self.mask_votes[name] = [n + c for n, c in zip(so_far, chosen, strict=True)]
+        self.mask_votes["steps"] = [self.mask_votes.get("steps", [0])[0] + 1]
+
+    def path(self, measure: str) -> float:
+        """Where the log of the cost over its limit should be now."""
+        return max(0.0, self.first[measure]) * max(0.0, 1 - self.done / self.search.reach)
+
+    def expectations(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """What `CostModel.expected` takes, at the gates of the moment: channels kept by group name, bits by weight name
+        and bits by tensor name."""
+        return (
+            {name: gate().sum() for name, gate in self.channels.items()},
+            {name: gate.expected_bits() for name, gate in self.weights.items()},
+            {name: gate.expected_bits() for name, gate in self.activations.items()},
+        )
+
+    def _excess(self) -> dict[str, Tensor]:
+        """Measure -> log of the cost over its limit, differentiable in the thresholds."""
+        found = self.cost.expected(*self.expectations())
+        reference = self.cost.reference
+        whole = {"bops": reference.bops, "macs": reference.macs, "size": reference.stored_bits}
+        return {
+            m: torch.log(torch.as_tensor(found[m], dtype=torch.float64) / (limit * whole[m]))
+            for m, limit in self.budget.limits.items()
+        }
+
+
+def bits_of(gate: SuperBitQuantizer) -> int:
+    """The one bitwidth that a gate has, or has decided on."""
+    return gate.bits if isinstance(gate.bits, int) else gate.decided_bits()
+
+
+def may_be_pruned(groups: ChannelGroups, cost: CostModel, name: str, search: Search) -> bool:
+    """Whether a group's channels are among what is searched. One weight alone makes the channels inside a residual
+    branch; those of the stream come from several."""
+    group = groups[name]
+    if search.decisions == "bits" or not (group.primary or search.minor_groups):
+        return False
+    makers = {w for layer in cost.layers for w, (dims, out) in layer.weights.items() if group.axis in d.axes(dims[out])}
+    return not search.inner_only or len(makers) == 1

@@ -1,0 +1,140 @@
+"""`sbs`: bits and channels learned with the weights, in one training run (arXiv 2101.04935).
+
+In: a traced float model, its analyses, a budget, labelled data. Out: a policy that meets the budget, and the weights as
+the search left them. Every candidate bitwidth shares one weight and one chain of offsets; gates choose; the result is
+settled just under the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sbs_fx.calibration import calibrate
+from sbs_fx.data import read_batches
+from sbs_fx.errors import DataError
+from sbs_fx.passes import ChannelGroups, CostModel, insert_gates
+from sbs_fx.policy import Budget, Policy
+from sbs_fx.search.gate_search import Draft, GateSearch, Search, may_be_pruned
+from sbs_fx.search.importance import group_importance, kernel_multiple
+from sbs_fx.search.settle import Space, judged_on, settle
+from sbs_fx.search.uniform import uniform_bits
+from sbs_fx.superbit import Grid
+from sbs_fx.training import Checkpoints, Training, train
+from sbs_fx.training.progress import Observer
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A plan, and the parameters and buffers that the search left, by their names in the traced graph."""
+
+    policy: Policy
+    tensors: dict[str, Tensor]
+
+
+def sbs(
+    graph: fx.GraphModule,
+    groups: ChannelGroups,
+    cost: CostModel,
+    budget: Budget,
+    data: Iterable[Any],
+    *,
+    inputs: Sequence[Tensor],
+    search: Search | None = None,
+    settings: Training | None = None,
+    grid: Grid = "symmetric",
+    candidates: tuple[int, ...] = (2, 4, 8),
+    seed: int = 0,
+    checkpoints: Checkpoints | None = None,
+    progress: Observer | None = None,
+    name: str = "search",
+    stage: type[GateSearch] = GateSearch,
+) -> Searched:
+    """Search by super-bit gates.
+
+    Args:
+        graph: from `trace`; not changed. groups, cost: of it.
+        data: yields (images, labels), iterable more than once.
+        inputs: example inputs of the graph.
+        grid: of the quantisers; "paper" is the zero-free one.
+        seed: of everything random.
+        checkpoints, progress: of the training; see `train`. name: of the stage in them.
+        stage: what is trained; another kind brings gates of its own (`sbs_fx.search.bayesian_bits`).
+
+    Raises:
+        DataError: data that is unlabelled, of one class alone, or not as the graph takes it.
+        InfeasibleBudget: the budget is not met with every gate closed.
+        and whatever `train` raises.
+    """
+    search, settings = search or Search(), settings or Training()
+    check_training_data(data)
+    blocks = {name: search.block or kernel_multiple(groups[name], None) for name in groups}
+    network = insert_gates(
+        graph, groups, channels=search.decisions != "bits", candidates=candidates, grid=grid, block=blocks
+    )
+    ends = uniform_bits(cost, -1, -1)
+    fixed = (
+        {n: b for n, b in ends.weights.items() if b > 0},
+        {n: b for n, b in ends.activations.items() if b > 0},
+    )
+    steps = search.epochs * len(data) if isinstance(data, Sized) else None
+    training = stage(network, groups, cost, budget, search, fixed=fixed, steps=steps, name=name)
+    calibrate(network, data, inputs=inputs)
+    batches = judged_on(graph, read_batches(data, max_batches=search.settle_batches))
+
+    def settled() -> Draft:
+        scores = group_importance(groups, "l1", dict(network.named_parameters()))
+        channels = {n: (scores[n], blocks[n]) for n in groups if may_be_pruned(groups, cost, n, search)}
+        space = Space(tuple(training.searched["w"]), tuple(training.searched["a"]), channels, candidates)
+        return settle(network, cost, budget, training.draft(), space, batches)
+
+    begun = checkpoints is not None and checkpoints.existing(name) is not None
+    if training.is_warm and not begun:
+        training.start_at(settled(), batches[0][0])
+    train(
+        training,
+        data,
+        epochs=search.epochs,
+        lr=search.lr,
+        settings=settings,
+        teacher=graph if settings.distillation else None,
+        seed=seed,
+        checkpoints=checkpoints,
+        progress=progress,
+    )
+    decided = settled()
+    names = dict(graph.named_parameters()) | dict(graph.named_buffers())
+    state = network.state_dict()
+    return Searched(
+        policy_of(decided, groups, stage.method, seed, grid),
+        {n: state[n].detach().clone() for n in names if n in state},
+    )
+
+
+def policy_of(decided: Draft, groups: ChannelGroups, method: str, seed: int, grid: Grid) -> Policy:
+    """The policy that decisions amount to."""
+    return Policy(
+        fingerprint=groups.fingerprint,
+        method=method,
+        seed=seed,
+        grid=grid,
+        kept=decided.kept,
+        sizes={g.name: g.size for g in groups.values()},
+        weight_bits=dict(decided.weight_bits),
+        activation_bits=decided.activation_bits,
+    )
+
+
+def check_training_data(data: Iterable[Any]) -> None:
+    """Refuse data that nothing can be learned from. Raises DataError."""
+    seen: set[int] = set()
+    for index, _, labels in read_batches(data, max_batches=8):
+        if labels is None:
+            raise DataError(f"batch {index} has no labels; a search that trains needs (images, labels)")
+        seen |= set(torch.unique(labels).tolist())
+    if len(seen) < 2:
+        raise DataError(f"the first batches hold the label {seen} alone; expected several classes, in mixed order")

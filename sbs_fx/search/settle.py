@@ -1,0 +1,247 @@
+"""`settle`: the last moves that bring a draft of decisions just under its budget.
+
+In: a searchable graph with a draft, a few batches, a budget. Out: decisions that meet the budget. Each move (one tensor
+to the next bitwidth, one block of channels) is judged by the loss it costs on those batches per share of the budget it
+frees; then what is left over is spent the same way, backwards.
+Holds: the result never exceeds the budget; the same inputs give the same moves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from sbs_fx.errors import InfeasibleBudget
+from sbs_fx.passes import CostModel, activation_gates, apply_bits, channel_gates, weight_gates
+from sbs_fx.passes.insert_gates import BatchNorm
+from sbs_fx.policy import Budget, Cost
+from sbs_fx.search.gate_search import Draft
+from sbs_fx.training.evaluation import device_of, logits_of, mode
+
+Batch = tuple[Tensor, Tensor]  # images, and the float model's log-probabilities
+
+_SLACK = 0.99  # of the budget that should be used at least
+_SWAPS = 6
+_STEPS = 24  # down, at most, to make room for one move up
+
+
+@dataclass(frozen=True)
+class Move:
+    """One decision changed: `kind` is "w", "a" or "c"; `value` is bits, or kept coordinates."""
+
+    kind: str
+    name: str
+    value: int | tuple[int, ...]
+
+    def applied(self, draft: Draft) -> Draft:
+        changed = copy.copy(draft)
+        if self.kind == "c":
+            changed.kept = {**draft.kept, self.name: list(self.value)}  # type: ignore[arg-type]
+        elif self.kind == "w":
+            changed.weight_bits = {**draft.weight_bits, self.name: self.value}  # type: ignore[dict-item]
+        else:
+            changed.activation_bits = {**draft.activation_bits, self.name: self.value}  # type: ignore[dict-item]
+        return changed
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may still change: names of weights and tensors, and per group its scores and the size of a block."""
+
+    weights: tuple[str, ...]
+    activations: tuple[str, ...]
+    channels: Mapping[str, tuple[Tensor, int]]
+    candidates: tuple[int, ...] = (2, 4, 8)
+
+
+def settle(
+    network: fx.GraphModule,
+    cost: CostModel,
+    budget: Budget,
+    draft: Draft,
+    space: Space,
+    batches: list[Batch],
+) -> Draft:
+    """Bring a draft just under its budget. The result's `price` is that of its dearest move down.
+
+    A move is judged once, at the decisions of the moment, and its harm is taken to stay the same afterwards.
+
+    Raises:
+        InfeasibleBudget: the budget is not met with every move down taken.
+    """
+    load, harm = _Load(cost, budget), _Harm(network, batches)
+    price = 0.0
+    while (here := load(draft)) > 1:
+        ranked: list[tuple[float, int, Move]] = []
+        for move in _moves(draft, space, down=True):
+            freed = here - load(move.applied(draft))
+            if freed > 0:
+                ranked.append((harm(draft, move) / freed, len(ranked), move))
+        if not ranked:
+            shares = budget.shares(load.cost_of(draft))
+            raise InfeasibleBudget(
+                f"the budget {budget.limits} cannot be met: the least that this search reaches is "
+                + ", ".join(f"{m} {shares[m]:.4g}" for m in budget.limits)
+                + "; raise the budget, or allow more decisions",
+                least=shares,
+            )
+        for rate, _, move in sorted(ranked, key=lambda item: item[:2])[: max(1, len(ranked) // 10)]:
+            draft, price = move.applied(draft), max(price, rate)
+            if load(draft) <= 1:
+                break
+    draft = _fill(draft, space, load, harm)
+    for _ in range(_SWAPS):
+        if load(draft) >= _SLACK:
+            break
+        better = _swap(draft, space, load, harm)
+        if better is None:
+            break
+        draft = _fill(better, space, load, harm)
+    draft.price = price
+    return draft
+
+
+class _Load:
+    """Cost over limit, the largest over all measures: at most 1 is within the budget."""
+
+    def __init__(self, cost: CostModel, budget: Budget) -> None:
+        self.cost, self.budget = cost, budget
+
+    def cost_of(self, draft: Draft) -> Cost:
+        return self.cost.evaluate(draft.kept, draft.weight_bits, draft.activation_bits)
+
+    def __call__(self, draft: Draft) -> float:
+        shares = self.budget.shares(self.cost_of(draft))
+        return max(shares[m] / limit for m, limit in self.budget.limits.items())
+
+
+class _Harm:
+    """How much a move raises the divergence from the float model, on batches that stay the same; batch norms use the
+    batch's own statistics, since the running ones belong to other decisions."""
+
+    def __init__(self, network: fx.GraphModule, batches: list[Batch]) -> None:
+        self.network, self.batches = network, batches
+        self.weights, self.activations = weight_gates(network), activation_gates(network)
+        self.channels = channel_gates(network)
+        self.norms = {m: m.momentum for m in network.modules() if isinstance(m, BatchNorm)}
+        self._known: dict[tuple[str, str, Any, Any], float] = {}
+        self._last: tuple[Draft, float] | None = None
+
+    def __call__(self, draft: Draft, move: Move) -> float:
+        """Of the move itself, or minus that of the move back if that is what is known."""
+        before = _value(draft, move.kind, move.name)
+        key, back = (move.kind, move.name, before, move.value), (move.kind, move.name, move.value, before)
+        if key not in self._known:
+            if self._last is None or self._last[0] is not draft:
+                self._last = draft, self._divergence(draft)
+            self._known[key] = self._divergence(move.applied(draft)) - self._last[1]
+            self._known.setdefault(back, -self._known[key])
+        return self._known[key]
+
+    @torch.no_grad()
+    def _divergence(self, draft: Draft) -> float:
+        apply_bits(
+            self.network,
+            {n: b for n, b in draft.weight_bits.items() if n in self.weights},
+            {n: b for n, b in draft.activation_bits.items() if n in self.activations},
+        )
+        for name, gate in self.channels.items():
+            gate.fix(draft.kept[name])
+        total = 0.0
+        with mode(self.network, training=False):
+            for module in self.norms:
+                module.train()
+                module.momentum = 0.0
+            for images, wanted in self.batches:
+                found = F.log_softmax(logits_of(self.network(images)).float(), dim=1)
+                total += float(F.kl_div(found, wanted, reduction="batchmean", log_target=True))
+        for module, momentum in self.norms.items():
+            module.momentum = momentum
+        return total / len(self.batches)
+
+
+def _value(draft: Draft, kind: str, name: str) -> int | tuple[int, ...]:
+    """What a draft has decided in the place of a move."""
+    if kind == "c":
+        return tuple(draft.kept[name])
+    return (draft.weight_bits if kind == "w" else draft.activation_bits)[name]
+
+
+def judged_on(teacher: nn.Module, data: Iterable[tuple[int, tuple[Tensor, ...], Tensor | None]]) -> list[Batch]:
+    """Batches as `settle` takes them."""
+    device = device_of(teacher)
+    found = []
+    with mode(teacher, training=False), torch.no_grad():
+        for _, (images,), _ in data:
+            images = images.to(device)
+            found.append((images, F.log_softmax(logits_of(teacher(images)).float(), dim=1)))
+    return found
+
+
+def _moves(draft: Draft, space: Space, *, down: bool) -> Iterator[Move]:
+    for kind, names, table in (
+        ("w", space.weights, draft.weight_bits),
+        ("a", space.activations, draft.activation_bits),
+    ):
+        for name in names:
+            at = space.candidates.index(table[name]) + (-1 if down else 1)
+            if 0 <= at < len(space.candidates):
+                yield Move(kind, name, space.candidates[at])
+    for name, (scores, block) in space.channels.items():
+        kept = draft.kept[name]
+        count = len(kept) - block if down else min(len(scores), len(kept) + block)
+        if down and count >= 1:
+            yield Move("c", name, _best(kept, scores, count))
+        elif not down and count > len(kept):
+            gone = [i for i in range(len(scores)) if i not in set(kept)]
+            yield Move("c", name, tuple(sorted([*kept, *_best(gone, scores, count - len(kept))])))
+
+
+def _best(coordinates: list[int], scores: Tensor, count: int) -> tuple[int, ...]:
+    return tuple(sorted(sorted(coordinates, key=lambda i: -float(scores[i]))[:count]))
+
+
+def _fill(draft: Draft, space: Space, load: _Load, harm: _Harm) -> Draft:
+    """Moves up while the budget holds, the most useful for what it takes first."""
+    while True:
+        here = load(draft)
+        found: list[tuple[float, int, Move]] = []
+        for move in _moves(draft, space, down=False):
+            there = load(move.applied(draft))
+            if there <= 1:
+                found.append((harm(draft, move) / max(there - here, 1e-12), len(found), move))
+        if not found:
+            return draft
+        for _, _, move in sorted(found, key=lambda item: item[:2])[: max(1, len(found) // 4)]:
+            after = move.applied(draft)
+            draft = after if load(after) <= 1 else draft
+
+
+def _swap(draft: Draft, space: Space, load: _Load, harm: _Harm) -> Draft | None:
+    """One move up that does not fit, and small moves down until it does: of those that use more of the budget than
+    before, and nearly all of it where some do, the least harmful."""
+    here, found = load(draft), list[tuple[float, float, Draft]]()
+    for up in _moves(draft, space, down=False):
+        after, total = up.applied(draft), harm(draft, up)
+        for _ in range(_STEPS):
+            if (there := load(after)) <= 1:
+                if there > here:
+                    found.append((there, total, after))
+                break
+            moves = [m for m in _moves(after, space, down=True) if (m.kind, m.name) != (up.kind, up.name)]
+            reached = [(load(m.applied(after)), m) for m in moves]
+            if not reached:
+                break
+            fitting = [item for item in reached if item[0] <= 1]
+            small = [item for item in reached if item[1].kind == "c"] or reached
+            chosen = (max(fitting, key=lambda i: i[0]) if fitting else min(small, key=lambda i: i[0]))[1]
+            total += harm(after, chosen)
+            after = chosen.applied(after)
+    close = min(_SLACK, max((there for there, _, _ in found), default=0.0))
+    return min((item for item in found if item[0] >= close), key=lambda item: item[1], default=(0, 0, None))[2]

@@ -1,0 +1,127 @@
+"""Checkpoints: one safetensors file a stage, whose header holds the plain part as JSON.
+
+In: tensors and JSON. Out: the same, in a later process. Holds: a file under its final name is whole (it is written
+under a temporary name and renamed); no pickle; one process at a time uses a directory; a checkpoint of another run is
+refused, and the fields that differ are named.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sbs_fx.errors import CheckpointMismatch, FileError
+from sbs_fx.policy import write_atomic
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one directory, which is locked as long as this object is open.
+
+    Args:
+        directory: made if it is missing.
+        identity: what must be the same for a checkpoint to be taken up (model, method, budget, settings, version).
+        restart: forget what is there.
+
+    Raises:
+        FileError: the directory cannot be used, or another process uses it.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        identity: Mapping[str, Any],
+        *,
+        restart: bool = False,
+        writes: bool = True,
+    ) -> None:
+        self.directory, self.writes = os.fspath(directory), writes
+        self.identity = json.loads(json.dumps(dict(identity), sort_keys=True, default=str))
+        self._lock: int | None = None
+        if writes:
+            self._acquire()
+            if restart:
+                for name in os.listdir(self.directory):
+                    if name.endswith(".safetensors"):
+                        os.unlink(os.path.join(self.directory, name))
+
+    def _acquire(self) -> None:
+        try:
+            os.makedirs(self.directory, exist_ok=True)
+            self._lock = os.open(os.path.join(self.directory, "lock"), os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise FileError(
+                f"the checkpoints in {self.directory!r} are in use by another process; wait for it or give another "
+                "directory"
+            ) from error
+        except OSError as error:
+            raise FileError(f"cannot use {self.directory!r} for checkpoints: {error.strerror}") from error
+
+    def path(self, stage: str) -> str:
+        return os.path.join(self.directory, f"{stage}.safetensors")
+
+    def existing(self, stage: str) -> str | None:
+        """The stage's file, if there is one."""
+        path = self.path(stage)
+        return path if os.path.exists(path) else None
+
+    def save(self, stage: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Replace the stage's checkpoint. Raises FileError; the last one is still there then."""
+        if self.writes:
+            # reason: clones, because tied weights share memory, which the format does not allow
+            plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+            header = {"identity": json.dumps(self.identity), "state": json.dumps(dict(state))}
+            write_atomic(self.path(stage), save(plain, header))
+
+    def load(self, stage: str) -> Saved | None:
+        """The stage's checkpoint; None if there is none.
+
+        Raises:
+            CheckpointMismatch: it belongs to another run. FileError: it cannot be read.
+        """
+        path = self.existing(stage)
+        if path is None:
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                identity, state = json.loads(header["identity"]), json.loads(header["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise FileError(f"cannot read the checkpoint {path!r}: {error}; start again with restart=True") from error
+        names = [k for k in {**identity, **self.identity} if identity.get(k) != self.identity.get(k)]
+        if names:
+            parts = [f"{k} was {identity.get(k)!r}, is {self.identity.get(k)!r}" for k in names]
+            raise CheckpointMismatch(
+                f"the checkpoint {path!r} belongs to another run: {'; '.join(parts)}. Give another output directory, "
+                "or restart=True (--restart) to begin anew",
+                different=names,
+            )
+        return Saved(tensors, state)
+
+    def close(self) -> None:
+        """Let other processes use the directory."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,28 @@
+"""`estimate_norms`: batch-norm statistics of the network as it is now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from sbs_fx.data import read_batches
+from sbs_fx.passes.insert_gates import BatchNorm
+from sbs_fx.training.evaluation import device_of, mode
+
+
+def estimate_norms(network: nn.Module, data: Iterable[Any], batches: int) -> None:
+    """Batch-norm statistics of a gated graph as the mean over some batches; everything else, modes included, stays."""
+    found = {m: m.momentum for m in network.modules() if isinstance(m, BatchNorm)}
+    device = device_of(network)
+    with mode(network, training=False), torch.no_grad():
+        for module in found:
+            module.train()
+        for index, (images,), _ in read_batches(data, max_batches=batches):
+            for module in found:
+                module.momentum = 1 / (index + 1)
+            network(images.to(device))
+    for module, momentum in found.items():
+        module.momentum = momentum
