@@ -16,69 +16,27 @@ import json
 import platform
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from _cifar_data import batches
 from _cifar_models import CifarResNet
+from _rows import ROWS, Lines, Protocol, run_row
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import sbs_fx
-from sbs_fx.calibration import calibrate
-from sbs_fx.passes import apply_bits, channel_groups, cost_model, insert_gates, trace
-from sbs_fx.search import Search
-from sbs_fx.search.uniform import uniform_bits
-from sbs_fx.training import Checkpoints, Training, TrainingStage, evaluate, fine_tune, train
+from sbs_fx.passes import channel_groups, cost_model, insert_gates, trace
+from sbs_fx.training import Checkpoints, Training, TrainingStage, evaluate, train
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: `method` of compress, or "uniform-qat" at `bits`; `ratio` is how many times fewer BOPs."""
-
-    name: str
-    method: str
-    ratio: float = 1.0
-    bits: int = 0
-    decisions: str = "joint"
-
-
-ROWS = [
-    Row("uniform-4", "uniform-qat", bits=4),
-    Row("uniform-3", "uniform-qat", bits=3),
-    Row("sbs-66", "sbs", 66),
-    Row("sbs-80", "sbs", 80),
-    Row("sbs-100", "sbs", 100),
-    Row("sbs-112", "sbs", 112),
-    Row("bits-only-66", "sbs", 66, decisions="bits"),
-    Row("prune-only", "sbs", 1.5, decisions="channels"),
-    Row("two-stage-66", "prune_then_quantise", 66),
-    Row("two-stage-80", "prune_then_quantise", 80),
-    Row("two-stage-100", "prune_then_quantise", 100),
-    Row("multi-path-66", "multi_path", 66),
-    Row("bayesian-bits-66", "bayesian_bits", 66),
-]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """Epochs and rates. The paper searches for 30 epochs and fine-tunes for 200 at 0.1, divided by ten twice."""
-
-    float_epochs: int
-    search_epochs: int
-    tune_epochs: int
-    search_rate: float
-    tune_rate: float
-    training: Training
+FLOAT_EPOCHS = {"short": 60, "full": 200}
 
 
 def main() -> int:
     options = _options()
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    protocol = _protocol(options, device)
+    protocol = _protocol(options)
     data = {split: batches(options.data_dir, split, options.batch_size, device) for split in ("train", "test")}
     if data["train"] is None:
         print("not run: no CIFAR-100; give --data-dir")
@@ -94,88 +52,12 @@ def main() -> int:
                 print(f"{row.name}, seed {seed} ...", flush=True)
                 begun = time.perf_counter()
                 work = options.work_dir / f"resnet{options.depth}-{key['protocol']}-{row.name}-{seed}"
-                found = _run(row, model, data, protocol, work, seed, options)
+                images = next(iter(data["test"]))[0][:2]
+                found = run_row(row, model, images, data["train"], data["test"], protocol, seed, work, options.every)
                 found |= {"seconds_of_this_sitting": round(time.perf_counter() - begun)}
                 _append(options.out, rows, {**key, "row": row.name, "method": row.method, **found}, protocol, device)
     print(_table(rows))
     return 0
-
-
-def _run(
-    row: Row,
-    model: nn.Module,
-    data: dict[str, Any],
-    protocol: Protocol,
-    work: Path,
-    seed: int,
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """One row: accuracy and cost."""
-    watch = _Lines(options.every)
-    images = next(iter(data["test"]))[0][:2]
-    if row.method == "uniform-qat":
-        graph = trace(model, images)
-        groups = channel_groups(graph)
-        cost = cost_model(graph, groups)
-        bits = uniform_bits(cost, row.bits, row.bits)
-        gated = insert_gates(
-            graph, groups, channels=False, candidates=(2, 4, 8) if row.bits in (2, 4, 8) else (row.bits, 2 * row.bits)
-        )
-        _fix(gated, bits, row.bits)
-        calibrate(gated, data["train"], inputs=(images,))
-        before = evaluate(gated, data["test"])
-        epochs = protocol.search_epochs + protocol.tune_epochs
-        with Checkpoints(work, {"row": row.name, "seed": seed, "epochs": epochs}) as checkpoints:
-            fine_tune(
-                gated, data["train"], epochs=epochs, lr=protocol.tune_rate, settings=protocol.training,
-                teacher=graph, seed=seed, checkpoints=checkpoints, progress=watch,
-            )  # fmt: skip
-        spent = cost.evaluate({}, bits.weights, bits.activations)
-        return _costs(spent) | {"before": before, "accuracy": evaluate(gated, data["test"]), "epochs": epochs}
-    budget = sbs_fx.Budget(macs=1 / row.ratio) if row.decisions == "channels" else sbs_fx.Budget(bops=1 / row.ratio)
-    search = Search(
-        epochs=protocol.search_epochs, lr=protocol.search_rate, decisions=row.decisions, block=options.block
-    )
-    config = sbs_fx.Config(
-        search=search,
-        epochs=protocol.tune_epochs,
-        learning_rate=protocol.tune_rate,
-        training=protocol.training,
-        seed=seed,
-    )
-    result = sbs_fx.compress(
-        model, images, budget=budget, data=data["train"], method=row.method, config=config, output_dir=work,
-        observer=watch,
-    )  # fmt: skip
-    policy = result.policy
-    bits = [b for table in (policy.weight_bits, policy.activation_bits) for b in table.values()]
-    return _costs(result.cost) | {
-        "accuracy": evaluate(result.model, data["test"]),
-        "accuracy_gated": evaluate(result.gated, data["test"]),
-        "epochs": protocol.search_epochs + protocol.tune_epochs,
-        "bits": {str(b): bits.count(b) for b in sorted(set(bits))},
-        "kept": sum(map(len, policy.kept.values())) / sum(policy.sizes.values()),
-    }
-
-
-def _fix(gated: Any, bits: Any, inner: int) -> None:
-    """Uniform bits; the first and last layers' gates have candidates of their own, since 3 bits do not nest with 8."""
-    from sbs_fx.passes import activation_gates, weight_gates
-
-    for gates, table in ((weight_gates(gated), bits.weights), (activation_gates(gated), bits.activations)):
-        for name, gate in gates.items():
-            if table[name] not in gate.candidates:
-                gate.candidates = (table[name],)
-    apply_bits(gated, bits.weights, bits.activations)
-
-
-def _costs(cost: Any) -> dict[str, float]:
-    return {
-        "mega_bops": round(cost.bops / 1e6, 1),
-        "ratio": round(cost.reference.bops / cost.bops, 2),
-        "macs_share": round(cost.macs / cost.reference.macs, 4),
-        "size_ratio": round(cost.reference.stored_bits / cost.stored_bits, 2),
-    }
 
 
 def _float_model(
@@ -189,6 +71,7 @@ def _float_model(
 ) -> nn.Module:
     """The float network, from `--weights`, an earlier sitting, or trained."""
     torch.manual_seed(seed)
+    float_epochs = FLOAT_EPOCHS[key["protocol"]]
     model = CifarResNet(options.depth, 100).to(device)
     path = options.weights or options.work_dir / f"resnet{options.depth}-{key['protocol']}-float-{seed}.safetensors"
     if path.exists():
@@ -199,10 +82,10 @@ def _float_model(
         gated = insert_gates(graph, channel_groups(graph), channels=False)
         work = path.with_suffix("")
         settings = protocol.training.model_copy(update={"distillation": 0.0, "weight_decay": 5e-4, "clip": 0.0})
-        with Checkpoints(work, {"row": "float", "seed": seed, "epochs": protocol.float_epochs}) as checkpoints:
+        with Checkpoints(work, {"row": "float", "seed": seed, "epochs": float_epochs}) as checkpoints:
             train(
-                TrainingStage(gated, "float"), data["train"], epochs=protocol.float_epochs, lr=0.2, settings=settings,
-                seed=seed, checkpoints=checkpoints, progress=_Lines(options.every),
+                TrainingStage(gated, "float"), data["train"], epochs=float_epochs, lr=0.2, settings=settings,
+                seed=seed, checkpoints=checkpoints, progress=Lines(options.every),
             )  # fmt: skip
         state = gated.state_dict()
         model.load_state_dict({n: state.get(n, v) for n, v in model.state_dict().items()})
@@ -212,33 +95,9 @@ def _float_model(
         graph = trace(model, next(iter(data["test"]))[0][:2])
         cost = cost_model(graph, channel_groups(graph)).reference
         found = {"row": "float", "method": "float", "mega_bops": round(cost.bops / 1e6, 1), "ratio": 1.0}
-        found |= {"accuracy": evaluate(model, data["test"]), "epochs": 0 if options.weights else protocol.float_epochs}
+        found |= {"accuracy": evaluate(model, data["test"]), "epochs": 0 if options.weights else float_epochs}
         _append(options.out, rows, {**key, **found}, protocol, device)
     return model
-
-
-class _Lines:
-    """A line every so many seconds, and at each epoch's end."""
-
-    def __init__(self, every: float) -> None:
-        self.every, self.last = every, 0.0
-
-    def __call__(self, progress: Any) -> None:
-        now = time.monotonic()
-        ends = progress.steps and progress.step % (progress.steps // progress.epochs) == 0
-        if now - self.last > self.every or ends:
-            self.last = now
-            m = progress.measures
-            print(
-                f"  {progress.stage} {progress.step}/{progress.steps} loss {progress.loss:.3f} "
-                f"acc {progress.accuracy or 0:.1f} "
-                + " ".join(
-                    f"{k}={m[k]}"
-                    for k in ("bops", "macs", "pruned", "multiplier", "weight_bits", "activation_bits")
-                    if k in m
-                ),
-                flush=True,
-            )
 
 
 def _append(
@@ -278,16 +137,13 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _protocol(options: argparse.Namespace, device: torch.device) -> Protocol:
+def _protocol(options: argparse.Namespace) -> Protocol:
+    """The paper searches for 30 epochs and fine-tunes for 200 at 0.1, divided by ten twice; ours falls as a cosine."""
     training = Training(
-        precision="bf16", channels_last=True, compiled=not options.eager, weight_decay=1e-4, norm_batches=50,
-        checkpoint_every=200,
-    )  # fmt: skip
-    short = Protocol(60, 2, 5, 0.02, 0.04, training)
-    full = Protocol(200, 30, 200, 0.02, 0.1, training)
-    chosen = short if options.short else full
-    epochs = {"search_epochs": options.search_epochs, "tune_epochs": options.tune_epochs}
-    return Protocol(**{**chosen.__dict__, **{k: v for k, v in epochs.items() if v is not None}})
+        precision="bf16", channels_last=True, compiled=not options.eager, norm_batches=50, checkpoint_every=200
+    )
+    search, tune, rate = (1, 4, 0.04) if options.short else (30, 200, 0.1)
+    return Protocol(options.search_epochs or search, options.tune_epochs or tune, 0.02, rate, training, options.block)
 
 
 def _options() -> argparse.Namespace:

@@ -51,26 +51,35 @@ def digits(count: int = 320, split: str = "train", shuffle: bool = True) -> Any:
     return data
 
 
-def search(directory: Path | None, *, norm: bool = True, settings: Training = SETTINGS, writes: bool = True) -> Any:
+def search(
+    directory: Path | None,
+    *,
+    norm: bool = True,
+    settings: Training = SETTINGS,
+    writes: bool = True,
+    progress: Any = None,
+) -> Any:
     """The policy and the tensors of one search, with checkpoints if there is a directory for them."""
     graph = trace(network(norm), IMAGES)
     groups = channel_groups(graph)
     cost = cost_model(graph, groups)
-    options: dict[str, Any] = {"inputs": (IMAGES,), "search": SEARCH, "settings": settings}
+    options: dict[str, Any] = {"inputs": (IMAGES,), "search": SEARCH, "settings": settings, "progress": progress}
     if directory is None:
         return sbs(graph, groups, cost, BUDGET, digits(), **options)
     with Checkpoints(directory / "checkpoints", {"run": "test"}, writes=writes) as checkpoints:
         return sbs(graph, groups, cost, BUDGET, digits(), checkpoints=checkpoints, **options)
 
 
-def _child(directory: Path) -> int:
-    """Run to the end in a forked process; returns its number."""
+def _child(directory: Path) -> tuple[int, int]:
+    """Run to the end in a forked process; returns its number, and a pipe that gets a byte after each step."""
+    reads, writes = os.pipe()
     number = os.fork()
     if number:
-        return number
+        os.close(writes)
+        return number, reads
     code = 1
     try:
-        found = search(directory)
+        found = search(directory, progress=lambda _: os.write(writes, b".") and None)
         save_file(found.tensors, directory / "state.tmp", {"policy": found.policy.to_json()})
         os.replace(directory / "state.tmp", directory / "state.safetensors")
         code = 0
@@ -82,8 +91,9 @@ def _child(directory: Path) -> int:
         os._exit(code)
 
 
-def _wait(number: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+def _wait(child: tuple[int, int]) -> int:
+    os.close(child[1])
+    return os.waitstatus_to_exitcode(os.waitpid(child[0], 0)[1])
 
 
 def _same(first: Path, second: Path) -> bool:
@@ -95,17 +105,22 @@ def kill(directory: Path, count: int) -> dict[str, Any]:
     """One undisturbed run, `count` runs killed at a random moment and begun again, one stopped by SIGINT."""
     whole = directory / "whole"
     whole.mkdir()
-    begun = time.monotonic()
-    assert _wait(_child(whole)) == 0
-    seconds = time.monotonic() - begun
+    child = _child(whole)
+    times = []
+    while os.read(child[1], 1):
+        times.append(time.monotonic())
+    assert _wait(child) == 0
+    steps, seconds = len(times), (times[-1] - times[0]) / (len(times) - 1)
     draw = random.Random(0)
     outcomes, interrupted = [], []
     for index in range(count + 1):
         place = directory / str(index)
         place.mkdir()
         child = _child(place)
-        time.sleep(draw.uniform(0.2, 1.0) * seconds if index < count else 0.6 * seconds)
-        os.kill(child, signal.SIGKILL if index < count else signal.SIGINT)
+        for _ in range(draw.randrange(1, steps - 2) if index < count else steps // 2):
+            os.read(child[1], 1)
+        time.sleep(draw.uniform(0, 2) * seconds)
+        os.kill(child[0], signal.SIGKILL if index < count else signal.SIGINT)
         code = _wait(child)
         kept = (place / "checkpoints" / "search.safetensors").exists()
         again = 0 if code == 0 else _wait(_child(place))

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sbs_fx.errors import DataError, InfeasibleBudget
+import sbs_fx
+from sbs_fx.errors import CheckpointMismatch, DataError, InfeasibleBudget
 from sbs_fx.passes import channel_groups, cost_model, insert_gates, slim, trace
 from sbs_fx.passes.slim import scatter
 from sbs_fx.policy import Budget, Policy
@@ -192,8 +193,8 @@ def test_killed_and_interrupted_runs_end_bit_identical(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = json.loads(done.stdout.splitlines()[-1])
     assert [tuple(o[2:]) for o in outcomes["killed"]] == [(0, True)] * 20
-    assert sum(code < 0 for code, *_ in outcomes["killed"]) >= 10  # not all had ended before
-    assert sum(kept for _, kept, *_ in outcomes["killed"]) >= 5
+    assert sum(code < 0 for code, *_ in outcomes["killed"]) >= 15  # a few may have ended before
+    assert sum(kept for _, kept, *_ in outcomes["killed"]) >= 10
     assert outcomes["interrupted"] == [INTERRUPTED, True, 0, True]
     assert "The same command again goes on from there" in done.stderr
 
@@ -217,7 +218,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     assert first[0] == second[0] == one[0]
     for name, value in first[1].items():
         assert torch.equal(value, second[1][name])
-        assert torch.allclose(value, one[1][name], atol=1e-3), name  # reason: sums in another order, 20 steps long
+        assert torch.allclose(value, one[1][name], atol=5e-3), name  # reason: sums in another order flip codes
 
 
 def test_a_finished_search_is_not_run_again(tmp_path: Path, found: Any) -> None:
@@ -234,3 +235,37 @@ def test_a_finished_search_is_not_run_again(tmp_path: Path, found: Any) -> None:
         )  # fmt: skip
     assert not seen
     assert again.policy == first.policy
+
+
+# The one call
+
+
+def test_compress_by_search_end_to_end(tmp_path: Path) -> None:
+    """Budget, static = gated, a second call that trains nothing, other settings refused, `restart`."""
+    seen: list[Any] = []
+
+    def run(**options: Any) -> Any:
+        seen.clear()
+        arguments: dict[str, Any] = {"budget": BUDGET, "method": "sbs", "output_dir": tmp_path / "out", **options}
+        config = sbs_fx.Config(epochs=1, search=SEARCH.model_copy(update={"epochs": 1}))
+        return sbs_fx.compress(network(), IMAGES, data=digits(), config=config, observer=seen.append, **arguments)
+
+    first = run()
+    assert {p.stage for p in seen} == {"search", "fine-tune"}
+    assert BUDGET.is_satisfied_by(first.cost)
+    assert first.policy.method == "sbs"
+    images, labels = next(iter(digits(320, "test", shuffle=False)))
+    with torch.no_grad():
+        agree = (first.model(images).argmax(1) == first.gated(images).argmax(1)).double().mean()
+    assert agree >= 0.96  # one image of 32 may lie on a tie
+    again = run()
+    assert not seen
+    assert again.policy == first.policy
+    assert all(torch.equal(v, again.model.state_dict()[n]) for n, v in first.model.state_dict().items())
+    with pytest.raises(CheckpointMismatch, match="budget was .*0.025.*is .*0.05") as error:
+        run(budget=Budget(bops=0.05))
+    assert error.value.different == ("budget",)
+    run(budget=Budget(bops=0.05), restart=True)
+    assert seen
+    with pytest.raises(DataError, match="'sbs' trains and needs data"):
+        sbs_fx.compress(network(), IMAGES, method="sbs")
