@@ -18,8 +18,8 @@ import torch
 from _cifar_models import CifarResNet
 from torch import Tensor, nn
 
+from sbs_fx.batches import Batch
 from sbs_fx.calibration import calibrate
-from sbs_fx.data import Batch
 from sbs_fx.passes import activation_gates, apply_bits, channel_groups, cost_model, insert_gates, trace, weight_gates
 from sbs_fx.policy import Budget
 from sbs_fx.search.bayesian_bits import BayesianSearch

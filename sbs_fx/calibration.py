@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sbs_fx.data import read_batches
+from sbs_fx.batches import read_batches, start_epoch
 from sbs_fx.errors import DataError, InputError, MethodError, WeightsError
 from sbs_fx.passes.insert_gates import BatchNorm, activation_gates, weight_gates
 from sbs_fx.ranges import Histogram, set_range, weight_top
@@ -78,6 +78,8 @@ def calibrate(
     expected = len(gated.graph.find_nodes(op="placeholder"))
     if len(inputs) != expected:
         raise InputError(f"{len(inputs)} example inputs for a graph that takes {expected}; give one tensor for each")
+    if data is not None:
+        start_epoch(data, 0)
     batches = _synthetic(inputs, max_batches) if data is None else _checked(data, inputs, max_batches)
     recorder = _Recorder(gated, method, spread if data is None else None)
     modes = {module: module.training for module in gated.modules()}

@@ -320,7 +320,9 @@ def _measured(
 
 def _finish(made: NamedModel, result: Result, report: Report, directory: str | None, json: bool) -> None:
     """Save, and print the closing table."""
-    if directory is not None:
+    from sbs_fx.training.processes import Processes
+
+    if directory is not None and Processes().is_first:
         _save(made, result, report, directory)
     if json:
         typer.echo(report.to_json())

@@ -29,6 +29,7 @@ MOST_POINTS = 1.0
 SEED = 0
 TRAIN_EPOCHS = 12
 TRAIN_RATE = 4e-3
+SEARCH_EPOCHS = 2
 TUNE_EPOCHS = 8
 TUNE_RATE = 0.02
 
@@ -50,6 +51,7 @@ def run(directory: str) -> int:
 
     import sbs_fx
     from sbs_fx.report.text import closing_table
+    from sbs_fx.search import Search
     from sbs_fx.training import evaluate
 
     torch.set_num_threads(1)  # reason: layers this small gain nothing from a second, and sums keep their order
@@ -62,7 +64,10 @@ def run(directory: str) -> int:
         torch.zeros(2, 1, IMAGE_SIZE, IMAGE_SIZE),
         budget=sbs_fx.Budget(bops=1 / LEAST_RATIO),
         data=digits("train", augment=True),
-        config=sbs_fx.Config(epochs=TUNE_EPOCHS, learning_rate=TUNE_RATE, seed=SEED),
+        method="sbs",
+        config=sbs_fx.Config(
+            search=Search(epochs=SEARCH_EPOCHS), epochs=TUNE_EPOCHS, learning_rate=TUNE_RATE, seed=SEED
+        ),
         progress=lambda stage, share: print(f"  {stage}", flush=True),
     )
     print(f"compressed in {time.perf_counter() - begun:.0f} s")

@@ -147,3 +147,33 @@ def test_the_installed_command_answers() -> None:
     done = subprocess.run([sys.executable, "-m", "sbs_fx.cli", "--help"], capture_output=True, text=True, check=True)
     for command in ("inspect", "compress", "apply", "evaluate", "report"):
         assert command in done.stdout
+
+
+def test_a_search_leaves_metrics_and_is_not_run_again(tmp_path: Path, capsys: Captured) -> None:
+    out = str(tmp_path / "out")
+    arguments = ["compress", *MODEL, "--budget", "3%", "--data", "digits", "--batch-size", "128", "--method", "sbs"]
+    arguments += ["--search-epochs", "1", "--epochs", "1", "--set", "training.ema=0.5", "--out", out]
+    torch.manual_seed(0)
+    assert _run(arguments) == 0
+    first = capsys.readouterr()
+    assert "search epoch=1/1" in first.err
+    assert "bops_budget=3.00%" in first.err
+    assert "accuracy %" in first.out
+    steps = len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    assert _run(["report", out]) == 0
+    assert "search bops" in capsys.readouterr().out
+    torch.manual_seed(0)  # the weights of the model, which is made anew
+    assert _run(arguments) == 0
+    assert "epoch=" not in capsys.readouterr().err
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == steps
+    assert _run([*arguments, "--set", "training.ema=0.6"]) == 2
+    assert "training was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("training.ema", "expected NAME=VALUE"), ("training.none=1", "none"), ("search.epochs=0", "search")],
+)
+def test_settings_that_mean_nothing(setting: str, message: str, capsys: Captured) -> None:
+    assert _run(["compress", *MODEL, "--set", setting]) == 2
+    assert message in capsys.readouterr().err

@@ -12,7 +12,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from sbs_fx.data import IMAGENET_MEAN, IMAGENET_STD, open_data, read_batches
+from sbs_fx.batches import read_batches
+from sbs_fx.data import IMAGENET_MEAN, IMAGENET_STD, open_data
 from sbs_fx.errors import DataError
 
 PLAIN: dict[str, Any] = {"mean": (0.0,), "std": (1.0,)}

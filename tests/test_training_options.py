@@ -102,7 +102,7 @@ def test_smoothing_and_mixing_change_the_targets(gated: fx.GraphModule) -> None:
             expected = -(target * logits.log_softmax(1)).sum(1).mean()
             assert torch.allclose(objective(Example(0, images, labels, labels))[0], expected, atol=1e-5)
         mixing = Objective(gated, None, Training(mixup=1.0), Processes())
-        from sbs_fx.data import Batch
+        from sbs_fx.batches import Batch
 
         example = mixing.place(Batch(0, (images,), labels))
         assert example.targets is not None

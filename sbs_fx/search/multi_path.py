@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.batches import read_batches
 from sbs_fx.calibration import calibrate
-from sbs_fx.data import read_batches
 from sbs_fx.errors import InputError
 from sbs_fx.passes import ChannelGroups, CostModel, activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.passes.slim import with_tensors

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.batches import read_batches, start_epoch
 from sbs_fx.calibration import calibrate
-from sbs_fx.data import read_batches
 from sbs_fx.errors import DataError
 from sbs_fx.passes import ChannelGroups, CostModel, insert_gates
 from sbs_fx.policy import Budget, Policy
@@ -84,6 +84,7 @@ def sbs(
     steps = search.epochs * len(data) if isinstance(data, Sized) else None
     training = stage(network, groups, cost, budget, search, fixed=fixed, steps=steps, name=name)
     calibrate(network, data, inputs=inputs)
+    start_epoch(data, 0)
     batches = judged_on(graph, read_batches(data, max_batches=search.settle_batches))
 
     def settled() -> Draft:

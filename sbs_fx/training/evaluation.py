@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbs_fx.data import check_labels, read_batches
+from sbs_fx.batches import check_labels, read_batches
 from sbs_fx.errors import InputError
 
 

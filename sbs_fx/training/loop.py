@@ -19,7 +19,7 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, fx, nn
 
-from sbs_fx.data import Batch, read_batches
+from sbs_fx.batches import Batch, read_batches, start_epoch
 from sbs_fx.errors import DataError, InputError, Interrupted, TrainingError
 from sbs_fx.passes.insert_gates import BatchNorm
 from sbs_fx.training.checkpoints import Checkpoints
@@ -162,8 +162,10 @@ class _Loop:
                 if self.finished:
                     break
                 self._epoch(epoch, interrupted)
-        if not self.finished:
-            self._finish()
+            if not self.finished:
+                self._finish()
+            if self.processes.any(interrupted.is_set()):
+                self._interrupt()
 
     # -- one epoch, one step -------------------------------------------------------------------------------------------
 
@@ -194,13 +196,12 @@ class _Loop:
         self.length, self.skip = count, 0
         self._end_of_epoch(epoch)
         self._save(epoch + 1, 0)
-        if self.processes.any(interrupted.is_set()) and epoch + 1 < self.epochs:
+        if self.processes.any(interrupted.is_set()) and not self.finished and epoch + 1 < self.epochs:
             self._interrupt()
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch that are still to come, each read and used under a seed of its own."""
-        if hasattr(self.data, "set_epoch"):
-            self.data.set_epoch(epoch)
+        start_epoch(self.data, epoch)
         iterator = read_batches(self.data)
         index = 0
         while True:
@@ -331,6 +332,8 @@ class _Loop:
         if self.ema is not None and not averaged and self.step:
             self.network.load_state_dict(self.ema.module.state_dict())
         if self.settings.norm_batches and self.step:
+            start_epoch(self.data, self.epochs)
+            seed_everything(self.seed, self.epochs, 0, 0)
             estimate_norms(self.network, self.data, self.settings.norm_batches)
         self._save(self.epochs, 0)
 

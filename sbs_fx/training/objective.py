@@ -14,7 +14,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbs_fx.data import Batch, check_labels
+from sbs_fx.batches import Batch, check_labels
 from sbs_fx.passes.insert_gates import BatchNorm
 from sbs_fx.training.evaluation import device_of, logits_of, mode
 from sbs_fx.training.processes import Processes
