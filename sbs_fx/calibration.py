@@ -135,7 +135,8 @@ def _synthetic(inputs: Sequence[Tensor], max_batches: int, least: int) -> Iterat
     generator = torch.Generator().manual_seed(0)
     largest = max(x[:1].numel() for x in inputs)
     batch = max(least, min(64, _SYNTHETIC // max(1, largest)))
-    for index in range(min(max_batches, _SYNTHETIC_BATCHES)):
+    enough = -(-_SYNTHETIC_BATCHES * _SYNTHETIC // max(1, batch * largest))  # of very large images, one has it all
+    for index in range(min(max_batches, _SYNTHETIC_BATCHES, enough)):
         rows = torch.arange(batch) % len(inputs[0])
         yield (
             index,
