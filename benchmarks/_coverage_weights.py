@@ -10,12 +10,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+_LEAST_VARIANCE = 0.25
+
 
 @torch.no_grad()
 def randomise(model: nn.Module, images: torch.Tensor, seed: int = 0) -> None:
     """Draw every parameter anew, then let batch norms measure one batch and shake what they found, in place.
 
-    Weights have variance 1 / fan-in, biases are small, scales lie between 0.5 and 1.5.
+    Weights have variance 1 / fan-in, biases are small, scales lie between 0.5 and 1.5, and a batch norm's statistics
+    do not amplify more than twice.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -38,6 +41,8 @@ def randomise(model: nn.Module, images: torch.Tensor, seed: int = 0) -> None:
         mean, var = norm.running_mean, norm.running_var
         assert mean is not None
         assert var is not None
-        var.clamp_(min=1e-4)
+        # reason: soft attention averages, so the norm after it has a small variance; if it made up for that, attention
+        # that gets sharper as its input grows would double its output layer by layer, until only one index counts
+        var.clamp_(min=_LEAST_VARIANCE)
         mean.add_(0.1 * var.sqrt() * torch.randn(mean.shape, generator=generator))
         var.mul_(0.8 + 0.4 * torch.rand(var.shape, generator=generator))

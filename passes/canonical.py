@@ -113,6 +113,9 @@ _SPLITS = {
     aten.tensor_split.indices,
 }
 
+# Operators that `canonicalise` puts others for, so that they need no rule.
+REWRITTEN = {*_RENAMED, *_BOOKKEEPING, *_IDENTITIES, *_SPLITS, aten.narrow.default}
+
 
 def _name_sizes(node: fx.Node) -> None:
     """`chunk(x, n)`, `split(x, size)` and their like become `split_with_sizes(x, [..])`, `narrow` a slice."""

@@ -2,13 +2,19 @@
 
 In: a graph as `torch.export` leaves it, with in-place operators. Out: the same values from out-of-place operators, or
 False and an unchanged graph where a view outlives a write or a sub-graph is called; torch's own functionalisation,
-which traces again and takes as long as the export, is then the way.
+which traces again and takes as long as the export, is then the way, as it is where an operator is to be taken apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import fx
+
+from sbs_fx.passes.canonical import REWRITTEN
+from sbs_fx.passes.inference import RULES
 
 aten = torch.ops.aten
 
@@ -56,6 +62,29 @@ def make_functional(graph: fx.Graph) -> bool:
     return True
 
 
+def decompositions(graph: fx.Graph) -> dict[Any, Callable[..., Any]]:
+    """What `run_decompositions` is to take apart: composite operators without a rule, which would pin all they touch.
+
+    A composite computes by running what it is made of, so values stay as they are, bit for bit.
+    """
+    import sbs_fx.passes.rules  # noqa: F401  reason: fills RULES
+
+    def is_opaque(target: Any) -> bool:
+        return (
+            isinstance(target, torch._ops.OpOverload)
+            and target not in RULES
+            and target not in REWRITTEN
+            and torch.Tag.pointwise not in target.tags
+            and _is_composite(target)
+        )
+
+    found = (n for n in graph.nodes if is_opaque(n.target) and isinstance(n.meta["val"], (torch.Tensor, tuple, list)))
+    if next(found, None) is None:
+        return {}
+    # reason: all of them, since a composite may be made of others
+    return {target: how for target, how in torch.export.default_decompositions().items() if is_opaque(target)}
+
+
 def _record_view(node: fx.Node, written: dict[fx.Node, fx.Node], views: dict[fx.Node, set[fx.Node]]) -> None:
     """`node` may share storage with any of its inputs, and with whatever those share storage with."""
     for source in node.all_input_nodes:
@@ -70,9 +99,12 @@ def _may_alias(target: torch._ops.OpOverload) -> bool:
     """Whether a result may share storage with an argument: views by schema, composites such as reshape, dropout."""
     if target in _FRESH:
         return False
-    return any(
-        r.alias_info is not None for r in target._schema.returns
-    ) or torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    return any(r.alias_info is not None for r in target._schema.returns) or _is_composite(target)
+
+
+def _is_composite(target: torch._ops.OpOverload) -> bool:
+    """Whether the operator is made of others, which torch can put in its place, and it computes by running them."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
 
 
 # Composite operators whose result never shares storage with an argument.

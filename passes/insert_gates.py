@@ -209,7 +209,7 @@ class _Builder:
     def _add(self, kind: str, name: str, module: nn.Module) -> str:
         holder = self.module._modules.setdefault(kind, nn.Module())
         key = name.replace(".", "_").replace(":", "_").replace("'", "_")
-        while key in holder._modules:
+        while hasattr(holder, key):  # reason: taken by another gate, or a method of modules, such as `to`
             key += "_"
         holder.add_module(key, module)
         self.module.meta[kind][name] = f"{kind}.{key}"

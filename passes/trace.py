@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sbs_fx.errors import InputError, TraceError
 from sbs_fx.passes.canonical import canonicalise
-from sbs_fx.passes.functional import make_functional
+from sbs_fx.passes.functional import decompositions, make_functional
 
 
 def trace(
@@ -90,9 +90,10 @@ def _export(module: nn.Module, args: tuple[torch.Tensor, ...], dynamic_shapes: A
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
-            if not make_functional(program.graph):
-                # An empty table decomposes nothing; it removes in-place operators and sub-graphs, by tracing again.
-                program = program.run_decompositions({})
+            table = decompositions(program.graph)
+            if table or not make_functional(program.graph):
+                # This traces again, which removes in-place operators and sub-graphs too, even with an empty table.
+                program = program.run_decompositions(table)
             return program.module(check_guards=False)
     except Exception as error:
         _raise_as_input_error(module, args)

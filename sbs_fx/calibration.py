@@ -7,6 +7,7 @@ torch's random state, the mode of the graph and its batch-norm statistics stay a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ FLOAT_BITS = 32
 # Standard deviations of a batch norm's output that a range takes in. 3 to 6 were tried on a residual network for
 # CIFAR-10: at 8-bit activations all within 0.5 points; at 4 bits "minmax" was best with 4 and 1.7 points worse with 6.
 SPREAD = 4.0
-_SYNTHETIC = 1 << 18  # elements in a batch of synthetic input; at most 64 images
+_SYNTHETIC = 2 * 3 * 224 * 224  # elements in a batch of synthetic input; at most 64 images
+_STATISTICS = 16  # values of a channel that are too few for a batch norm's statistics
 _SYNTHETIC_BATCHES = 2
 _POINTS = 65  # of the distribution that stands for a batch norm's output
 
@@ -78,9 +80,11 @@ def calibrate(
     expected = len(gated.graph.find_nodes(op="placeholder"))
     if len(inputs) != expected:
         raise InputError(f"{len(inputs)} example inputs for a graph that takes {expected}; give one tensor for each")
-    if data is not None:
+    if data is None:
+        batches = _synthetic(inputs, max_batches, least=_fewest_images(gated))
+    else:
         start_epoch(data, 0)
-    batches = _synthetic(inputs, max_batches) if data is None else _checked(data, inputs, max_batches)
+        batches = _checked(data, inputs, max_batches)
     recorder = _Recorder(gated, method, spread if data is None else None)
     modes = {module: module.training for module in gated.modules()}
     gated.eval()
@@ -116,12 +120,24 @@ def _checked(data: Iterable[Any], inputs: Sequence[Tensor], max_batches: int) ->
         yield index, tuple(x.to(e.device, e.dtype) for x, e in zip(tensors, inputs, strict=True))
 
 
-def _synthetic(inputs: Sequence[Tensor], max_batches: int) -> Iterator[Inputs]:
+def _fewest_images(gated: fx.GraphModule) -> int:
+    """How many images a batch needs for batch norms to have statistics: one, or two if one has next to no other
+    dimensions to take them over (behind a global pooling). What is large is a batch of large images."""
+    for node in gated.graph.find_nodes(op="call_module"):
+        if isinstance(gated.get_submodule(str(node.target)), BatchNorm):
+            sizes = (size if isinstance(size, int) else _STATISTICS for size in node.meta["val"].shape[2:])
+            if math.prod(sizes) < _STATISTICS:
+                return 2
+    return 1
+
+
+def _synthetic(inputs: Sequence[Tensor], max_batches: int, least: int) -> Iterator[Inputs]:
     """Standard normal input from a generator of its own; whole numbers are taken from the example, again and again."""
     generator = torch.Generator().manual_seed(0)
     largest = max(x[:1].numel() for x in inputs)
-    batch = max(len(inputs[0]), min(64, _SYNTHETIC // max(1, largest)))
-    for index in range(min(max_batches, _SYNTHETIC_BATCHES)):
+    batch = max(least, min(64, _SYNTHETIC // max(1, largest)))
+    enough = -(-_SYNTHETIC_BATCHES * _SYNTHETIC // max(1, batch * largest))  # of very large images, one has it all
+    for index in range(min(max_batches, _SYNTHETIC_BATCHES, enough)):
         rows = torch.arange(batch) % len(inputs[0])
         yield (
             index,

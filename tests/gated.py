@@ -1,4 +1,5 @@
-"""Gated networks for tests: random ones of any kind, their ranges from one forward pass, their bits drawn."""
+"""Gated networks for tests: random ones of any kind, their ranges from one forward pass, their bits drawn; single
+quantisers; and what must hold between a gated network and its static form."""
 
 from __future__ import annotations
 
@@ -11,12 +12,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from sbs_fx.passes.channel_groups import channel_groups
+from sbs_fx.passes.finalize import finalize
 from sbs_fx.passes.insert_gates import activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.passes.trace import trace
+from sbs_fx.ranges import set_range
 from sbs_fx.superbit import SuperBitQuantizer
+from sbs_fx.verify import compare_static, count_levels
 from tests.models import SMALLEST, SMALLEST_RECIPES, Recipe
 
 BITS = (2, 4, 8)
+# Rounding ties after folding: one code in 10,000, by one step; a small tensor may have one all the same.
+TIES = 1e-4
 
 
 class Together(nn.Module):
@@ -65,6 +71,48 @@ def draw_bits(gated: fx.GraphModule, seed: int, *, per_channel: bool = True, bit
         if per_channel and quantizer.channels and generator.random() < 1 / 3:
             weights[name] = [generator.choice((0, *BITS)) for _ in range(quantizer.channels)]
     apply_bits(gated, weights, {name: generator.choice(list(bits)) for name in activation_gates(gated)})
+
+
+def quantiser(bits: Any, **options: Any) -> SuperBitQuantizer:
+    gate = SuperBitQuantizer(**options)
+    gate.fix(bits)
+    return gate
+
+
+def error_of(gate: SuperBitQuantizer, x: Tensor, top: Tensor) -> Tensor:
+    """Squared error of what the quantiser itself gives, per channel."""
+    set_range(gate, top)
+    squares = (gate(x) - x).square().detach()
+    if gate.channels is None:
+        return squares.sum().view(1)
+    return squares.movedim(gate.channel_dim, 0).flatten(1).sum(1)
+
+
+def fixed(gated: fx.GraphModule, bits: Any) -> fx.GraphModule:
+    """Weights at these bits (a number, or one a channel), activations at 8."""
+    apply_bits(gated, dict.fromkeys(weight_gates(gated), bits), dict.fromkeys(activation_gates(gated), 8))
+    return gated
+
+
+def check_static(gated: fx.GraphModule, x: Tensor, static: fx.GraphModule | None = None) -> fx.GraphModule:
+    """Assert that a static form (default: `finalize`'s) has the codes of the gated graph, and no more levels than bits
+    allow; returns it."""
+    static = finalize(gated) if static is None else static
+    rows = compare_static(gated, static, (x,))
+    assert {r.tensor for r in rows} == {name for name, g in activation_gates(gated).items() if g.bits != 32}
+    assert all(r.largest_step <= 1 for r in rows)
+    assert all(r.differing <= max(1, TIES * r.positions) for r in rows)
+    assert sum(r.differing for r in rows) <= max(2, TIES * sum(r.positions for r in rows))
+    levels = count_levels(static, (x,))
+    assert {c.tensor: c.bits for c in levels if c.kind == "activation"} == {
+        name: g.bits for name, g in activation_gates(gated).items() if g.bits != 32
+    }
+    assert all(c.is_real for c in levels), [c for c in levels if not c.is_real]
+    return static
+
+
+def nodes(static: fx.GraphModule, *targets: Any) -> list[fx.Node]:
+    return [node for node in static.graph.nodes if node.target in targets]
 
 
 class _Ranges(fx.Interpreter):

@@ -336,3 +336,13 @@ def channels_written_into_others(p: nn.ParameterDict, y: Tensor) -> Tensor:
     z[:, 2:6] = y[:, 6:10].sigmoid()
     z[..., 0] = 1.0
     return z
+
+
+@case(weight=(7, 12))
+def composites_of_what_has_rules(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    """None of these has a rule; some are made of others that have none either."""
+    alike = F.cosine_similarity(y, y.flip(2).exp(), dim=1)[:, None]
+    apart = F.pairwise_distance(y, y.sigmoid())[..., None]
+    steps = torch.diff(y, dim=3)
+    mixed = torch.inner(y.permute(0, 2, 3, 1), p["weight"]).permute(0, 3, 1, 2)
+    return both(y * alike + apart, both(steps, mixed))

@@ -55,8 +55,6 @@ UNCALLED = {
         "view_copy",
         "_adaptive_avg_pool2d",
         "concat",
-        "mm",
-        "norm",
         "native_dropout",
         "feature_dropout",
         "alpha_dropout",

@@ -100,6 +100,16 @@ def test_tables_are_folded_and_computed_weights_are_not() -> None:
     assert sum(name.startswith("_folded_") for name, _ in graph.named_buffers()) == 2
 
 
+def test_composites_without_a_rule_are_taken_apart_and_others_are_not() -> None:
+    """Also those that are made of others without a rule: inner of tensordot. Outputs stay bitwise."""
+    aten = torch.ops.aten
+    eye = torch.eye(8)
+    graph = assert_traced(Apply(lambda conv, x: F.layer_norm(torch.inner(conv(x), eye).diff(dim=2), (8,))))
+    called = {node.target for node in graph.graph.nodes}
+    assert not called & {aten.inner.default, aten.tensordot.default, aten.diff.default}
+    assert {aten.mm.default, aten.layer_norm.default, aten.conv2d.default} <= called
+
+
 def test_random_numbers_are_not_folded() -> None:
     class Noise(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -38,19 +38,25 @@ def token_norm(name: str, channels: int) -> nn.Module:
 
 
 @block(
-    "linear", "tokens", norm=("layer", "layer_plain", "rms", "batch", "batch_flat"), widen=(0, 4), bias=(True, False)
+    "linear",
+    "tokens",
+    norm=("layer", "layer_plain", "rms", "batch", "batch_flat"),
+    widen=(0, 4),
+    bias=(True, False),
+    cast=(False, True),
 )
 class Linear(Block):
-    """A normalisation and a linear layer."""
+    """A normalisation and a linear layer, to whose precision its input may be cast."""
 
-    def __init__(self, state: State, *, norm: str, widen: int, bias: bool) -> None:
+    def __init__(self, state: State, *, norm: str, widen: int, bias: bool, cast: bool) -> None:
         out = min(state.channels + widen, 24)
         super().__init__(state.but(out))
         self.norm = token_norm(norm, state.channels)
-        self.linear = nn.Linear(state.channels, out, bias=bias)
+        self.linear, self.cast = nn.Linear(state.channels, out, bias=bias), cast
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x))
+        x = self.norm(x)
+        return self.linear(x.to(self.linear.weight.dtype) if self.cast else x)
 
 
 @block(
