@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sbs_fx.data import Batches
     from sbs_fx.report import Report
     from sbs_fx.training.progress import Observer
+    from sbs_fx.training.progress import Progress as StepProgress
 
 METRICS = "metrics.jsonl"
 
@@ -380,16 +381,23 @@ def _observer(out: str | None, restart: bool) -> Iterator[Observer]:
     """What shows training steps, and keeps them in the output directory, where an earlier part of the run may be."""
     from sbs_fx.report.monitor import MetricsFile, monitor, together
 
+    path = None if out is None else os.path.join(out, METRICS)
+    begins = out is not None and (restart or not os.path.exists(os.path.join(out, "checkpoints")))
     with ExitStack() as stack:
-        shown = monitor(_errors)
-        stack.enter_context(shown)
-        observers: list[Observer] = [shown]
-        if out is not None:
-            path = os.path.join(out, METRICS)
-            if os.path.exists(path) and (restart or not os.path.exists(os.path.join(out, "checkpoints"))):
-                os.unlink(path)
-            observers.append(stack.enter_context(MetricsFile(path)))
-        yield together(*observers)
+        observers: list[Observer] = []
+
+        def observe(step: StepProgress) -> None:
+            if not observers:  # reason: a run that does not train leaves nothing
+                shown = monitor(_errors)
+                stack.enter_context(shown)
+                observers.append(shown)
+                if path is not None:
+                    if begins and os.path.exists(path):
+                        os.unlink(path)
+                    observers.append(stack.enter_context(MetricsFile(path)))
+            together(*observers)(step)
+
+        yield observe
 
 
 if __name__ == "__main__":

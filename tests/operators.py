@@ -142,6 +142,7 @@ def enter_short_ones() -> None:
         ),
         "deviation_of_everything": lambda p, y: y / y.std() + y.var(),
         "remainders": lambda p, y: y.fmod(0.7) + torch.atan2(y, y.cos()) + y.pow(2) + y.to(torch.float64).to(y.dtype),
+        "floor_divide": lambda p, y: y + torch.floor_divide(y, 0.3),
         "activations": lambda p, y: F.celu(y) + F.selu(y) + F.mish(y) + F.softplus(y) + F.logsigmoid(y) + F.elu(y),
         "more_activations": lambda p, y: (
             F.hardtanh(y) + F.leaky_relu(y) + F.hardswish(y) + F.relu6(y) + F.tanhshrink(y)

@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 
 from sbs_fx.errors import FileError
+from sbs_fx.report import monitor as monitor_module
 from sbs_fx.report.curves import clock, panel, training_lines
 from sbs_fx.report.monitor import DECAY, LiveMonitor, MetricsFile, PlainMonitor, monitor, read_metrics, together
-from sbs_fx.training import monitor as monitor_module
 from sbs_fx.training.progress import Progress
 
 MEASURES: dict[str, Any] = {

@@ -84,6 +84,7 @@ def _same_as_first(t: Inference, node: fx.Node) -> Dims:
     aten.minimum,
     aten.maximum,
     aten.fill,
+    aten.floor_divide,  # reason: pointwise, though torch does not tag it so
 )
 def _agreeing(t: Inference, node: fx.Node) -> Dims:
     return _pointwise(t, node)
