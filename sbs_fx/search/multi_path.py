@@ -29,7 +29,7 @@ from sbs_fx.search.gate_search import Draft, GateSearch, Search, bits_of
 from sbs_fx.search.sbs import Searched, check_training_data, policy_of
 from sbs_fx.search.settle import Space, judged_on, settle
 from sbs_fx.search.split_paths import MARK, Fixed, PathSum, split_paths
-from sbs_fx.search.uniform import uniform_bits
+from sbs_fx.search.uniform import end_bits
 from sbs_fx.training import Checkpoints, Training, train
 from sbs_fx.training.progress import Observer
 
@@ -148,11 +148,8 @@ def multi_path(
     """Search by one path a bitwidth. Arguments and errors are those of `sbs`; channels are not among the decisions."""
     search, settings = search or Search(), settings or Training()
     check_training_data(data)
-    ends = uniform_bits(cost, -1, -1)
-    fixed = (
-        {n: b for n, b in ends.weights.items() if b > 0},
-        {n: b for n, b in ends.activations.items() if b > 0},
-    )
+    ends = end_bits(cost)
+    fixed = (ends.weights, ends.activations)
     steps = search.epochs * len(data) if isinstance(data, Sized) else None
     network = insert_gates(graph, groups, channels=False)
     stage = MultiPathSearch(network, groups, cost, budget, search, fixed=fixed, steps=steps)

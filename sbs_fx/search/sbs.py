@@ -22,7 +22,7 @@ from sbs_fx.policy import Budget, Policy
 from sbs_fx.search.gate_search import Draft, GateSearch, Search, may_be_pruned
 from sbs_fx.search.importance import group_importance, kernel_multiple
 from sbs_fx.search.settle import Space, judged_on, settle
-from sbs_fx.search.uniform import uniform_bits
+from sbs_fx.search.uniform import end_bits
 from sbs_fx.superbit import Grid
 from sbs_fx.training import Checkpoints, Training, train
 from sbs_fx.training.progress import Observer
@@ -76,11 +76,8 @@ def sbs(
     network = insert_gates(
         graph, groups, channels=search.decisions != "bits", candidates=candidates, grid=grid, block=blocks
     )
-    ends = uniform_bits(cost, -1, -1)
-    fixed = (
-        {n: b for n, b in ends.weights.items() if b > 0},
-        {n: b for n, b in ends.activations.items() if b > 0},
-    )
+    ends = end_bits(cost)
+    fixed = (ends.weights, ends.activations)
     steps = search.epochs * len(data) if isinstance(data, Sized) else None
     training = stage(network, groups, cost, budget, search, fixed=fixed, steps=steps, name=name)
     calibrate(network, data, inputs=inputs)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sbs_fx.errors import InfeasibleBudget
 from sbs_fx.passes import ChannelGroup, ChannelGroups, CostModel
+from sbs_fx.passes.insert_gates import Readers
 from sbs_fx.policy import Budget, Cost, Policy
 from sbs_fx.search.importance import Norm, group_importance, kernel_multiple
 
@@ -98,14 +99,21 @@ def uniform(
 def uniform_bits(cost: CostModel, weight_bits: int, activation_bits: int, ends: int = 8) -> Bits:
     """The same bitwidths everywhere; `ends` for weights and inputs of the first and last layers (`ends` of 8 is the
     convention of the published tables)."""
+    fixed = end_bits(cost, ends)
+    return Bits(
+        {**dict.fromkeys(cost.weights, weight_bits), **fixed.weights},
+        {**dict.fromkeys(cost.activations, activation_bits), **fixed.activations},
+    )
+
+
+def end_bits(cost: CostModel, bits: int = 8) -> Bits:
+    """These bits for the weights and inputs of the first and last layers, and no others."""
     first, last = cost.ends()
-    weights = dict.fromkeys(cost.weights, weight_bits)
-    activations = dict.fromkeys(cost.activations, activation_bits)
-    for names, table in ((cost.weights, weights), (cost.activations, activations)):
-        for name, places in names.items():
-            if any(layer.name in first or layer.name in last for layer, _ in places):
-                table[name] = ends
-    return Bits(weights, activations)
+
+    def at_an_end(names: Readers) -> dict[str, int]:
+        return {n: bits for n, places in names.items() if any(x.name in first or x.name in last for x, _ in places)}
+
+    return Bits(at_an_end(cost.weights), at_an_end(cost.activations))
 
 
 def _counts(groups: list[ChannelGroup], steps: Mapping[str, int], share: float) -> dict[str, int]:

@@ -20,7 +20,7 @@ from sbs_fx.superbit import SuperBitQuantizer
 
 
 class Processes:
-    """Which of how many processes this is, and its device."""
+    """Which of how many processes this is."""
 
     def __init__(self) -> None:
         self._state = PartialState(cpu=not torch.cuda.is_available() or None)
@@ -29,10 +29,6 @@ class Processes:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
-
-    @property
-    def device(self) -> torch.device:
-        return self._state.device
 
     def share(self, index: int, *tensors: Any) -> list[Any]:
         """This process's part of each tensor (or None) of batch `index`; what does not divide evenly is left out."""
@@ -71,7 +67,3 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether it holds in any process."""
         return flag if self.count == 1 else any(gather_object([flag]))
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self._state.wait_for_everyone()

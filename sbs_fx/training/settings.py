@@ -30,7 +30,7 @@ class Training(Value):
         patience: epochs without a better validation accuracy before training stops, the best state being kept.
         precision: "bf16" computes under autocast; weights stay in float32.
         channels_last: memory format of images and convolutions.
-        compiled: train through `torch.compile`; a minute or more to begin with, then 1.5 to 3 times faster.
+        compiled: train through `torch.compile`; a minute or more to begin with, then faster steps.
         checkpoint_every: steps between checkpoints; there is one at each epoch's end besides.
     """
 
