@@ -54,24 +54,31 @@ def level(bits: int, signed: bool, grid: Grid = "symmetric") -> Level:
 
 
 def _encode(x: Tensor, scale: Tensor, low: Any, high: Any, stride: int) -> Tensor:
-    """clamp(round(x * (1/s)), low, high), as the static graph does it; for stride 2, the nearest odd integer."""
+    """clamp(round(x * (1/s)), low, high), as the static graph does it; for stride 2, the nearest odd integer. A new
+    tensor; what is in between is not kept (reason: on a CPU, fresh memory costs more than the arithmetic)."""
     code = x * (1 / scale)
-    code = code.round() if stride == 1 else 2 * ((code - low) / 2).round() + low
-    return code.clamp(low, high)
+    code = code.round_() if stride == 1 else code.sub_(low).div_(2).round_().mul_(2).add_(low)
+    if isinstance(high, Tensor):
+        return torch.minimum(torch.maximum(code, low), high)
+    return code.clamp_(low, high)
 
 
 def _chain(x: Tensor, width: Tensor, levels: Sequence[Level]) -> Iterator[Tensor]:
-    """z_b1, z_b2, ...: each is the last plus the rounded residual, clipped to its grid. One at a time, none kept."""
-    first = levels[0]
-    scale = width / first.divisor
-    code = _encode(x, scale, first.low, first.high, first.stride)
-    yield code * scale
-    for coarse, fine in zip(levels, levels[1:], strict=False):
-        residual = x - code * scale
-        scale = width / fine.divisor
-        offset = (residual * (1 / (fine.stride * scale))).round() * fine.stride
-        code = (code * round(fine.divisor / coarse.divisor) + offset).clamp(fine.low, fine.high)
-        yield code * scale
+    """z_b1, z_b2, ...: x on the grid of each bitwidth, one at a time. A coarse value is a whole number of fine steps,
+    so that z_b1 plus the rounded residual is, ties apart, x on the fine grid: that is what is computed."""
+    for low, high, divisor, stride in levels:
+        scale = width / divisor
+        yield _encode(x, scale, low, high, stride).mul_(scale)
+
+
+def _chosen(opened: Sequence[Tensor], levels: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:
+    """Low, high and divisor of the last level that every gate before it lets through; each of shape ()."""
+    chosen: list[Any] = [float(number) for number in levels[0][:3]]
+    passed: Any = True
+    for gate, level_ in zip(opened, levels[1:], strict=True):
+        passed = gate & passed
+        chosen = [torch.where(passed, float(new), old) for new, old in zip(level_[:3], chosen, strict=True)]
+    return tuple(torch.as_tensor(number) for number in chosen)  # type: ignore[return-value]
 
 
 def _precision(x: Tensor) -> torch.dtype:
@@ -86,39 +93,50 @@ def _ranges(x: Tensor, range_: Tensor) -> tuple[Tensor, Tensor]:
 def _straight_through(
     grad: Tensor, y: Tensor, x: Tensor, width: Tensor, inside: Tensor, ctx: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients to input and range. Rounding counts as the identity, so y = v * (clip(x/v) + constant): to x, 1 inside
-    the range; to v, (y - x)/v inside and y/v outside, which is that of learned step sizes (arXiv 1902.08153)."""
+    """Gradients to input and range; y is used up. Rounding counts as the identity, so y = v * (clip(x/v) + constant):
+    to x, 1 inside the range; to v, (y - x)/v inside and y/v outside, that of learned step sizes (arXiv 1902.08153)."""
     grad_x = grad_range = None
     if ctx.needs_input_grad[0]:
         grad_x = (grad * inside).to(ctx.input_dtype)
     if ctx.needs_input_grad[1]:
-        grad_range = (grad * (y - x * inside) / width).sum_to_size(width.shape).to(ctx.range_dtype)
+        moved = y.sub_(x * inside).div_(width).mul_(grad)
+        grad_range = moved.sum_to_size(width.shape).to(ctx.range_dtype)
     return grad_x, grad_range
 
 
+def _inside(x: Tensor, width: Tensor, signed: bool) -> Tensor:
+    """1 where x is within its range, else 0, in x's dtype: products with booleans are slow."""
+    return ((x <= width) & (x >= (-width if signed else 0))).to(x.dtype)
+
+
 class _Fixed(torch.autograd.Function):
-    """Plain quantiser of given bounds; keeps its input and its range."""
+    """Plain quantiser of given bounds, numbers or tensors; keeps its input and its range."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, range_: Tensor, bounds: Bounds, stride: int, signed: bool) -> Tensor:
-        ctx.save_for_backward(x, range_)
-        ctx.bounds, ctx.stride, ctx.signed = bounds, stride, signed
+    def forward(
+        ctx: Any, x: Tensor, range_: Tensor, low: Any, high: Any, divisor: Any, stride: int, signed: bool
+    ) -> Tensor:
+        bounds = (low, high, divisor)
+        ctx.save_for_backward(x, range_, *(b for b in bounds if isinstance(b, Tensor)))
+        ctx.bounds = None if isinstance(high, Tensor) else bounds
+        ctx.stride, ctx.signed = stride, signed
         ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
         value, width = _ranges(x, range_)
-        scale = width / bounds[2]
-        return (_encode(value, scale, *bounds[:2], stride) * scale).to(x.dtype)
+        scale = width / divisor
+        return _encode(value, scale, low, high, stride).mul_(scale).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        low, high, divisor = ctx.bounds
-        x, width = _ranges(*ctx.saved_tensors)
+        saved_x, range_, *tensors = ctx.saved_tensors
+        low, high, divisor = ctx.bounds or tensors
+        x, width = _ranges(saved_x, range_)
         scale = width / divisor
-        y = _encode(x, scale, low, high, ctx.stride) * scale
-        inside = (x <= width) & (x >= (-width if ctx.signed else 0))
-        if isinstance(high, Tensor):
-            inside = inside & (high > 0)  # a pruned channel is zero whatever its input
-        return *_straight_through(grad.to(x.dtype), y, x, width, inside, ctx), None, None, None
+        y = _encode(x, scale, low, high, ctx.stride).mul_(scale)
+        inside = _inside(x, width, ctx.signed)
+        if isinstance(high, Tensor) and high.ndim:
+            inside = inside * (high > 0)  # a pruned channel is zero whatever its input
+        return *_straight_through(grad.to(x.dtype), y, x, width, inside, ctx), None, None, None, None, None
 
 
 class _Search(torch.autograd.Function):
@@ -130,16 +148,13 @@ class _Search(torch.autograd.Function):
     ) -> Any:
         value, width = _ranges(x, range_)
         clipped = torch.minimum(torch.maximum(value, -width if signed else torch.zeros_like(width)), width)
-        y = previous = torch.zeros_like(value)
         norms = threshold.new_empty(threshold.shape)
-        still_open = torch.ones((), dtype=torch.bool, device=x.device)
-        for index, z in enumerate(_chain(value, width, levels)):
-            if index:
-                steps = (clipped - previous) * (levels[index - 1].divisor / levels[index - 1].stride / width)
-                norms[index - 1] = _mean(steps.square(), shared).sqrt().to(norms.dtype)
-                still_open = still_open & (norms[index - 1] > threshold[index - 1])
-            y = torch.where(still_open, z, y)
-            previous = z
+        for index, z in enumerate(_chain(value, width, levels[:-1])):
+            steps = z.sub_(clipped).mul_(levels[index].divisor / levels[index].stride / width)
+            norms[index] = _mean(steps.square_(), shared).sqrt().to(norms.dtype)
+        low, high, divisor = _chosen(tuple(norms > threshold), levels)
+        scale = width / divisor
+        y = _encode(value, scale, low, high, levels[0].stride).mul_(scale)
         ctx.save_for_backward(x, range_, threshold, norms)
         ctx.levels, ctx.signed = levels, signed
         ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
@@ -152,19 +167,19 @@ class _Search(torch.autograd.Function):
         saved_x, range_, threshold, norms = ctx.saved_tensors
         x, width = _ranges(saved_x, range_)
         grad = grad.to(x.dtype)
-        gates = (norms > threshold).to(x.dtype)
-        y = previous = torch.zeros_like(x)
-        still_open = torch.ones((), dtype=x.dtype, device=x.device)
+        opened = norms > threshold
         offsets = []  # <grad, eps_b>, one number a gate
-        for index, z in enumerate(_chain(x, width, ctx.levels)):
-            if index:
-                offsets.append((grad * (z - previous)).sum())
-                still_open = still_open * gates[index - 1]
-            y = torch.where(still_open > 0, z, y)
+        previous = None
+        for z in _chain(x, width, ctx.levels):
+            if previous is not None:
+                offsets.append(-previous.sub_(z).mul_(grad).sum())
             previous = z
-        inside = (x <= width) & (x >= (-width if ctx.signed else 0))
-        grad_x, grad_range = _straight_through(grad, y, x, width, inside, ctx)
+        low, high, divisor = _chosen(tuple(opened), ctx.levels)
+        scale = width / divisor
+        y = _encode(x, scale, low, high, ctx.levels[0].stride).mul_(scale)
+        grad_x, grad_range = _straight_through(grad, y, x, width, _inside(x, width, ctx.signed), ctx)
         # dy/dg_j = (product of the gates before it) * (eps_j + g_{j+1}(eps_{j+1} + ...))
+        gates = opened.to(x.dtype)
         grad_threshold = torch.zeros_like(threshold)
         after = torch.zeros((), dtype=x.dtype, device=x.device)
         slope = _slope(norms, threshold)
@@ -219,6 +234,8 @@ class SuperBitQuantizer(nn.Module):
         range: what x is clipped to, in units of x; shape () or (channels,); initially 1.
         threshold: of the gates, shape (len(candidates) - 1,).
         across_processes: each process sees a part of x, and gates are decided over all of it.
+        held: while searching, decide by the norms of the last forward that was not held; thresholds get no gradient
+            from the output, and a step costs what it costs at fixed bits.
 
     Raises:
         PolicyError: candidates that do not nest, bits that are no candidate, an input with other channels.
@@ -248,6 +265,7 @@ class SuperBitQuantizer(nn.Module):
         self.register_buffer("channel_bits", None, persistent=False)
         self._bits: int | None = FLOAT_BITS
         self.across_processes = False
+        self.held = False
 
     @property
     def bits(self) -> int | Tensor | None:
@@ -312,11 +330,14 @@ class SuperBitQuantizer(nn.Module):
         range_ = self._along(self.range, x)
         if self.bits is None:
             levels = tuple(level(bits, self.signed, self.grid) for bits in self.candidates)
+            if self.held:
+                bounds = _chosen(tuple(self.norms > self.threshold.detach()), levels)
+                return _Fixed.apply(x, range_, *bounds, self._stride, self.signed)
             y, norms = _Search.apply(x, range_, self.threshold, levels, self.signed, self.across_processes)
             self.norms.copy_(norms)
             return y
         bounds = tuple(self._along(bound, x) for bound in self._bounds(_precision(x)))
-        return _Fixed.apply(x, range_, bounds, self._stride, self.signed)
+        return _Fixed.apply(x, range_, *bounds, self._stride, self.signed)
 
     @property
     def _stride(self) -> int:

@@ -43,7 +43,8 @@ class Search(Value):
     """Settings of a search by gates.
 
     Attributes:
-        epochs, lr: of the search; `lr` is the weights' rate.
+        epochs, lr: of the search; `lr` is the weights' rate, which stays the same after a rise: fine-tuning brings it
+            down.
         decisions: "joint", "bits" alone (every channel stays) or "channels" alone (bits stay at float).
         lam: a fixed multiplier, as in the paper; None: found so that the budget is met.
         threshold_lr: highest rate of the gates' thresholds; None: so that they can travel the whole way.
@@ -71,7 +72,7 @@ class Search(Value):
     block: int | None = Field(default=None, ge=1)
     inner_only: bool = False
     minor_groups: bool = False
-    settle_batches: int = Field(default=1, ge=1)
+    settle_batches: int = Field(default=2, ge=1)
 
 
 _STATE = ("multipliers", "first", "last", "squares", "mask_votes")
@@ -183,7 +184,11 @@ class GateSearch(TrainingStage):
         return {**self.searched, "c": self.channels}
 
     def before_step(self, step: int, done: float) -> None:
+        """Weight gates and activation gates take turns, as in the paper; those whose turn it is not are held."""
         self.done = done
+        for turn, kind in enumerate("wa"):
+            for gate in self.searched[kind].values():
+                gate.held = step % 2 == turn and step > 0  # reason: the first step has no norms to hold on to
         if self.channels:
             norms = group_importance(self.groups, "l1", self.parameters)
             for name, gate in self.channels.items():
@@ -199,7 +204,7 @@ class GateSearch(TrainingStage):
         return total
 
     def before_update(self, step: int) -> None:
-        """Weight gates and activation gates take turns, as in the paper; sizes of gradients are brought to 1."""
+        """Sizes of gradients are brought to 1; held gates learn nothing, from the penalty neither."""
         for kind, gates in self._kinds().items():
             found = [g.threshold.grad for g in gates.values() if g.threshold.grad is not None]
             if not found:
@@ -208,7 +213,7 @@ class GateSearch(TrainingStage):
             self.squares[kind] = 0.98 * self.squares.get(kind, square) + 0.02 * square
             scale = max(self.squares[kind], 1e-60) ** -0.5
             for gate in gates.values():
-                if kind == "wa"[step % 2]:
+                if isinstance(gate, SuperBitQuantizer) and gate.held:
                     gate.threshold.grad = None
                 elif gate.threshold.grad is not None:
                     gate.threshold.grad.mul_(scale).clamp_(-_LARGEST, _LARGEST)
@@ -240,12 +245,19 @@ class GateSearch(TrainingStage):
         }
 
     def state(self) -> dict[str, Any]:
-        plain = {k: getattr(self, k) for k in _STATE}
+        plain: dict[str, Any] = {k: getattr(self, k) for k in _STATE}
+        plain["norms"] = {
+            kind: {n: g.norms.tolist() for n, g in gates.items() if bool(g.norms.isfinite().all())}
+            for kind, gates in self.searched.items()
+        }
         return {**plain, "votes": {k: {n: [*v.items()] for n, v in t.items()} for k, t in self.votes.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         for name in _STATE:
             setattr(self, name, state[name])
+        for kind, norms in state["norms"].items():
+            for name, values in norms.items():
+                self.searched[kind][name].norms.copy_(torch.tensor(values))
         self.votes = {k: {n: {int(b): int(c) for b, c in v} for n, v in t.items()} for k, t in state["votes"].items()}
 
     # -- decisions -----------------------------------------------------------------------------------------------------
@@ -297,6 +309,11 @@ class GateSearch(TrainingStage):
             m: torch.log(torch.as_tensor(found[m], dtype=torch.float64) / (limit * whole[m]))
             for m, limit in self.budget.limits.items()
         }
+
+
+def while_searching(settings: Training) -> Training:
+    """What a search does not need: rates that fall, and sound batch-norm statistics at its end."""
+    return settings.model_copy(update={"schedule": "constant", "norm_batches": 0, "frozen_norm_epochs": 0})
 
 
 def bits_of(gate: SuperBitQuantizer) -> int:

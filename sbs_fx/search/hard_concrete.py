@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sbs_fx.superbit import ChannelGate, Level, SuperBitQuantizer, _chain, _ranges, _straight_through, level
+from sbs_fx.superbit import ChannelGate, Level, SuperBitQuantizer, _chain, _inside, _ranges, _straight_through, level
 
 BETA, ZETA, GAMMA = 2 / 3, 1.1, -0.1
 FIRST_PHI = 6.0
@@ -72,13 +72,12 @@ class _Mixture(torch.autograd.Function):
             if index:
                 offsets.append((grad * (z - previous)).sum())
             previous = z
-        inside = (x <= width) & (x >= (-width if ctx.signed else 0))
         grad_gates = torch.zeros_like(saved_gates)
         after = torch.zeros((), dtype=x.dtype, device=x.device)
         for index in reversed(range(len(offsets))):
             after = offsets[index] + (gates[index + 1] * after if index + 1 < len(offsets) else 0)
             grad_gates[index] = passed[index] * after
-        return *_straight_through(grad, y, x, width, inside, ctx), grad_gates, None, None
+        return *_straight_through(grad, y, x, width, _inside(x, width, ctx.signed), ctx), grad_gates, None, None
 
 
 def _passed(gates: Tensor) -> Tensor:

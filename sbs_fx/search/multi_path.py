@@ -25,9 +25,9 @@ from sbs_fx.errors import InputError
 from sbs_fx.passes import ChannelGroups, CostModel, activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.passes.slim import with_tensors
 from sbs_fx.policy import Budget
-from sbs_fx.search.gate_search import Draft, GateSearch, Search, bits_of
+from sbs_fx.search.gate_search import Draft, GateSearch, Search, bits_of, while_searching
 from sbs_fx.search.sbs import Searched, check_training_data, policy_of
-from sbs_fx.search.settle import Space, judged_on, settle
+from sbs_fx.search.settle import Space, judged_on, ranges_by_bits, settle
 from sbs_fx.search.split_paths import MARK, Fixed, PathSum, split_paths
 from sbs_fx.search.uniform import end_bits
 from sbs_fx.training import Checkpoints, Training, train
@@ -159,7 +159,7 @@ def multi_path(
         data,
         epochs=search.epochs,
         lr=search.lr,
-        settings=settings,
+        settings=while_searching(settings),
         teacher=graph if settings.distillation else None,
         seed=seed,
         checkpoints=checkpoints,
@@ -168,13 +168,12 @@ def multi_path(
     draft = stage.draft()
     single = insert_gates(with_tensors(graph, stage.tensors(graph, draft.weight_bits)), groups, channels=False)
     apply_bits(single, draft.weight_bits, draft.activation_bits)
-    calibrate(single, data, inputs=inputs)
     space = Space(
         tuple(name for name in cost.weights if name not in fixed[0]),
         tuple(name for name in cost.activations if name not in fixed[1]),
         {},
     )
     batches = judged_on(graph, read_batches(data, max_batches=search.settle_batches))
-    decided = settle(single, cost, budget, draft, space, batches)
+    decided = settle(single, cost, budget, draft, space, batches, ranges_by_bits(single, space, data, inputs))
     policy = policy_of(decided, groups, stage.method, seed, "symmetric")
     return Searched(policy, stage.tensors(graph, decided.weight_bits))

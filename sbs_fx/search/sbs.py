@@ -19,9 +19,9 @@ from sbs_fx.calibration import calibrate
 from sbs_fx.errors import DataError
 from sbs_fx.passes import ChannelGroups, CostModel, insert_gates
 from sbs_fx.policy import Budget, Policy
-from sbs_fx.search.gate_search import Draft, GateSearch, Search, may_be_pruned
+from sbs_fx.search.gate_search import Draft, GateSearch, Search, may_be_pruned, while_searching
 from sbs_fx.search.importance import group_importance, kernel_multiple
-from sbs_fx.search.settle import Space, judged_on, settle
+from sbs_fx.search.settle import Space, judged_on, ranges_by_bits, settle, use_ranges
 from sbs_fx.search.uniform import end_bits
 from sbs_fx.superbit import Grid
 from sbs_fx.training import Checkpoints, Training, train
@@ -88,7 +88,11 @@ def sbs(
         scores = group_importance(groups, "l1", dict(network.named_parameters()))
         channels = {n: (scores[n], blocks[n]) for n in groups if may_be_pruned(groups, cost, n, search)}
         space = Space(tuple(training.searched["w"]), tuple(training.searched["a"]), channels, candidates)
-        return settle(network, cost, budget, training.draft(), space, batches)
+        draft = training.draft()
+        ranges = ranges_by_bits(network, space, data, inputs)
+        found = settle(network, cost, budget, draft, space, batches, ranges)
+        use_ranges(network, found, ranges)
+        return found
 
     begun = checkpoints is not None and checkpoints.existing(name) is not None
     if training.is_warm and not begun:
@@ -98,7 +102,7 @@ def sbs(
         data,
         epochs=search.epochs,
         lr=search.lr,
-        settings=settings,
+        settings=while_searching(settings),
         teacher=graph if settings.distillation else None,
         seed=seed,
         checkpoints=checkpoints,

@@ -2,14 +2,14 @@
 
 In: a searchable graph with a draft, a few batches, a budget. Out: decisions that meet the budget. Each move (one tensor
 to the next bitwidth, one block of channels) is judged by the loss it costs on those batches per share of the budget it
-frees; then what is left over is spent the same way, backwards.
+frees, with the ranges that suit the bits; then what is left over is spent the same way, backwards.
 Holds: the result never exceeds the budget; the same inputs give the same moves.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sbs_fx.calibration import calibrate
 from sbs_fx.errors import InfeasibleBudget
 from sbs_fx.passes import CostModel, activation_gates, apply_bits, channel_gates, weight_gates
 from sbs_fx.passes.insert_gates import BatchNorm
@@ -26,6 +27,9 @@ from sbs_fx.training.evaluation import device_of, logits_of, mode
 
 Batch = tuple[Tensor, Tensor]  # images, and the float model's log-probabilities
 
+Ranges = Mapping[tuple[str, str, int], Tensor]  # ("w" | "a", name, bits) -> the range that suits them
+
+_RANGE_BATCHES = 2
 _SLACK = 0.99  # of the budget that should be used at least
 _SWAPS = 6
 _STEPS = 24  # down, at most, to make room for one move up
@@ -60,6 +64,31 @@ class Space:
     candidates: tuple[int, ...] = (2, 4, 8)
 
 
+def ranges_by_bits(network: fx.GraphModule, space: Space, data: Iterable[Any], inputs: Sequence[Tensor]) -> Ranges:
+    """The range of least error of each gate in `space` at each of the candidates; the gates end at the last of them."""
+    found: dict[tuple[str, str, int], Tensor] = {}
+    gates = {"w": weight_gates(network), "a": activation_gates(network)}
+    for bits in space.candidates if space.weights or space.activations else ():
+        apply_bits(network, dict.fromkeys(space.weights, bits), dict.fromkeys(space.activations, bits))
+        calibrate(network, data, inputs=inputs, max_batches=_RANGE_BATCHES)
+        for kind, names in (("w", space.weights), ("a", space.activations)):
+            found |= {(kind, name, bits): gates[kind][name].range.detach().clone() for name in names}
+    return found
+
+
+@torch.no_grad()
+def use_ranges(network: fx.GraphModule, draft: Draft, ranges: Ranges) -> None:
+    """Put into gates the ranges that suit the bits of a draft, where they are known."""
+    for kind, gates, table in (
+        ("w", weight_gates(network), draft.weight_bits),
+        ("a", activation_gates(network), draft.activation_bits),
+    ):
+        for name, gate in gates.items():
+            known = ranges.get((kind, name, table.get(name, 0)))
+            if known is not None:
+                gate.range.copy_(known)
+
+
 def settle(
     network: fx.GraphModule,
     cost: CostModel,
@@ -67,6 +96,7 @@ def settle(
     draft: Draft,
     space: Space,
     batches: list[Batch],
+    ranges: Ranges | None = None,
 ) -> Draft:
     """Bring a draft just under its budget. The result's `price` is that of its dearest move down.
 
@@ -75,7 +105,7 @@ def settle(
     Raises:
         InfeasibleBudget: the budget is not met with every move down taken.
     """
-    load, harm = _Load(cost, budget), _Harm(network, batches)
+    load, harm = _Load(cost, budget), _Harm(network, batches, ranges or {})
     price = 0.0
     while (here := load(draft)) > 1:
         ranked: list[tuple[float, int, Move]] = []
@@ -125,8 +155,8 @@ class _Harm:
     """How much a move raises the divergence from the float model, on batches that stay the same; batch norms use the
     batch's own statistics, since the running ones belong to other decisions."""
 
-    def __init__(self, network: fx.GraphModule, batches: list[Batch]) -> None:
-        self.network, self.batches = network, batches
+    def __init__(self, network: fx.GraphModule, batches: list[Batch], ranges: Ranges) -> None:
+        self.network, self.batches, self.ranges = network, batches, ranges
         self.weights, self.activations = weight_gates(network), activation_gates(network)
         self.channels = channel_gates(network)
         self.norms = {m: m.momentum for m in network.modules() if isinstance(m, BatchNorm)}
@@ -151,6 +181,7 @@ class _Harm:
             {n: b for n, b in draft.weight_bits.items() if n in self.weights},
             {n: b for n, b in draft.activation_bits.items() if n in self.activations},
         )
+        use_ranges(self.network, draft, self.ranges)
         for name, gate in self.channels.items():
             gate.fix(draft.kept[name])
         total = 0.0

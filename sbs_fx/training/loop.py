@@ -272,15 +272,17 @@ class _Loop:
             if not bool(torch.isfinite(at.loss)):
                 if images is not None and not bool(torch.isfinite(images).all()):
                     raise DataError(f"NaN or Inf in batch {at.batch} (step {at.step}); drop or mend that batch")
-                kept = self._last_checkpoint()
-                raise TrainingError(
-                    f"the loss is {at.loss.item()} at step {at.step}, batch {at.batch} of its epoch; lower the "
-                    "learning rate, and check that the graph was calibrated"
-                    + (f". The last good state is in {kept!r}" if kept else ""),
-                    step=at.step,
-                    batch=at.batch,
-                    checkpoint=kept,
-                )
+                raise self._unsound(f"the loss is {at.loss.item()}", at.step, at.batch)
+
+    def _unsound(self, what: str, step: int, batch: int) -> TrainingError:
+        kept = self._last_checkpoint()
+        return TrainingError(
+            f"{what} at step {step}, batch {batch} of its epoch; lower the learning rate, and check that the graph was "
+            "calibrated" + (f". The last good state is in {kept!r}" if kept else ""),
+            step=step,
+            batch=batch,
+            checkpoint=kept,
+        )
 
     def _report(self, validation: float | None = None, keep: int = 0) -> None:
         """Tell of the steps that have not been told of, but for the last `keep`."""
@@ -340,6 +342,9 @@ class _Loop:
     def _save(self, epoch: int, done: int) -> None:
         if self.checkpoints is None:
             return
+        for name, parameter in self.network.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise self._unsound(f"{name!r} holds NaN or Inf", self.step, max(0, done - 1))
         parts = {"network": self.network.state_dict(), "optimizers": self.optimizers.state(), "best": self.best_state}
         if self.ema is not None:
             parts["ema"] = self.ema.module.state_dict()

@@ -49,6 +49,7 @@ class Optimizers:
             groups = [{"params": [r], "lr": settings.range_lr * float(r.detach().abs().mean())} for r in ranges]
             self.all.append(torch.optim.Adam(groups, eps=1e-12))
             self.ranges = [(r, r.detach() * _LEAST_SHARE) for r in ranges]
+        self.own = len(self.all)
         self.all.extend(more)
         self._schedules: list[Scheduler] = []
 
@@ -58,8 +59,12 @@ class Optimizers:
         return float(self.all[0].param_groups[0]["lr"]) if self.all else 0.0
 
     def plan(self, steps: int | None) -> None:
-        """Set the length of the schedule; None: the rate stays at its height after a rise of twenty steps."""
-        self._schedules = [_schedule(each, steps, self.settings) for each in self.all]
+        """Set the length of the schedule; None: the rate stays at its height after a rise of twenty steps. The rates of
+        a stage's own optimisers fall as a cosine whatever the settings say."""
+        of_stage = self.settings.model_copy(update={"schedule": "cosine"})
+        self._schedules = [
+            _schedule(each, steps, self.settings if i < self.own else of_stage) for i, each in enumerate(self.all)
+        ]
 
     def start(self, step: int) -> None:
         """Clear gradients and set the rates of `step`, from 0."""
