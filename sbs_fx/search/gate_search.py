@@ -187,8 +187,8 @@ class GateSearch(TrainingStage):
         """Weight gates and activation gates take turns, as in the paper; those whose turn it is not are held."""
         self.done = done
         for turn, kind in enumerate("wa"):
-            for gate in self.searched[kind].values():
-                gate.held = step % 2 == turn and step > 0  # reason: the first step has no norms to hold on to
+            for quantiser in self.searched[kind].values():
+                quantiser.held = step % 2 == turn and step > 0  # reason: the first step has no norms to hold on to
         if self.channels:
             norms = group_importance(self.groups, "l1", self.parameters)
             for name, gate in self.channels.items():
