@@ -1,4 +1,4 @@
-"""The command line: `sbs-fx inspect | compress | apply | evaluate | report`.
+"""The command line: `sbs-fx inspect | compress | apply | compare | sweep | evaluate | report`.
 
 In: a timm model name (and maybe weights), a budget or a policy, maybe data. Out: text or, with `--json`, JSON on
 stdout; progress and errors on stderr. Holds: an error of ours is one line and exit code 2, with nothing half-written
@@ -8,27 +8,41 @@ left; importing this module is light, each command imports what it needs.
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from json import dumps, loads
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Sequence
+from json import dumps
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sbs_fx.cli_compare import compare, sweep
+from sbs_fx.cli_options import (
+    BatchSize,
+    Checkpoint,
+    Data,
+    DataDir,
+    Epochs,
+    InChans,
+    InputSize,
+    Json,
+    Model,
+    NumClasses,
+    Overrides,
+    Pretrained,
+    Ranges,
+    Rate,
+    Seed,
+    make_config,
+)
+from sbs_fx.cli_progress import METRICS, errors, show_progress, show_steps
 
 if TYPE_CHECKING:
     from torch import nn
 
     from sbs_fx.cli_models import NamedModel
-    from sbs_fx.compress import Config, Result
+    from sbs_fx.compress import Result
     from sbs_fx.data import Batches
     from sbs_fx.report import Report
-    from sbs_fx.training.progress import Observer
-    from sbs_fx.training.progress import Progress as StepProgress
-
-METRICS = "metrics.jsonl"
 
 app = typer.Typer(
     add_completion=False,
@@ -36,26 +50,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prune and quantise timm models together, under a budget that is met.",
 )
-_errors = Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm model name")]
-Checkpoint = Annotated[str | None, typer.Option(help="local file of weights")]
-Pretrained = Annotated[bool, typer.Option(help="download the weights that timm names")]
-InputSize = Annotated[str | None, typer.Option(metavar="C,H,W", help="default: the model's own")]
-NumClasses = Annotated[int | None, typer.Option(help="default: the model's own")]
-InChans = Annotated[int | None, typer.Option(help="input channels; default: the model's own")]
-Data = Annotated[str | None, typer.Option(help="'digits', a folder, or a timm data set such as torch/cifar100")]
-DataDir = Annotated[str | None, typer.Option(help="where data sets are kept")]
-BatchSize = Annotated[int, typer.Option(min=1)]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-Epochs = Annotated[int, typer.Option(help="epochs of fine-tuning with the gates fixed")]
-Rate = Annotated[float | None, typer.Option(help="learning rate of fine-tuning")]
-Ranges = Annotated[str, typer.Option(help="how ranges are chosen: mse, percentile or minmax")]
-Seed = Annotated[int, typer.Option(help="of everything random")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="any other setting, such as training.ema=0.999 or search.block=4"),
-]
+
+for command in (compare, sweep):
+    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,14 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(list(arguments) if arguments is not None else None)
     except Interrupted as error:
-        _errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(130) from None
     except SbsError as error:
         message = " ".join(str(error).split())
-        _errors.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        _errors.print("interrupted")
+        errors.print("interrupted")
         raise SystemExit(130) from None
 
 
@@ -92,7 +90,7 @@ def inspect(
     from sbs_fx.report import Report
 
     made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans)
-    with _progress() as progress:
+    with show_progress() as progress:
         progress("trace", 0.0)
         graph = trace(made.module, made.example_inputs)
         progress("channel groups", 0.8)
@@ -138,7 +136,7 @@ def compress(
     from sbs_fx.policy import Budget
 
     limits = Budget.parse(budget)
-    config = _config(
+    config = make_config(
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         importance=importance,
@@ -158,7 +156,7 @@ def compress(
     _check_output(out)
     made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans)
     train, test = both_splits(made, data, data_dir, batch_size, seed)
-    with _progress() as progress, _observer(out, restart) as observer:
+    with show_progress() as progress, show_steps(out, restart) as observer:
         result = run(
             made.module,
             made.example_inputs,
@@ -202,11 +200,11 @@ def apply(
     from sbs_fx.policy import Policy
 
     plan = Policy.load(policy)
-    config = _config(ranges=ranges, epochs=epochs, learning_rate=lr, seed=seed, overrides=settings or [])
+    config = make_config(ranges=ranges, epochs=epochs, learning_rate=lr, seed=seed, overrides=settings or [])
     _check_output(out)
     made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans)
     train, test = both_splits(made, data, data_dir, batch_size, seed)
-    with _progress() as progress, _observer(None, False) as observer:
+    with show_progress() as progress, show_steps(None, False) as observer:
         result = run(
             made.module,
             plan,
@@ -270,34 +268,7 @@ def report(
         typer.echo("\n".join(["Training", *training_lines(read_metrics(metrics))]))
 
 
-# -- settings and results ----------------------------------------------------------------------------------------------
-
-
-def _config(overrides: Sequence[str] = (), **settings: Any) -> Config:
-    """Settings of the options that were given; the others keep their defaults."""
-    from pydantic import ValidationError
-
-    from sbs_fx.compress import Config
-
-    given = {name: value for name, value in settings.items() if value is not None}
-    for text in overrides:
-        path, equals, value = text.partition("=")
-        *owners, name = path.strip().split(".")
-        place = given
-        for owner in owners:
-            place = place.setdefault(owner, {})
-        if not equals or not name or not isinstance(place, dict):
-            raise typer.BadParameter(f"--set {text}: expected NAME=VALUE, such as training.ema=0.999")
-        try:
-            place[name] = loads(value)
-        except ValueError:
-            place[name] = value.strip()
-    try:
-        return Config(**given)
-    except ValidationError as error:
-        options = [str(p["loc"][0]).replace("learning_rate", "lr").replace("_", "-") for p in error.errors()]
-        problems = [f"--{o} {p['input']}: {p['msg']}" for o, p in zip(options, error.errors(), strict=True)]
-        raise typer.BadParameter("; ".join(problems)) from None
+# -- results -----------------------------------------------------------------------------------------------------------
 
 
 def _check_output(directory: str | None) -> None:
@@ -345,59 +316,6 @@ def _save(made: NamedModel, result: Result, report: Report, directory: str) -> N
     result.policy.save(os.path.join(directory, "policy.json"))
     report.save(os.path.join(directory, "report.txt"))
     report.save(os.path.join(directory, "report.json"))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A function of (stage, share done): a bar on a terminal, one line a stage elsewhere; on stderr, so that what is
-    printed can be piped."""
-    if not sys.stderr.isatty():
-        yield lambda stage, share: typer.echo(f"{stage} ...", err=True) if stage != "done" else None
-        return
-    # reason: what trains draws a panel of its own, so the bar is taken away then
-    bar = Progress(
-        TextColumn("{task.description:16s}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeElapsedColumn(),
-        console=_errors,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", total=1.0)
-
-        def show(stage: str, share: float) -> None:
-            bar.update(task, description=stage, completed=share)
-            if stage in ("search", "fine-tune"):
-                bar.stop()
-            elif not bar.live.is_started:
-                bar.start()
-
-        yield show
-
-
-@contextmanager
-def _observer(out: str | None, restart: bool) -> Iterator[Observer]:
-    """What shows training steps, and keeps them in the output directory, where an earlier part of the run may be."""
-    from sbs_fx.report.monitor import MetricsFile, monitor, together
-
-    path = None if out is None else os.path.join(out, METRICS)
-    begins = out is not None and (restart or not os.path.exists(os.path.join(out, "checkpoints")))
-    with ExitStack() as stack:
-        observers: list[Observer] = []
-
-        def observe(step: StepProgress) -> None:
-            if not observers:  # reason: a run that does not train leaves nothing
-                shown = monitor(_errors)
-                stack.enter_context(shown)
-                observers.append(shown)
-                if path is not None:
-                    if begins and os.path.exists(path):
-                        os.unlink(path)
-                    observers.append(stack.enter_context(MetricsFile(path)))
-            together(*observers)(step)
-
-        yield observe
 
 
 if __name__ == "__main__":

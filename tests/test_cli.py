@@ -69,6 +69,19 @@ def test_compress_leaves_policy_model_and_report(output: Path, capsys: Captured)
     assert capsys.readouterr().out == (output / "out" / "report.txt").read_text()
 
 
+def test_sweep_prints_a_table_and_leaves_its_points(output: Path, tmp_path: Path, capsys: Captured) -> None:
+    arguments = ["sweep", *MODEL, "--checkpoint", str(output / "weights.pth"), "--data", "digits"]
+    arguments += ["--methods", "uniform", "--budgets", "10%,5%"]
+    assert _run([*arguments, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith((tmp_path / "comparison.txt").read_text())
+    assert shown.count("uniform") == 2
+    assert _run([*arguments, "--out", str(tmp_path), "--json"]) == 0
+    again = capsys.readouterr()
+    assert "uniform at" not in again.err, "points that are there are not computed again"
+    assert [p["outcome"] for p in json.loads(again.out)["points"]] == ["ok", "ok"]
+
+
 def test_evaluate_reads_what_compress_wrote(output: Path, capsys: Captured) -> None:
     assert _run(["evaluate", str(output / "out" / "model.pt2"), "--data", "digits", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -188,7 +188,7 @@ class GateSearch(TrainingStage):
         self.done = done
         for turn, kind in enumerate("wa"):
             for quantiser in self.searched[kind].values():
-                quantiser.held = step % 2 == turn and step > 0  # reason: the first step has no norms to hold on to
+                quantiser.held = step % 2 == turn
         if self.channels:
             norms = group_importance(self.groups, "l1", self.parameters)
             for name, gate in self.channels.items():

@@ -1,0 +1,61 @@
+"""Options that several commands share, so that they are called and explained alike; and what `--set` makes of them.
+
+In: options as they were typed. Out: annotated types for typer, and a `Config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from json import loads
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sbs_fx.compress import Config
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm model name")]
+Checkpoint = Annotated[str | None, typer.Option(help="local file of weights")]
+Pretrained = Annotated[bool, typer.Option(help="download the weights that timm names")]
+InputSize = Annotated[str | None, typer.Option(metavar="C,H,W", help="default: the model's own")]
+NumClasses = Annotated[int | None, typer.Option(help="default: the model's own")]
+InChans = Annotated[int | None, typer.Option(help="input channels; default: the model's own")]
+Data = Annotated[str | None, typer.Option(help="'digits', a folder, or a timm data set such as torch/cifar100")]
+DataDir = Annotated[str | None, typer.Option(help="where data sets are kept")]
+BatchSize = Annotated[int, typer.Option(min=1)]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Epochs = Annotated[int, typer.Option(help="epochs of fine-tuning with the gates fixed")]
+Rate = Annotated[float | None, typer.Option(help="learning rate of fine-tuning")]
+Ranges = Annotated[str, typer.Option(help="how ranges are chosen: mse, percentile or minmax")]
+Seed = Annotated[int, typer.Option(help="of everything random")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="any other setting, such as training.ema=0.999 or search.block=4"),
+]
+
+
+def make_config(overrides: Sequence[str] = (), **settings: Any) -> Config:
+    """Settings of the options that were given; the others keep their defaults."""
+    from pydantic import ValidationError
+
+    from sbs_fx.compress import Config
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        *owners, name = path.strip().split(".")
+        place = given
+        for owner in owners:
+            place = place.setdefault(owner, {})
+        if not equals or not name or not isinstance(place, dict):
+            raise typer.BadParameter(f"--set {text}: expected NAME=VALUE, such as training.ema=0.999")
+        try:
+            place[name] = loads(value)
+        except ValueError:
+            place[name] = value.strip()
+    try:
+        return Config(**given)
+    except ValidationError as error:
+        options = [str(p["loc"][0]).replace("learning_rate", "lr").replace("_", "-") for p in error.errors()]
+        problems = [f"--{o} {p['input']}: {p['msg']}" for o, p in zip(options, error.errors(), strict=True)]
+        raise typer.BadParameter("; ".join(problems)) from None

@@ -1,0 +1,76 @@
+"""What a run shows while it lasts: stages, training steps, and the file that keeps them.
+
+In: calls with a stage or a step. Out: a bar, a panel or lines on stderr, so that what is printed can be piped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from sbs_fx.training.progress import Observer
+    from sbs_fx.training.progress import Progress as StepProgress
+
+METRICS = "metrics.jsonl"
+
+errors = Console(stderr=True)
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[str, float], None]]:
+    """A function of (stage, share done): a bar on a terminal, one line a stage elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda stage, share: typer.echo(f"{stage} ...", err=True) if stage != "done" else None
+        return
+    # reason: what trains draws a panel of its own, so the bar is taken away then
+    bar = Progress(
+        TextColumn("{task.description:16s}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        console=errors,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=1.0)
+
+        def show(stage: str, share: float) -> None:
+            bar.update(task, description=stage, completed=share)
+            if stage in ("search", "fine-tune"):
+                bar.stop()
+            elif not bar.live.is_started:
+                bar.start()
+
+        yield show
+
+
+@contextmanager
+def show_steps(out: str | None, restart: bool) -> Iterator[Observer]:
+    """What shows training steps, and keeps them in the output directory, where an earlier part of the run may be."""
+    from sbs_fx.report.monitor import MetricsFile, monitor, together
+
+    path = None if out is None else os.path.join(out, METRICS)
+    begins = out is not None and (restart or not os.path.exists(os.path.join(out, "checkpoints")))
+    with ExitStack() as stack:
+        observers: list[Observer] = []
+
+        def observe(step: StepProgress) -> None:
+            if not observers:  # reason: a run that does not train leaves nothing
+                shown = monitor(errors)
+                stack.enter_context(shown)
+                observers.append(shown)
+                if path is not None:
+                    if begins and os.path.exists(path):
+                        os.unlink(path)
+                    observers.append(stack.enter_context(MetricsFile(path)))
+            together(*observers)(step)
+
+        yield observe

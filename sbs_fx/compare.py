@@ -1,0 +1,189 @@
+"""`compare`: several methods on one model at one or several budgets, measured alike.
+
+In: a float model, data, budgets, names of methods. Out: a `Comparison`, one point a method and budget, with accuracy
+before and after fine-tuning, costs and the time to the policy. Holds: a method that fails is a point that says why,
+and the others go on; with an output directory each point is written as it is found, and the same call again goes on
+after the last one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sbs_fx.compress import METHODS, Config, Data, Progress, Result, compress, prepare_directory
+from sbs_fx.errors import Interrupted, MethodError, SbsError
+from sbs_fx.models import create_model
+from sbs_fx.passes import finalize
+from sbs_fx.policy import Budget, current_versions, write_atomic
+from sbs_fx.report.comparison import Comparison, Point
+from sbs_fx.training import Checkpoints, evaluate, fine_tune
+from sbs_fx.training.progress import Observer
+
+
+def compare(
+    model: nn.Module | str,
+    data: Data,
+    budget: Budget | float | str | Sequence[Budget | float | str] = 0.05,
+    *,
+    methods: Sequence[str] = ("uniform", "sbs"),
+    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    validation: Data | None = None,
+    epochs: int = 0,
+    config: Config | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    observer: Observer | None = None,
+) -> Comparison:
+    """Compress a model by each method at each budget, and measure what comes out.
+
+    Args:
+        model: as for `compress`. data: (images, labels), iterable more than once: what methods calibrate, search and
+            fine-tune on.
+        budget: one, or several for a curve.
+        methods: names as for `compress`.
+        validation: held-out (images, labels) that accuracy is measured on; None: `data` itself.
+        epochs: of fine-tuning, after the accuracy without it was measured; 0: none.
+        config: settings of all methods; its `epochs` are not used.
+        output_dir: where each point is written, and read again if it is there already with the same settings, model and
+            weights; the table, the JSON and the plot as well.
+
+    Raises:
+        MethodError: an unknown method. SbsError: the model cannot be measured. Errors of a method become its point's.
+    """
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise MethodError(f"unknown methods {unknown}; expected some of {METHODS}", known=METHODS)
+    budgets = [budget] if isinstance(budget, (Budget, float, int, str)) else list(budget)
+    limits = [b if isinstance(b, Budget) else Budget.parse(str(b)) for b in budgets]
+    config = (config or Config()).model_copy(update={"epochs": 0})
+    module = create_model(model) if isinstance(model, str) else model
+    judged = data if validation is None else validation
+    directory = None if output_dir is None else prepare_directory(output_dir)
+    trial = _Trial(module, example_inputs, data, judged, epochs, config, observer)
+    weights = _digest(module)
+    comparison = Comparison(float_accuracy=evaluate(module, judged), held_out=validation is not None, epochs=epochs)
+    for limit, method in itertools.product(limits, methods):
+        settings = {
+            "weights": weights,
+            "method": method,
+            "budget": limit.limits,
+            "epochs": epochs,
+            "config": config.model_dump(mode="json"),
+            "versions": current_versions(),
+        }
+        place = None if directory is None else _place(directory, method, limit)
+        point = None if place is None else _known(place, settings)
+        if point is None:
+            if progress is not None:
+                progress(f"{method} at {limit}", len(comparison.points) / (len(limits) * len(methods)))
+            point = trial.point(method, limit, place, settings)
+            if place is not None:
+                _write(place, settings, point)
+        comparison = comparison.model_copy(update={"points": (*comparison.points, point)})
+        if directory is not None:
+            comparison.save(directory)
+    return comparison
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What all points of a comparison share."""
+
+    module: nn.Module
+    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None
+    data: Data
+    judged: Data
+    epochs: int
+    config: Config
+    observer: Observer | None
+
+    def point(self, method: str, limit: Budget, place: str | None, settings: dict[str, Any]) -> Point:
+        try:
+            result = compress(
+                self.module,
+                self.example_inputs,
+                budget=limit,
+                data=self.data,
+                method=method,
+                config=self.config,
+                output_dir=place,
+                observer=self.observer,
+            )
+        except Interrupted:
+            raise
+        except SbsError as error:
+            return Point(method=method, budget=limit.limits, outcome=f"{type(error).__name__}: {error}")
+        cost, whole = result.cost, result.baseline_cost
+        return Point(
+            method=method,
+            budget=limit.limits,
+            accuracy=evaluate(result.model, self.judged),
+            tuned_accuracy=self._tuned(result, place, settings) if self.epochs else None,
+            seconds=result.seconds["search"],
+            bops=cost.bops,
+            bops_ratio=whole.bops / cost.bops,
+            size_ratio=whole.stored_bits / cost.stored_bits,
+            macs_share=cost.macs / whole.macs,
+        )
+
+    def _tuned(self, result: Result, place: str | None, settings: dict[str, Any]) -> float:
+        """The accuracy after fine-tuning what `compress` gave."""
+        with ExitStack() as stack:
+            checkpoints = None
+            if place is not None:
+                checkpoints = stack.enter_context(Checkpoints(os.path.join(place, "fine-tuning"), settings))
+            fine_tune(
+                result.gated,
+                self.data,
+                epochs=self.epochs,
+                lr=self.config.learning_rate,
+                settings=self.config.training,
+                teacher=self.module if self.config.training.distillation else None,
+                seed=self.config.seed,
+                checkpoints=checkpoints,
+                progress=self.observer,
+            )
+        return evaluate(finalize(result.gated), self.judged)
+
+
+# -- points on disk ----------------------------------------------------------------------------------------------------
+
+
+def _place(directory: str, method: str, limit: Budget) -> str:
+    name = "-".join([method, *(f"{measure}-{share:g}" for measure, share in limit.limits.items())])
+    return os.path.join(directory, "points", name)
+
+
+def _known(place: str, settings: dict[str, Any]) -> Point | None:
+    """A point that was found with these settings before, and did not fail."""
+    try:
+        with open(os.path.join(place, "point.json"), encoding="utf-8") as file:
+            found = json.load(file)
+        point = Point(**found["point"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return point if found["settings"] == json.loads(json.dumps(settings)) and point.outcome == "ok" else None
+
+
+def _write(place: str, settings: dict[str, Any], point: Point) -> None:
+    os.makedirs(place, exist_ok=True)
+    text = json.dumps({"settings": settings, "point": point.model_dump()}, indent=1) + "\n"
+    write_atomic(os.path.join(place, "point.json"), text.encode())
+
+
+def _digest(module: nn.Module) -> str:
+    """Of all parameters and buffers."""
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + bytes(flat.view(torch.uint8).numpy()))
+    return found.hexdigest()

@@ -1,0 +1,101 @@
+"""`compare`: its points against `compress` called by hand, its resuming, its table, and methods that fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sbs_fx
+from sbs_fx.compare import compare
+from sbs_fx.errors import MethodError
+from sbs_fx.report.comparison import Comparison, Point
+from sbs_fx.search import Search
+from sbs_fx.training import evaluate
+
+EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    ).eval()
+
+
+def batches(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(16, 3, 8, 8, generator=generator), torch.arange(16) % 4) for _ in range(count)]
+
+
+def test_a_point_is_what_compress_gives(tmp_path: Path) -> None:
+    found = compare(net(), batches(), [0.05, 0.03], methods=["uniform"], example_inputs=EXAMPLE, epochs=1)
+    assert [p.outcome for p in found.points] == ["ok", "ok"]
+    for point, budget in zip(found.points, (0.05, 0.03), strict=True):
+        alone = sbs_fx.compress(net(), EXAMPLE, budget=budget, data=batches(), method="uniform")
+        assert point.accuracy == evaluate(alone.model, batches())
+        assert point.bops == alone.cost.bops <= budget * alone.baseline_cost.bops
+        tuned = sbs_fx.compress(
+            net(), EXAMPLE, budget=budget, data=batches(), method="uniform", config=sbs_fx.Config(epochs=1)
+        )
+        assert point.tuned_accuracy == evaluate(tuned.model, batches())
+
+
+def test_points_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"methods": ["uniform"], "example_inputs": EXAMPLE, "output_dir": tmp_path}
+    first = compare(net(), batches(), 0.05, **options)
+    path = tmp_path / "points" / "uniform-bops-0.05" / "point.json"
+    kept = json.loads(path.read_text())
+    kept["point"]["seconds"] = -1.0
+    path.write_text(json.dumps(kept))
+    again = compare(net(), batches(), 0.05, **options)
+    assert again.points[0].seconds == -1.0, "read, not computed"
+    assert again.points[0].accuracy == first.points[0].accuracy
+    other = net()
+    with torch.no_grad():
+        other[0].weight[0, 0, 0, 0] += 1e-3
+    assert compare(other, batches(), 0.05, **options).points[0].seconds > 0, "other weights, another point"
+    assert Comparison.load(str(tmp_path)).points[0].bops == first.points[0].bops
+    assert (tmp_path / "comparison.txt").read_text() == f"{Comparison.load(str(tmp_path))}\n"
+
+
+def test_a_method_that_fails_is_a_point() -> None:
+    unlabelled = [x for x, _ in batches()]
+    config = sbs_fx.Config(search=Search(epochs=1))
+    found = compare(
+        net(), unlabelled, 0.05, methods=["sbs", "uniform"], example_inputs=EXAMPLE, validation=batches(), config=config
+    )
+    assert found.points[0].outcome.startswith("DataError")
+    assert found.points[1].outcome == "ok"
+    assert "DataError" in str(found)
+    with pytest.raises(MethodError, match="unknown"):
+        compare(net(), batches(), 0.05, methods=["magic"])
+
+
+def test_pareto_is_what_no_point_beats(tmp_path: Path) -> None:
+    points = [
+        Point(method="a", budget={"bops": 0.1}, accuracy=70.0, bops=100),
+        Point(method="b", budget={"bops": 0.1}, accuracy=60.0, tuned_accuracy=71.0, bops=90),
+        Point(method="a", budget={"bops": 0.05}, accuracy=50.0, bops=50),
+        Point(method="b", budget={"bops": 0.05}, accuracy=49.0, bops=60),
+        Point(method="b", budget={"bops": 0.01}, outcome="InfeasibleBudget: no"),
+    ]
+    found = Comparison(float_accuracy=72.0, held_out=True, epochs=1, points=tuple(points))
+    assert [(p.method, p.bops) for p in found.pareto] == [("a", 50), ("b", 90)]
+    beaten = [p for p in points[:4] if p not in found.pareto]
+    for point in beaten:
+        assert any(q.bops <= point.bops and q.best_accuracy >= point.best_accuracy for q in found.pareto)
+    pytest.importorskip("matplotlib")
+    found.save(str(tmp_path))
+    assert (tmp_path / "pareto.png").stat().st_size > 5000
