@@ -5,7 +5,10 @@ Shortcuts are 1x1 convolutions, or every second pixel zero-padded by a quarter o
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,3 +54,10 @@ class CifarResNet(nn.Module):
         x = torch.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))
+
+
+def padded_resnet20(weights: Path) -> CifarResNet:
+    """The CIFAR-10 ResNet-20 with parameter-free shortcuts, from safetensors, in eval mode."""
+    net = CifarResNet(20, classes=10, padded_shortcuts=True)
+    net.load_state_dict({k.replace("linear.", "fc."): v for k, v in load_file(weights).items()})
+    return net.eval()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import sbs_fx
 from sbs_fx.calibration import calibrate
@@ -123,16 +123,7 @@ def _uniform_qat(
     work: Path | None,
     watch: Lines,
 ) -> dict[str, Any]:
-    graph = trace(model, images)
-    groups = channel_groups(graph)
-    cost = cost_model(graph, groups)
-    bits = uniform_bits(cost, row.bits, row.bits)
-    gated = insert_gates(graph, groups, channels=False)
-    for gates, table in ((weight_gates(gated), bits.weights), (activation_gates(gated), bits.activations)):
-        for name, gate in gates.items():
-            gate.candidates = (table[name],)  # reason: 3 bits do not nest with the 8 of the first and last layer
-    apply_bits(gated, bits.weights, bits.activations)
-    calibrate(gated, train, inputs=(images,))
+    gated, spent = uniform_network(model, images, train, row.bits)
     before = evaluate(gated, test)
     epochs = protocol.search_epochs + protocol.tune_epochs
     checkpoints = None if work is None else Checkpoints(work, {"row": row.name, "seed": seed, "epochs": epochs})
@@ -142,15 +133,31 @@ def _uniform_qat(
         epochs=epochs,
         lr=protocol.tune_rate,
         settings=protocol.training,
-        teacher=graph,
+        teacher=model,
         seed=seed,
         checkpoints=checkpoints,
         progress=watch,
     )
     if checkpoints is not None:
         checkpoints.close()
-    spent = cost.evaluate({}, bits.weights, bits.activations)
     return costs(spent) | {"before": before, "accuracy": evaluate(gated, test), "epochs": epochs}
+
+
+def uniform_network(
+    model: nn.Module, images: torch.Tensor, train: Iterable[Any], bits: int
+) -> tuple[fx.GraphModule, sbs_fx.Cost]:
+    """The gated network of one bitwidth (2 to 8), first and last layer 8/8, calibrated; and what it costs."""
+    graph = trace(model, images)
+    groups = channel_groups(graph)
+    cost = cost_model(graph, groups)
+    table = uniform_bits(cost, bits, bits)
+    gated = insert_gates(graph, groups, channels=False)
+    for gates, chosen in ((weight_gates(gated), table.weights), (activation_gates(gated), table.activations)):
+        for name, gate in gates.items():
+            gate.candidates = (chosen[name],)  # reason: 3 bits do not nest with the 8 of the first and last layer
+    apply_bits(gated, table.weights, table.activations)
+    calibrate(gated, train, inputs=(images,))
+    return gated, cost.evaluate({}, table.weights, table.activations)
 
 
 def costs(cost: Any) -> dict[str, float]:

@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from _cifar_models import CifarResNet
-from safetensors.torch import load_file
+from _cifar_models import padded_resnet20
 
 import sbs_fx
 from sbs_fx.data import open_data
@@ -43,9 +42,7 @@ def main() -> int:
     if options.data_dir is None or options.weights is None:
         print("not run: needs --data-dir and --weights")
         return 0
-    net = CifarResNet(20, classes=10, padded_shortcuts=True)
-    net.load_state_dict({_renamed(k): v for k, v in load_file(options.weights).items()})
-    net.eval()
+    net = padded_resnet20(options.weights)
     normal = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "image_size": 32, "channels": 3}
     test = list(open_data(str(options.data_dir), split="test", batch_size=500, **normal))[: options.images // 500]
     train = list(open_data(str(options.data_dir), split="train", batch_size=128, **normal))[:4]
@@ -80,10 +77,6 @@ def main() -> int:
             f"{r['accuracy']:.2f} | {r['gated_accuracy']:.2f} | {r['agreement']:.2f} % |"
         )
     return 0
-
-
-def _renamed(key: str) -> str:
-    return key.replace("linear.", "fc.")
 
 
 if __name__ == "__main__":

@@ -253,6 +253,7 @@ def _search(
             activation_bits=config.activation_bits,
             importance=config.importance,
             round_to=config.round_to,
+            comfortable_share=0.7 if config.epochs else 1.0,  # reason: what is pruned and not trained again is lost
             minor_groups=config.minor_groups,
             seed=config.seed,
         )

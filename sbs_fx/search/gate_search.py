@@ -153,10 +153,11 @@ class GateSearch(TrainingStage):
     @torch.no_grad()
     def start_at(self, draft: Draft, images: Tensor) -> None:
         """Put every threshold beside its gate's norm on these images, on the side that the draft asks for."""
-        self.before_step(0, 0.0)
+        self._decide_channels()
         for gates in self.searched.values():
             for gate in gates.values():
                 gate.search()
+                gate.held = False
         for name, channel in self.channels.items():
             kept = channel.mask.new_zeros(channel.size)
             kept[draft.kept[name]] = 1
@@ -189,6 +190,10 @@ class GateSearch(TrainingStage):
         for turn, kind in enumerate("wa"):
             for quantiser in self.searched[kind].values():
                 quantiser.held = step % 2 == turn
+        self._decide_channels()
+
+    def _decide_channels(self) -> None:
+        """By the norms of the weights as they are now."""
         if self.channels:
             norms = group_importance(self.groups, "l1", self.parameters)
             for name, gate in self.channels.items():
