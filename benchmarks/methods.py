@@ -22,8 +22,8 @@ from torch import nn
 
 import sbs_fx
 from sbs_fx import demo
-from sbs_fx.compress import METHODS
 from sbs_fx.data import open_data
+from sbs_fx.methods import METHODS
 from sbs_fx.passes import channel_groups, cost_model, trace
 from sbs_fx.search import Search
 from sbs_fx.search.uniform import uniform_bits

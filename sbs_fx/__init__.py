@@ -1,7 +1,8 @@
 """sbs-fx: prune and quantise vision models together, under a budget that is met."""
 
 from sbs_fx.compare import compare
-from sbs_fx.compress import Config, Result, apply, compress
+from sbs_fx.compress import Result, apply, compress
+from sbs_fx.config import Config
 from sbs_fx.errors import SbsError
 from sbs_fx.export import load_pt2 as load
 from sbs_fx.policy import Budget, Cost, Policy

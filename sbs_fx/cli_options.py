@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from sbs_fx.compress import Config
+    from sbs_fx.config import Config
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm model name")]
 Checkpoint = Annotated[str | None, typer.Option(help="local file of weights")]
@@ -38,7 +38,7 @@ def make_config(overrides: Sequence[str] = (), **settings: Any) -> Config:
     """Settings of the options that were given; the others keep their defaults."""
     from pydantic import ValidationError
 
-    from sbs_fx.compress import Config
+    from sbs_fx.config import Config
 
     given = {name: value for name, value in settings.items() if value is not None}
     for text in overrides:

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sbs_fx.compress import METHODS, Config, Data, Progress, Result, compress, prepare_directory
+from sbs_fx.compress import Data, Progress, Result, compress, prepare_directory
+from sbs_fx.config import Config
 from sbs_fx.errors import Interrupted, MethodError, SbsError
+from sbs_fx.methods import METHODS
 from sbs_fx.models import create_model
 from sbs_fx.passes import finalize
 from sbs_fx.policy import Budget, current_versions, write_atomic

@@ -11,15 +11,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import fx, nn
 
 from sbs_fx.calibration import calibrate
-from sbs_fx.errors import DataError, FileError, GraphError, MethodError, WeightsError
+from sbs_fx.config import Config
+from sbs_fx.errors import FileError, GraphError, WeightsError
 from sbs_fx.export.pt2 import save_pt2
+from sbs_fx.methods import Traced, chosen_method, find_plan
 from sbs_fx.models import create_model
 from sbs_fx.models import example_inputs as derive_inputs
 from sbs_fx.passes import (
@@ -36,48 +37,13 @@ from sbs_fx.passes import (
 from sbs_fx.passes.slim import Slices, with_tensors
 from sbs_fx.policy import Budget, Cost, Policy, current_versions
 from sbs_fx.report import Report
-from sbs_fx.search import SEARCHES, Search, Searched, uniform
-from sbs_fx.training import Checkpoints, Training, fine_tune
+from sbs_fx.search import Searched
+from sbs_fx.training import Checkpoints, fine_tune
 from sbs_fx.training.processes import Processes
 from sbs_fx.training.progress import Observer
 
-METHODS = ("auto", "uniform", *SEARCHES)
 Data = Iterable[Any]
 Progress = Callable[[str, float], None]
-
-
-class Config(BaseModel):
-    """Settings of `compress`; every field has a sensible default.
-
-    Attributes:
-        weight_bits, activation_bits: 2, 4 or 8; None lets the method choose.
-        importance: norm that ranks the channels of a group.
-        round_to: kept channels are a multiple of this; None: 16, 8 where the group is small; 1: any number.
-        minor_groups: also prune the smaller factor of product axes (heads, group widths).
-        keep_outputs: False lets the output features of a headless model shrink.
-        ranges: how activation and weight ranges are chosen: "mse", "percentile" or "minmax".
-        calibration_batches: batches of `data` that calibration reads.
-        epochs, learning_rate: fine-tuning with the gates fixed; 0 epochs: none.
-        search: settings of a method that trains.
-        training: how search and fine-tuning train.
-        seed: of everything random.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    weight_bits: Literal[2, 4, 8] | None = None
-    activation_bits: Literal[2, 4, 8] | None = None
-    importance: Literal["l1", "l2"] = "l2"
-    round_to: int | None = Field(default=None, ge=1)
-    minor_groups: bool = False
-    keep_outputs: bool = True
-    ranges: Literal["mse", "percentile", "minmax"] = "mse"
-    calibration_batches: int = Field(default=8, ge=1)
-    epochs: int = Field(default=0, ge=0)
-    learning_rate: float = Field(default=0.01, gt=0)
-    search: Search = Search()
-    training: Training = Training()
-    seed: int = 0
 
 
 @dataclass
@@ -157,21 +123,16 @@ def compress(
     Raises:
         SbsError: any of `sbs_fx.errors`; nothing is written in that case.
     """
-    if method not in METHODS:
-        raise MethodError(f"unknown method {method!r}; expected one of {METHODS}", known=METHODS)
-    budget = budget if isinstance(budget, Budget) else Budget.parse(str(budget))
     config = config or Config()
+    method = chosen_method(method, data is not None, config.epochs)
+    budget = budget if isinstance(budget, Budget) else Budget.parse(str(budget))
     if output_dir is not None:
         prepare_directory(output_dir)
-    if method == "auto":
-        method = "sbs" if data is not None and config.epochs else "uniform"
-    if method != "uniform" and data is None:
-        raise DataError(f"method {method!r} trains and needs data; give it, or use method='uniform'")
     job = _Job(progress, observer)
-    traced = _Traced.of(model, example_inputs, config, job)
+    traced = _traced(model, example_inputs, config, job)
     with _checkpoints(output_dir, traced, method, budget, config, restart) as checkpoints:
         job.stage("search", 0.35)
-        searched = _search(traced, method, budget, data, config, checkpoints, job)
+        searched = find_plan(traced, method, budget, data, config, checkpoints, observer)
         result = _realise(traced, searched, data, config, job, validation, checkpoints)
         if not budget.is_satisfied_by(result.cost):
             raise GraphError(
@@ -202,86 +163,26 @@ def apply(
     """
     config = config or Config()
     job = _Job(progress, observer)
-    traced = _Traced.of(model, example_inputs, config, job)
+    traced = _traced(model, example_inputs, config, job)
     return _realise(traced, Searched(policy, {}), data, config, job, validation, None)
 
 
-@dataclass
-class _Traced:
-    """A float model after the analyses."""
-
-    graph: fx.GraphModule
-    groups: ChannelGroups
-    cost: CostModel
-    inputs: tuple[torch.Tensor, ...]
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module | str,
-        example_inputs: torch.Tensor | Sequence[torch.Tensor] | None,
-        config: Config,
-        job: _Job,
-    ) -> _Traced:
-        job.stage("trace", 0.0)
-        module = create_model(model) if isinstance(model, str) else model
-        _check_weights(module)
-        inputs = derive_inputs(module) if example_inputs is None else example_inputs
-        inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
-        graph = trace(module, inputs)
-        job.stage("channel groups", 0.3)
-        groups = channel_groups(graph, keep_outputs=config.keep_outputs)
-        return cls(graph, groups, cost_model(graph, groups), inputs)
-
-
-def _search(
-    traced: _Traced,
-    method: str,
-    budget: Budget,
-    data: Data | None,
-    config: Config,
-    checkpoints: Checkpoints | None,
-    job: _Job,
-) -> Searched:
-    """The plan, and the weights that its search left; from the checkpoints if they have it already."""
-    if method == "uniform":
-        policy = uniform(
-            traced.groups,
-            traced.cost,
-            budget,
-            weight_bits=config.weight_bits,
-            activation_bits=config.activation_bits,
-            importance=config.importance,
-            round_to=config.round_to,
-            comfortable_share=0.7 if config.epochs else 1.0,  # reason: what is pruned and not trained again is lost
-            minor_groups=config.minor_groups,
-            seed=config.seed,
-        )
-        return Searched(policy, {})
-    saved = None if checkpoints is None else checkpoints.load("searched")
-    if saved is not None:
-        return Searched(Policy.from_json(saved.state["policy"]), saved.tensors)
-    assert data is not None
-    searched = SEARCHES[method](
-        traced.graph,
-        traced.groups,
-        traced.cost,
-        budget,
-        data,
-        inputs=traced.inputs,
-        search=config.search,
-        settings=config.training,
-        seed=config.seed,
-        checkpoints=checkpoints,
-        progress=job.observer,
-    )
-    if checkpoints is not None:
-        checkpoints.save("searched", searched.tensors, {"policy": searched.policy.to_json()})
-    return searched
+def _traced(
+    model: nn.Module | str, example_inputs: torch.Tensor | Sequence[torch.Tensor] | None, config: Config, job: _Job
+) -> Traced:
+    job.stage("trace", 0.0)
+    module = create_model(model) if isinstance(model, str) else model
+    _check_weights(module)
+    inputs = derive_inputs(module) if example_inputs is None else example_inputs
+    inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    graph = trace(module, inputs)
+    job.stage("channel groups", 0.3)
+    groups = channel_groups(graph, keep_outputs=config.keep_outputs)
+    return Traced(graph, groups, cost_model(graph, groups), inputs)
 
 
 def _realise(
-    traced: _Traced,
+    traced: Traced,
     searched: Searched,
     data: Data | None,
     config: Config,
@@ -324,7 +225,7 @@ def _realise(
 @contextmanager
 def _checkpoints(
     output_dir: str | os.PathLike[str] | None,
-    traced: _Traced,
+    traced: Traced,
     method: str,
     budget: Budget,
     config: Config,
