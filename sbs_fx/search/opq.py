@@ -1,0 +1,188 @@
+"""`opq`: channels or single weights, and bits, allocated in one shot from the weights alone, in seconds.
+
+In: a traced float model, its analyses, a budget. Out: a policy that meets it; where single weights are pruned, also the
+weights with zeros in their places. Holds: no data is read, nothing is drawn at random, the budget is never exceeded.
+Source: One-shot Pruning-Quantization (arXiv 2205.11141): a Laplace density per layer, one Lagrange multiplier for
+pruning and quantisation, one codebook and a scale per channel in each layer, masks and steps frozen while fine-tuning.
+Its equations were not at hand, and it prunes single weights alone; the damage below is our derivation:
+
+    sum over weights w      E_w(b_w)            E: least squared error of a Laplace variable at b bits, as a share of
+  + sum over tensors x      readers_x E_x(b_x)     its second moment (`laplace`); for a weight times 2 (mean |w|)^2 /
+  + sum over groups g       readers_g share_g      mean w^2, which is 1 where the fit is exact (c_i = 1/|W_i|^2)
+
+with share_g the removed channels' share of their group's squared importance, and `readers` the layers that take the
+tensor, or the channels, in: relative errors of the operands add up to that of a layer's output, and all layers count
+alike. Weighing them by gradients on synthetic input was tried, and was no better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import fx
+
+from sbs_fx.errors import InfeasibleBudget, InputError, SbsError, WeightsError
+from sbs_fx.passes import ChannelGroup, ChannelGroups, CostModel
+from sbs_fx.passes import dims as d
+from sbs_fx.passes.insert_gates import non_negative
+from sbs_fx.policy import Budget, Policy, Value
+from sbs_fx.search.importance import Norm, group_importance, kernel_multiple
+from sbs_fx.search.lagrangian import Decision, Load, Polynomial, minimise
+from sbs_fx.search.laplace import laplace_fit, least_rounding_error
+from sbs_fx.search.sbs import Searched
+from sbs_fx.search.sparse import prune_weights, weight_tensors
+from sbs_fx.search.uniform import end_bits
+from sbs_fx.superbit import max_level
+
+
+class Opq(Value):
+    """Settings of `opq`.
+
+    Attributes:
+        prunes: "channels" as a whole; single "weights", which the size budget then counts as coded (`sparse_cost`);
+            or "nothing", so that bits alone are chosen.
+        weight_bits, activation_bits: of all layers but the first and the last; None: chosen.
+        importance: norm by which the channels of a group are ranked.
+        round_to: kept channels are a multiple of this; None: 16, 8 in groups under 64 channels; 1: any number.
+        minor_groups: also prune the smaller factor of product axes (heads, group widths).
+    """
+
+    _error: ClassVar[type[SbsError]] = InputError
+
+    prunes: Literal["channels", "weights", "nothing"] = "channels"
+    weight_bits: Literal[2, 4, 8] | None = None
+    activation_bits: Literal[2, 4, 8] | None = None
+    importance: Norm = "l2"
+    round_to: int | None = Field(default=None, ge=1)
+    minor_groups: bool = False
+
+
+Name = tuple[str, str]  # ("w" | "a" | "c", name of a weight, of a tensor, of a group)
+
+
+def opq(
+    graph: fx.GraphModule,
+    groups: ChannelGroups,
+    cost: CostModel,
+    budget: Budget,
+    *,
+    settings: Opq | None = None,
+    seed: int = 0,
+) -> Searched:
+    """Allocate in one shot.
+
+    Args:
+        graph: from `trace`; not changed. groups, cost: of it.
+        seed: recorded in the policy; nothing is drawn.
+
+    Returns:
+        The policy. `tensors` is empty, or has the masked weights by name where single weights are pruned; the size
+        limit then holds for `sparse_cost(cost, policy, tensors)`, and fine-tuning keeps the zeros with `FrozenMasks`.
+
+    Raises:
+        InfeasibleBudget: even the smallest choice is over the budget; `least` has the shares it reaches.
+        WeightsError: NaN or Inf in a weight.
+    """
+    settings = settings or Opq()
+    for name, weight in weight_tensors(graph, cost).items():
+        if not bool(torch.isfinite(weight).all()):
+            raise WeightsError(f"NaN or Inf in the weight {name!r}; mend the model before compressing it", names=[name])
+    if settings.prunes != "weights":
+        return Searched(_allocate(graph, groups, cost, budget, settings, seed), {})
+    others = {m: share for m, share in budget.limits.items() if m != "size"} or {"bops": 1.0}
+    policy = _allocate(graph, groups, cost, Budget(**others), settings, seed)
+    if budget.size is None:
+        return Searched(policy, {})
+    bits, tensors = prune_weights(graph, cost, policy, budget.size, choose_bits=settings.weight_bits is None)
+    return Searched(policy.model_copy(update={"weight_bits": {**policy.weight_bits, **bits}}), tensors)
+
+
+def _allocate(
+    graph: fx.GraphModule, groups: ChannelGroups, cost: CostModel, budget: Budget, settings: Opq, seed: int
+) -> Policy:
+    scores = group_importance(groups, settings.importance)
+    decisions = _bit_decisions(graph, cost, settings)
+    if settings.prunes == "channels":
+        for group in groups.values():
+            if group.primary or settings.minor_groups:
+                decisions["c", group.name] = _channel_decision(group, cost, scores[group.name], settings.round_to)
+    chosen = minimise(list(decisions.values()), _load(cost, budget, list(decisions)))
+    if chosen is None:
+        raise _infeasible(cost, budget, decisions)
+    value = {key: int(d.values[i]) for (key, d), i in zip(decisions.items(), chosen, strict=True)}
+    kept = {g.name: list(range(g.size)) for g in groups.values()}
+    for name, count in _of("c", value).items():
+        kept[name] = sorted(scores[name].argsort(descending=True, stable=True)[:count].tolist())
+    return Policy(
+        fingerprint=groups.fingerprint,
+        method="opq",
+        seed=seed,
+        kept=kept,
+        sizes={g.name: g.size for g in groups.values()},
+        weight_bits=dict(_of("w", value)),
+        activation_bits=_of("a", value),
+    )
+
+
+def _bit_decisions(graph: fx.GraphModule, cost: CostModel, settings: Opq) -> dict[Name, Decision]:
+    """Bits of every weight and tensor, with what each candidate does to the outputs of the layers that read it."""
+    ends = end_bits(cost)
+    unsigned = {node.name for node in non_negative(graph.graph.nodes)}
+    fits = {name: laplace_fit(w) for name, w in weight_tensors(graph, cost).items()}
+    decisions = {}
+    for name, places in cost.weights.items():
+        bits = _candidates(ends.weights.get(name), settings.weight_bits)
+        errors = [least_rounding_error(max_level(b, signed=True)) for b in bits]
+        decisions["w", name] = Decision(np.array(bits, float), fits.get(name, 1.0) * len(places) * np.array(errors))
+    for name, places in cost.activations.items():
+        bits = _candidates(ends.activations.get(name), settings.activation_bits)
+        errors = [least_rounding_error(max_level(b, signed=name not in unsigned)) for b in bits]
+        decisions["a", name] = Decision(np.array(bits, float), len(places) * np.array(errors))
+    return decisions
+
+
+def _candidates(fixed: int | None, asked: int | None) -> tuple[int, ...]:
+    return (fixed,) if fixed is not None else (2, 4, 8) if asked is None else (asked,)
+
+
+def _channel_decision(group: ChannelGroup, cost: CostModel, scores: torch.Tensor, round_to: int | None) -> Decision:
+    """How many channels of a group stay, with the share of the importance that goes with the others."""
+    step = kernel_multiple(group, round_to)
+    counts = np.array(sorted({*range(step, group.size, step), group.size}))
+    readers = sum(
+        group.axis in d.axes(dim)
+        for layer in cost.layers
+        for dims, out in layer.weights.values()
+        for i, dim in enumerate(dims)
+        if i != out % len(dims)
+    )
+    mass = scores.double().square().sort(descending=True).values
+    gone = mass.flip(0).cumsum(0).flip(0) / mass.sum().clamp_min(1e-300)
+    return Decision(counts.astype(float), max(1, readers) * np.append(gone.numpy(), 0.0)[counts])
+
+
+def _load(cost: CostModel, budget: Budget, names: list[Name]) -> Load:
+    variables = {name: Polynomial.variable(i) for i, name in enumerate(names)}
+    found = cost.expected(*(_of(kind, variables) for kind in "cwa"))
+    reference = cost.reference
+    whole = {"bops": reference.bops, "macs": reference.macs, "size": reference.stored_bits}
+    return Load([found[m] * (1 / (share * whole[m])) for m, share in budget.limits.items()], len(names))
+
+
+def _of(kind: str, table: Mapping[Name, object]) -> dict[str, object]:
+    return {name: value for (k, name), value in table.items() if k == kind}
+
+
+def _infeasible(cost: CostModel, budget: Budget, decisions: Mapping[Name, Decision]) -> InfeasibleBudget:
+    least = {name: int(decision.values[0]) for name, decision in decisions.items()}
+    shares = budget.shares(cost.evaluate(*(_of(kind, least) for kind in "cwa")))
+    return InfeasibleBudget(
+        f"the budget {budget.limits} cannot be met: the least that method 'opq' reaches on this model is "
+        + ", ".join(f"{m} {shares[m]:.4g}" for m in budget.limits)
+        + "; raise the budget, or allow lower bits or smaller multiples (round_to)",
+        least=shares,
+    )
