@@ -83,7 +83,6 @@ class Load:
         self.owner = np.array([m for m, _, _ in terms], int)
         self.scale = np.array([value for _, _, value in terms])
         self.index = np.full((len(terms), widest), variables)  # reason: one variable more, which is always 1
-        self.rows: list[tuple[Array, NDArray[np.int64]]] = []
         rows: list[list[int]] = [[] for _ in range(variables)]
         for row, (_, key, _) in enumerate(terms):
             self.index[row, : len(key)] = key
@@ -97,7 +96,7 @@ class Load:
     def __call__(self, x: Array) -> Array:
         """Shape (measures,)."""
         values = self.scale * np.append(x, 1.0)[self.index].prod(1)
-        return np.bincount(self.owner, values, self.measures)
+        return np.bincount(self.owner, values, self.measures).astype(float)
 
     def along(self, x: Array, i: int, values: Array, here: Array) -> Array:
         """Loads with variable i at each of its values, shape (measures, values); `here` is the load at x."""

@@ -1,6 +1,6 @@
 """Pruning and rounding of weights that follow a Laplace density: errors and sizes in closed form.
 
-In and out: plain numbers and arrays. f(w) = exp(-|w|/b)/(2b), and all is in units of b (a threshold t stands for t b) or
+In and out: plain numbers and arrays. f(w) = exp(-|w|/b)/(2b), and all is in units of b (threshold t stands for t b) or
 of the second moment 2b^2 (errors), so that one table serves every layer.
 Source: One-shot Pruning-Quantization (arXiv 2205.11141) fits this density to each layer and prunes and rounds by
 Lagrange multipliers. Its equations were not at hand: all that follow are our derivation, and are tested as such.

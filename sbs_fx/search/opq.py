@@ -18,7 +18,7 @@ alike. Weighing them by gradients on synthetic input was tried, and was no bette
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -61,6 +61,7 @@ class Opq(Value):
     minor_groups: bool = False
 
 
+T = TypeVar("T")
 Name = tuple[str, str]  # ("w" | "a" | "c", name of a weight, of a tensor, of a group)
 
 
@@ -113,9 +114,9 @@ def _allocate(
     chosen = minimise(list(decisions.values()), _load(cost, budget, list(decisions)))
     if chosen is None:
         raise _infeasible(cost, budget, decisions)
-    value = {key: int(d.values[i]) for (key, d), i in zip(decisions.items(), chosen, strict=True)}
+    values = {key: int(d.values[i]) for (key, d), i in zip(decisions.items(), chosen, strict=True)}
     kept = {g.name: list(range(g.size)) for g in groups.values()}
-    for name, count in _of("c", value).items():
+    for name, count in _of("c", values).items():
         kept[name] = sorted(scores[name].argsort(descending=True, stable=True)[:count].tolist())
     return Policy(
         fingerprint=groups.fingerprint,
@@ -123,8 +124,8 @@ def _allocate(
         seed=seed,
         kept=kept,
         sizes={g.name: g.size for g in groups.values()},
-        weight_bits=dict(_of("w", value)),
-        activation_bits=_of("a", value),
+        weight_bits=dict(_of("w", values)),
+        activation_bits=_of("a", values),
     )
 
 
@@ -173,13 +174,13 @@ def _load(cost: CostModel, budget: Budget, names: list[Name]) -> Load:
     return Load([found[m] * (1 / (share * whole[m])) for m, share in budget.limits.items()], len(names))
 
 
-def _of(kind: str, table: Mapping[Name, object]) -> dict[str, object]:
+def _of(kind: str, table: Mapping[Name, T]) -> dict[str, T]:
     return {name: value for (k, name), value in table.items() if k == kind}
 
 
 def _infeasible(cost: CostModel, budget: Budget, decisions: Mapping[Name, Decision]) -> InfeasibleBudget:
     least = {name: int(decision.values[0]) for name, decision in decisions.items()}
-    shares = budget.shares(cost.evaluate(*(_of(kind, least) for kind in "cwa")))
+    shares = budget.shares(cost.evaluate(_of("c", least), _of("w", least), _of("a", least)))
     return InfeasibleBudget(
         f"the budget {budget.limits} cannot be met: the least that method 'opq' reaches on this model is "
         + ", ".join(f"{m} {shares[m]:.4g}" for m in budget.limits)

@@ -1,4 +1,4 @@
-"""`FrozenMasks`: fine-tuning in which pruned weights stay zero and weight ranges stay as they are (arXiv 2205.11141)."""
+"""`FrozenMasks`: fine-tuning in which pruned weights stay zero and weight ranges as they are (arXiv 2205.11141)."""
 
 from __future__ import annotations
 
