@@ -26,7 +26,7 @@ from sbs_fx.calibration import calibrate
 from sbs_fx.data import open_data
 from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
 from sbs_fx.passes.slim import with_tensors
-from sbs_fx.policy import Budget, Policy
+from sbs_fx.policy import Budget
 from sbs_fx.search import uniform
 from sbs_fx.search.opq import Opq, opq
 from sbs_fx.search.sbs import Searched
@@ -52,11 +52,12 @@ def analysed(module: nn.Module, images: torch.Tensor) -> tuple[fx.GraphModule, A
 
 
 def allocations() -> list[dict[str, Any]]:
-    parts = analysed(timm.create_model("resnet50"), torch.randn(2, 3, 224, 224))
+    images = torch.randn(2, 3, 224, 224)
+    parts = analysed(timm.create_model("resnet50"), images)
     rows = []
     for prunes, budget in ALLOCATIONS:
         begun = time.perf_counter()
-        found = opq(*parts, budget, settings=Opq(prunes=prunes))
+        found = opq(*parts, budget, inputs=(images,), settings=Opq(prunes=prunes, shifts_norms=False))
         seconds = time.perf_counter() - begun
         shares = budget.shares(sparse_cost(parts[2], found.policy, found.tensors))
         used = max(shares[m] / limit for m, limit in budget.limits.items())
@@ -76,6 +77,12 @@ def accuracy(parts: Any, found: Searched, images: torch.Tensor, data: Any, test:
     return evaluate(finalize(gated), test)
 
 
+def _kept(tensors: dict[str, torch.Tensor]) -> float:
+    """Share of weights that are not pruned."""
+    weights = [t for t in tensors.values() if t.ndim > 1]
+    return sum(int((t != 0).sum()) for t in weights) / sum(t.numel() for t in weights)
+
+
 def comparison(data_dir: Path, weights: Path, count: int) -> list[dict[str, Any]]:
     net = CifarResNet(20, classes=10, padded_shortcuts=True)
     net.load_state_dict({k.replace("linear.", "fc."): v for k, v in load_file(weights).items()})
@@ -86,14 +93,15 @@ def comparison(data_dir: Path, weights: Path, count: int) -> list[dict[str, Any]
     rows: list[dict[str, Any]] = [{"model": "resnet20", "method": "float", "accuracy": evaluate(parts[0], test)}]
     for ratio in RATIOS:
         budget = Budget(bops=1 / ratio)
-        plans: list[tuple[str, Policy]] = [("uniform", uniform(parts[1], parts[2], budget))]
+        plans = [("uniform", Searched(uniform(parts[1], parts[2], budget), {}))]
         if ratio <= 60:  # bits alone, whatever share of channels then stays
             bits = {"weight_bits": 4, "activation_bits": 8 if ratio <= 30 else 4}
-            plans.append(("uniform W4", uniform(parts[1], parts[2], budget, **bits)))  # type: ignore[arg-type]
-        plans.append(("opq", opq(*parts, budget).policy))
-        for method, policy in plans:
+            plans.append(("uniform W4", Searched(uniform(parts[1], parts[2], budget, **bits), {})))  # type: ignore[arg-type]
+        for name, shifts in (("opq, trained norms", False), ("opq", True)):
+            plans.append((name, opq(*parts, budget, inputs=(images,), settings=Opq(shifts_norms=shifts))))
+        for method, found in plans:
+            policy = found.policy
             spent = parts[2].evaluate(policy.kept, policy.weight_bits, policy.activation_bits)
-            found = Searched(policy, {})
             row = {
                 "model": "resnet20",
                 "method": method,
@@ -106,10 +114,10 @@ def comparison(data_dir: Path, weights: Path, count: int) -> list[dict[str, Any]
             rows.append(row)
             print(row, flush=True)
     for ratio in SIZES:
-        found = opq(*parts, Budget(size=1 / ratio), settings=Opq(prunes="weights"))
+        found = opq(*parts, Budget(size=1 / ratio), inputs=(images,), settings=Opq(prunes="weights"))
         spent = sparse_cost(parts[2], found.policy, found.tensors)
         assert spent.reference is not None
-        kept = sum(int((t != 0).sum()) for t in found.tensors.values()) / sum(t.numel() for t in found.tensors.values())
+        kept = _kept(found.tensors)
         row = {
             "model": "resnet20",
             "method": "opq, single weights",

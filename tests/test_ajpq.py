@@ -255,7 +255,8 @@ def test_the_controllers_learn_what_is_rewarded(parts: Any) -> None:
         agent.learn(trials)
     after = [agent.play().bits for _ in range(10)]
     gained = sum(bits(p, "third") - bits(p, "first") for p in after) / len(after)
-    assert gained > bits(before, "third") - bits(before, "first") + 2
+    # reason: what is left of a budget goes to kernels of 2 bits first, so the first layer does not stay that low
+    assert gained > bits(before, "third") - bits(before, "first") + 1
 
 
 # Runs

@@ -23,7 +23,7 @@ from sbs_fx.calibration import calibrate
 from sbs_fx.compress import kept_bits
 from sbs_fx.errors import InfeasibleBudget, WeightsError
 from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
-from sbs_fx.passes.slim import with_tensors
+from sbs_fx.passes.slim import attribute, with_tensors
 from sbs_fx.policy import Budget, Policy
 from sbs_fx.search.lagrangian import Decision, Load, Polynomial, minimise
 from sbs_fx.search.laplace import (
@@ -42,8 +42,10 @@ from sbs_fx.search.uniform import uniform
 from sbs_fx.superbit import max_level
 from sbs_fx.training import Training, train
 from sbs_fx.training.frozen import FrozenMasks
+from sbs_fx.training.norm_shift import NormShift
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+ALLOCATION = Opq(shifts_norms=False)
 
 
 def analysed(module: nn.Module, x: Tensor = IMAGES) -> Any:
@@ -72,6 +74,10 @@ def realised(parts: Any, found: Any, x: Tensor = IMAGES) -> Any:
     apply_bits(gated, kept_bits(groups, cost, found.policy), found.policy.activation_bits)
     calibrate(gated, None, inputs=(x,))
     return gated
+
+
+def weights_of(found: Any) -> dict[str, Tensor]:
+    return {n: t for n, t in found.tensors.items() if t.ndim > 1}
 
 
 # The density
@@ -298,7 +304,7 @@ def test_a_budget_is_never_exceeded(resnet: Any, share: float, measure: str) -> 
     _, _, cost = resnet
     share = share if measure == "bops" else max(share, 0.16)
     budget = Budget(bops=share, size=share) if measure == "both" else Budget(**{measure: share})
-    policy = opq(*resnet, budget).policy
+    policy = opq(*resnet, budget, inputs=(IMAGES,), settings=ALLOCATION).policy
     shares = budget.shares(cost.evaluate(policy.kept, policy.weight_bits, policy.activation_bits))
     assert all(shares[m] <= limit for m, limit in budget.limits.items())
     assert Policy.from_json(policy.to_json()) == policy
@@ -307,23 +313,25 @@ def test_a_budget_is_never_exceeded(resnet: Any, share: float, measure: str) -> 
 
 @pytest.mark.parametrize("prunes", ["channels", "weights", "nothing"])
 def test_out_of_reach_says_what_is_reachable(resnet: Any, prunes: Any) -> None:
-    options = Opq(prunes=prunes)
+    options = Opq(prunes=prunes, shifts_norms=False)
     for measure in ("bops", "size"):
         with pytest.raises(InfeasibleBudget) as caught:
-            opq(*resnet, Budget(**{measure: 1e-4}), settings=options)
+            opq(*resnet, Budget(**{measure: 1e-4}), inputs=(IMAGES,), settings=options)
         least = caught.value.least[measure]
         assert least > 1e-4
-        assert opq(*resnet, Budget(**{measure: least * 1.01}), settings=options)
+        assert opq(*resnet, Budget(**{measure: least * 1.01}), inputs=(IMAGES,), settings=options)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.1, 1 / 12, 0.05])
 def test_single_weights_meet_a_size_to_a_thousandth(resnet: Any, share: float) -> None:
     graph, _, cost = resnet
-    found = opq(*resnet, Budget(size=share, bops=0.05), settings=Opq(prunes="weights"))
+    found = opq(
+        *resnet, Budget(size=share, bops=0.05), inputs=(IMAGES,), settings=Opq(prunes="weights", shifts_norms=False)
+    )
     shares = Budget(size=share).shares(sparse_cost(cost, found.policy, found.tensors))
     assert 0.999 * share <= shares["size"] <= share
     assert shares["bops"] <= 0.05
-    for name, masked in found.tensors.items():
+    for name, masked in weights_of(found).items():
         weight = graph.get_parameter(name)
         kept = masked != 0
         assert kept.any()
@@ -331,7 +339,7 @@ def test_single_weights_meet_a_size_to_a_thousandth(resnet: Any, share: float) -
         if not kept.all():
             assert weight[kept].abs().min() >= weight[~kept].abs().max()
     static = finalize(realised(resnet, found, IMAGES))
-    for name, masked in found.tensors.items():
+    for name, masked in weights_of(found).items():
         codes = dict(static.named_buffers()).get(name)
         if codes is not None:
             assert not codes[masked == 0].any()
@@ -343,7 +351,10 @@ def test_no_damage_model_is_worse_than_uniform(resnet: Any) -> None:
     x = torch.randn(16, 3, 16, 16)
     for share in (1 / 20, 1 / 40, 1 / 70):
         errors = []
-        for policy in (opq(*resnet, Budget(bops=share)).policy, uniform(groups, cost, Budget(bops=share))):
+        for policy in (
+            opq(*resnet, Budget(bops=share), inputs=(IMAGES,)).policy,
+            uniform(groups, cost, Budget(bops=share)),
+        ):
             gated = realised(resnet, type("Found", (), {"policy": policy, "tensors": {}}))
             with torch.no_grad():
                 errors.append(float((gated(x) - graph(x)).square().mean()))
@@ -352,11 +363,15 @@ def test_no_damage_model_is_worse_than_uniform(resnet: Any) -> None:
 
 def test_several_calls_agree_and_ends_stay_at_eight(resnet: Any) -> None:
     for prunes in ("channels", "weights"):
-        one, two = (opq(*resnet, Budget(size=0.12), settings=Opq(prunes=prunes), seed=3) for _ in range(2))
+        one, two = (
+            opq(*resnet, Budget(size=0.12), inputs=(IMAGES,), settings=Opq(prunes=prunes), seed=3) for _ in range(2)
+        )
         assert one.policy == two.policy
         assert all(torch.equal(v, two.tensors[n]) for n, v in one.tensors.items())
         assert {one.policy.weight_bits[n] for n in ("conv1", "fc")} == {8}
-    fixed = opq(*resnet, Budget(bops=0.04), settings=Opq(weight_bits=4, activation_bits=8)).policy
+    fixed = opq(
+        *resnet, Budget(bops=0.04), inputs=(IMAGES,), settings=Opq(weight_bits=4, activation_bits=8, shifts_norms=False)
+    ).policy
     assert set(fixed.weight_bits.values()) == {4, 8}
     assert set(fixed.activation_bits.values()) == {8}
 
@@ -366,13 +381,13 @@ def test_several_calls_agree_and_ends_stay_at_eight(resnet: Any) -> None:
 
 def test_masks_and_steps_are_frozen() -> None:
     parts = analysed(plain())
-    found = opq(*parts, Budget(size=0.08), settings=Opq(prunes="weights"))
+    found = opq(*parts, Budget(size=0.08), inputs=(IMAGES,), settings=Opq(prunes="weights"))
     gated = realised(parts, found)
     before = {n: p.detach().clone() for n, p in gated.named_parameters()}
     batches = [(torch.randn(8, 3, 16, 16), torch.arange(8) % 5) for _ in range(4)]
     train(FrozenMasks(gated), batches, epochs=2, lr=0.05, settings=Training(range_lr=0.01, norm_batches=0))
     after = dict(gated.named_parameters())
-    for name, masked in found.tensors.items():
+    for name, masked in weights_of(found).items():
         assert torch.equal(after[name] == 0, masked == 0)
         assert not torch.equal(after[name], before[name])
     assert all(torch.equal(p, before[n]) for n, p in after.items() if n.startswith("weight_gates."))
@@ -390,7 +405,7 @@ def test_zero_and_constant_weights(prunes: Any, value: float) -> None:
         module[3].weight.fill_(value)
     parts = analysed(module)
     budget = Budget(size=0.15)
-    found = opq(*parts, budget, settings=Opq(prunes=prunes))
+    found = opq(*parts, budget, inputs=(IMAGES,), settings=Opq(prunes=prunes))
     assert budget.is_satisfied_by(sparse_cost(parts[2], found.policy, found.tensors))
     assert torch.isfinite(finalize(realised(parts, found))(IMAGES)).all()
 
@@ -401,13 +416,65 @@ def test_non_finite_weights_are_named() -> None:
     with torch.no_grad():
         parts[0].get_parameter("3.weight")[0, 0] = torch.nan
     with pytest.raises(WeightsError, match="'3'") as caught:
-        opq(*parts, Budget(bops=0.05))
+        opq(*parts, Budget(bops=0.05), inputs=(IMAGES,))
     assert caught.value.names == ("3",)
 
 
 def test_a_single_layer_has_a_single_choice() -> None:
     parts = analysed(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)))
-    policy = opq(*parts, Budget(bops=1 / 16)).policy
+    policy = opq(*parts, Budget(bops=1 / 16), inputs=(IMAGES,)).policy
     assert policy.weight_bits == {"1": 8}
     with pytest.raises(InfeasibleBudget):
-        opq(*parts, Budget(bops=1 / 17))
+        opq(*parts, Budget(bops=1 / 17), inputs=(IMAGES,))
+
+
+# Batch-norm statistics without data
+
+
+def test_statistics_stay_where_nothing_changes(resnet: Any) -> None:
+    graph, groups, _ = resnet
+    network = insert_gates(graph, groups)
+    norms = NormShift(network, [torch.randn(8, 3, 16, 16)])
+    trained = {n: attribute(graph, n) for pair in norms.names for n in pair}
+    assert len(trained) == 2 * 19
+    norms.apply()
+    for name, value in trained.items():
+        torch.testing.assert_close(attribute(network, name), value, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_another_scale_are_found_from_noise() -> None:
+    """The weights before a batch norm doubled, and a bias added: mean and variance must follow exactly."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    with torch.no_grad():
+        module[1].running_mean.uniform_(-1, 1)
+        module[1].running_var.uniform_(0.5, 2)
+    graph, groups, _ = analysed(module)
+    network = insert_gates(graph, groups)
+    x = torch.randn(4, 3, 16, 16)
+    before = network(x).detach()
+    norms = NormShift(network, [torch.randn(8, 3, 16, 16)])
+    with torch.no_grad():
+        attribute(network, "0.weight").mul_(2)
+        attribute(network, "0.bias").mul_(2).add_(0.7)
+    assert not torch.allclose(network(x), before, atol=1e-2)
+    norms.apply()
+    # reason: eps is not scaled
+    torch.testing.assert_close(network(x).detach(), before, rtol=1e-3, atol=1e-3)
+
+
+def test_dead_channels_keep_what_was_trained() -> None:
+    module = plain()
+    parts = analysed(module)
+    network = insert_gates(*parts[:2])
+    norms = NormShift(network, [torch.randn(4, 3, 16, 16)])
+    with torch.no_grad():
+        attribute(network, "0.weight").zero_()
+    norms.apply()
+    assert all(torch.isfinite(attribute(network, n)).all() for n in norms.trained)
+    assert torch.equal(attribute(network, "1.running_var"), norms.trained["1.running_var"])
+
+
+def test_nothing_is_shifted_without_batch_norms() -> None:
+    parts = analysed(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(1152, 3)))
+    assert not opq(*parts, Budget(bops=0.05), inputs=(IMAGES,)).tensors

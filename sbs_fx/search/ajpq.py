@@ -11,8 +11,8 @@ from one importance criterion. The criterion, the reward and how the controllers
   bits, the channel controller scores the others, and what exceeds the budget, with the least bits that may be chosen
   in all later layers, is clipped; what is left at the end goes to the most important kernels: so each episode ends just
   inside the budget;
-* reward: accuracy after batch-norm statistics were estimated anew on some batches with the policy applied, less a tenth
-  of the cross-entropy, which tells policies of equal accuracy apart;
+* reward: accuracy, with the batch-norm statistics that follow from some batches with the policy applied (`NormShift`),
+  less a tenth of the cross-entropy, which tells policies of equal accuracy apart;
 * learning: policy gradient over groups of episodes; exploration moves the scores of a layer together and along the
   importance, since noise of each kernel alone would cancel out (`controllers.draw`). The first mean is the highest
   level of scores that is in the budget without clipping, with next to no sparsity.
@@ -51,7 +51,7 @@ from sbs_fx.search.sbs import Searched
 from sbs_fx.search.uniform import end_bits
 from sbs_fx.training import Checkpoints
 from sbs_fx.training.evaluation import logits_of, mode
-from sbs_fx.training.norms import estimate_norms
+from sbs_fx.training.norm_shift import NormShift
 from sbs_fx.training.progress import Observer, Progress
 
 STAGE = "ajpq"
@@ -198,7 +198,7 @@ class Reward:
         self.norm_batches = batches[: settings.norm_batches]
         self.batches = batches[settings.norm_batches :] or batches
         self.names = [n for n, _ in graph.named_buffers()]
-        self.before = {n: b.detach().clone() for n, b in self.network.named_buffers()}
+        self.norms = NormShift(self.network, self.norm_batches)
         self.ranges = self._calibrated(inputs)
 
     def _calibrated(self, inputs: Sequence[Tensor]) -> dict[int, dict[str, Tensor]]:
@@ -223,10 +223,7 @@ class Reward:
                 gates[name].range.copy_(torch.where(chosen == b, ranges[name], gates[name].range))
         for name, kept in self.kernels.kept(bits).items():
             channel_gates(self.network)[name].fix(kept)
-        estimate_norms(self.network, self.norm_batches, len(self.norm_batches))
-        for name, buffer in self.network.named_buffers():
-            if buffer.is_floating_point() and not bool(torch.isfinite(buffer).all()) and name in self.names:
-                buffer.copy_(self.before[name])  # reason: one value a channel has no variance
+        self.norms.apply()
 
     @torch.no_grad()
     def __call__(self, bits: KernelBits) -> float:

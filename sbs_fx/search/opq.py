@@ -17,18 +17,21 @@ alike. Weighing them by gradients on synthetic input was tried, and was no bette
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import fx
+from torch import Tensor, fx
 
 from sbs_fx.errors import InfeasibleBudget, InputError, SbsError, WeightsError
-from sbs_fx.passes import ChannelGroup, ChannelGroups, CostModel
+from sbs_fx.calibration import calibrate
+from sbs_fx.passes import ChannelGroup, ChannelGroups, CostModel, apply_bits, channel_gates, insert_gates
 from sbs_fx.passes import dims as d
 from sbs_fx.passes.insert_gates import non_negative
+from sbs_fx.passes.slim import attribute
 from sbs_fx.policy import Budget, Policy, Value
 from sbs_fx.search.importance import Norm, group_importance, kernel_multiple
 from sbs_fx.search.lagrangian import Decision, Load, Polynomial, minimise
@@ -37,6 +40,7 @@ from sbs_fx.search.sbs import Searched
 from sbs_fx.search.sparse import prune_weights, weight_tensors
 from sbs_fx.search.uniform import end_bits
 from sbs_fx.superbit import max_level
+from sbs_fx.training.norm_shift import NormShift
 
 
 class Opq(Value):
@@ -48,6 +52,7 @@ class Opq(Value):
         weight_bits, activation_bits: of all layers but the first and the last; None: chosen.
         importance: norm by which the channels of a group are ranked.
         round_to: kept channels are a multiple of this; None: 16, 8 in groups under 64 channels; 1: any number.
+        shifts_norms: batch-norm statistics follow what the policy does to synthetic noise (`NormShift`).
         minor_groups: also prune the smaller factor of product axes (heads, group widths).
     """
 
@@ -59,9 +64,11 @@ class Opq(Value):
     importance: Norm = "l2"
     round_to: int | None = Field(default=None, ge=1)
     minor_groups: bool = False
+    shifts_norms: bool = True
 
 
 T = TypeVar("T")
+_ELEMENTS = 2 * 3 * 224 * 224  # in a batch of noise; at most 64 images
 Name = tuple[str, str]  # ("w" | "a" | "c", name of a weight, of a tensor, of a group)
 
 
@@ -71,6 +78,7 @@ def opq(
     cost: CostModel,
     budget: Budget,
     *,
+    inputs: Sequence[Tensor],
     settings: Opq | None = None,
     seed: int = 0,
 ) -> Searched:
@@ -78,11 +86,12 @@ def opq(
 
     Args:
         graph: from `trace`; not changed. groups, cost: of it.
+        inputs: example inputs of the graph; they give shapes, dtypes and device.
         seed: recorded in the policy; nothing is drawn.
 
     Returns:
-        The policy. `tensors` is empty, or has the masked weights by name where single weights are pruned; the size
-        limit then holds for `sparse_cost(cost, policy, tensors)`, and fine-tuning keeps the zeros with `FrozenMasks`.
+        The policy. `tensors` has batch-norm statistics, and the masked weights where single weights are pruned; the
+        size limit then holds for `sparse_cost(cost, policy, tensors)`, and fine-tuning keeps the zeros with `FrozenMasks`.
 
     Raises:
         InfeasibleBudget: even the smallest choice is over the budget; `least` has the shares it reaches.
@@ -92,14 +101,42 @@ def opq(
     for name, weight in weight_tensors(graph, cost).items():
         if not bool(torch.isfinite(weight).all()):
             raise WeightsError(f"NaN or Inf in the weight {name!r}; mend the model before compressing it", names=[name])
-    if settings.prunes != "weights":
-        return Searched(_allocate(graph, groups, cost, budget, settings, seed), {})
-    others = {m: share for m, share in budget.limits.items() if m != "size"} or {"bops": 1.0}
-    policy = _allocate(graph, groups, cost, Budget(**others), settings, seed)
-    if budget.size is None:
-        return Searched(policy, {})
-    bits, tensors = prune_weights(graph, cost, policy, budget.size, choose_bits=settings.weight_bits is None)
-    return Searched(policy.model_copy(update={"weight_bits": {**policy.weight_bits, **bits}}), tensors)
+    limits = budget.limits
+    if settings.prunes == "weights":
+        limits = {m: share for m, share in limits.items() if m != "size"} or {"bops": 1.0}
+    policy, tensors = _allocate(graph, groups, cost, Budget(**limits), settings, seed), dict[str, Tensor]()
+    if settings.prunes == "weights" and budget.size is not None:
+        bits, tensors = prune_weights(graph, cost, policy, budget.size, choose_bits=settings.weight_bits is None)
+        policy = policy.model_copy(update={"weight_bits": {**policy.weight_bits, **bits}})
+    if settings.shifts_norms:
+        tensors |= shifted_norms(graph, groups, Searched(policy, tensors), inputs)
+    return Searched(policy, tensors)
+
+
+def shifted_norms(
+    graph: fx.GraphModule, groups: ChannelGroups, found: Searched, inputs: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Batch-norm statistics for a plan by their names in the traced graph, from standard normal images alone; none if
+    the graph has no batch norm, or takes anything but one batch of images."""
+    network = insert_gates(graph, groups)
+    if len(inputs) != 1 or not inputs[0].is_floating_point():
+        return {}
+    shape = inputs[0].shape[1:]
+    generator = torch.Generator().manual_seed(0)
+    count = max(2, min(64, _ELEMENTS // math.prod(shape)))
+    noise = [torch.randn(count, *shape, generator=generator).to(inputs[0]) for _ in range(2)]
+    norms = NormShift(network, noise)
+    if not norms.names:
+        return {}
+    with torch.no_grad():
+        for name, value in found.tensors.items():
+            attribute(network, name).copy_(value)
+    apply_bits(network, found.policy.weight_bits, found.policy.activation_bits)
+    calibrate(network, None, inputs=inputs)
+    for name, kept in found.policy.kept.items():
+        channel_gates(network)[name].fix(kept)
+    norms.apply()
+    return {n: attribute(network, n).detach().clone() for pair in norms.names for n in pair}
 
 
 def _allocate(
@@ -150,7 +187,7 @@ def _candidates(fixed: int | None, asked: int | None) -> tuple[int, ...]:
     return (fixed,) if fixed is not None else (2, 4, 8) if asked is None else (asked,)
 
 
-def _channel_decision(group: ChannelGroup, cost: CostModel, scores: torch.Tensor, round_to: int | None) -> Decision:
+def _channel_decision(group: ChannelGroup, cost: CostModel, scores: Tensor, round_to: int | None) -> Decision:
     """How many channels of a group stay, with the share of the importance that goes with the others."""
     step = kernel_multiple(group, round_to)
     counts = np.array(sorted({*range(step, group.size, step), group.size}))
