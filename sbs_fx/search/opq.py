@@ -26,8 +26,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from sbs_fx.errors import InfeasibleBudget, InputError, SbsError, WeightsError
 from sbs_fx.calibration import calibrate
+from sbs_fx.errors import InfeasibleBudget, InputError, SbsError, WeightsError
 from sbs_fx.passes import ChannelGroup, ChannelGroups, CostModel, apply_bits, channel_gates, insert_gates
 from sbs_fx.passes import dims as d
 from sbs_fx.passes.insert_gates import non_negative
@@ -90,8 +90,8 @@ def opq(
         seed: recorded in the policy; nothing is drawn.
 
     Returns:
-        The policy. `tensors` has batch-norm statistics, and the masked weights where single weights are pruned; the
-        size limit then holds for `sparse_cost(cost, policy, tensors)`, and fine-tuning keeps the zeros with `FrozenMasks`.
+        The policy. `tensors` has batch-norm statistics, and the masked weights where single weights are pruned. The
+        size limit then holds for `sparse_cost(cost, policy, tensors)`, and `FrozenMasks` keeps zeros in fine-tuning.
 
     Raises:
         InfeasibleBudget: even the smallest choice is over the budget; `least` has the shares it reaches.
@@ -148,10 +148,7 @@ def _allocate(
         for group in groups.values():
             if group.primary or settings.minor_groups:
                 decisions["c", group.name] = _channel_decision(group, cost, scores[group.name], settings.round_to)
-    chosen = minimise(list(decisions.values()), _load(cost, budget, list(decisions)))
-    if chosen is None:
-        raise _infeasible(cost, budget, decisions)
-    values = {key: int(d.values[i]) for (key, d), i in zip(decisions.items(), chosen, strict=True)}
+    values = _meeting(cost, budget, decisions)
     kept = {g.name: list(range(g.size)) for g in groups.values()}
     for name, count in _of("c", values).items():
         kept[name] = sorted(scores[name].argsort(descending=True, stable=True)[:count].tolist())
@@ -164,6 +161,17 @@ def _allocate(
         weight_bits=dict(_of("w", values)),
         activation_bits=_of("a", values),
     )
+
+
+def _meeting(cost: CostModel, budget: Budget, decisions: Mapping[Name, Decision]) -> dict[Name, int]:
+    """Values of all decisions, within the budget. Raises InfeasibleBudget."""
+    for slack in (1.0, 1 - 1e-9):  # reason: what is exactly at a limit may be a rounding above it
+        chosen = minimise(list(decisions.values()), _load(cost, budget, list(decisions), slack))
+        if chosen is not None:
+            values = {key: int(d.values[i]) for (key, d), i in zip(decisions.items(), chosen, strict=True)}
+            if budget.is_satisfied_by(cost.evaluate(_of("c", values), _of("w", values), _of("a", values))):
+                return values
+    raise _infeasible(cost, budget, decisions)
 
 
 def _bit_decisions(graph: fx.GraphModule, cost: CostModel, settings: Opq) -> dict[Name, Decision]:
@@ -203,12 +211,12 @@ def _channel_decision(group: ChannelGroup, cost: CostModel, scores: Tensor, roun
     return Decision(counts.astype(float), max(1, readers) * np.append(gone.numpy(), 0.0)[counts])
 
 
-def _load(cost: CostModel, budget: Budget, names: list[Name]) -> Load:
+def _load(cost: CostModel, budget: Budget, names: list[Name], slack: float = 1.0) -> Load:
     variables = {name: Polynomial.variable(i) for i, name in enumerate(names)}
     found = cost.expected(*(_of(kind, variables) for kind in "cwa"))
     reference = cost.reference
     whole = {"bops": reference.bops, "macs": reference.macs, "size": reference.stored_bits}
-    return Load([found[m] * (1 / (share * whole[m])) for m, share in budget.limits.items()], len(names))
+    return Load([found[m] * (1 / (slack * share * whole[m])) for m, share in budget.limits.items()], len(names))
 
 
 def _of(kind: str, table: Mapping[Name, T]) -> dict[str, T]:
