@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sbs_fx.calibration import calibrate
 from sbs_fx.compress import kept_bits
-from sbs_fx.errors import CheckpointMismatch, DataError, InfeasibleBudget
+from sbs_fx.errors import CheckpointMismatch, DataError, InfeasibleBudget, WeightsError
 from sbs_fx.export.pt2 import load_pt2, save_pt2
 from sbs_fx.passes import (
     apply_bits,
@@ -325,3 +325,11 @@ def test_a_network_with_nothing_to_decide() -> None:
     found = ajpq(*parts, Budget(bops=1 / 16), batches(), inputs=(IMAGES,), search=SHORT)
     assert found.policy.weight_bits == {"1": 8}
     assert Trial({}).reward == float("-inf")
+
+
+def test_non_finite_weights_are_named() -> None:
+    graph, groups, cost = analysed(Residual())
+    with torch.no_grad():
+        graph.get_parameter("third.weight")[0, 0] = torch.inf
+    with pytest.raises(WeightsError, match="'third'"):
+        ajpq(graph, groups, cost, BUDGET, batches(), inputs=(IMAGES,), search=SHORT)

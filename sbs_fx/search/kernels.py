@@ -130,7 +130,9 @@ class Kernels:
                     result[kernel] = min(result[kernel], self.least[name][kernel] if most is None else most)
             return result
 
-        low, high = 0, 3 * len(order)
+        if self.load(plan) <= 1:
+            return wanted
+        low, high = 1, 3 * len(order)
         while low < high:
             middle = (low + high) // 2
             if self.load({**plan, name: lowered(middle)}) <= 1:
