@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from sbs_fx.data import open_data
 from sbs_fx.passes import channel_groups, cost_model, trace
 from sbs_fx.policy import Budget
-from sbs_fx.search.ajpq import Agent, Ajpq, Reward, Trial, kernels_of
+from sbs_fx.search.ajpq import Agent, Ajpq, Trial, kernels_of
+from sbs_fx.search.reward import Reward
 from sbs_fx.training.evaluation import evaluate
 
 NORMAL: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "image_size": 32, "channels": 3}
@@ -104,7 +105,7 @@ def main() -> int:
         data = list(itertools.islice(train, 8))
         for method in options.methods:
             kernels = kernels_of(graph, groups, cost, budget, settings)
-            reward = Reward(graph, groups, kernels, data, (images,), settings)
+            reward = Reward(graph, groups, kernels, data, (images,), settings.norm_batches, settings.reward_batches)
             agent = Agent(kernels, settings, seed)
             begun = time.monotonic()
             curve = searched(method, agent, reward, settings, seed)

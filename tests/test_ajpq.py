@@ -25,9 +25,10 @@ from sbs_fx.passes import (
 )
 from sbs_fx.passes.slim import Slices, with_tensors
 from sbs_fx.policy import Budget, Policy
-from sbs_fx.search.ajpq import Agent, Ajpq, Reward, Trial, ajpq, kernels_of, policy_of
+from sbs_fx.search.ajpq import Agent, Ajpq, Trial, ajpq, kernels_of, policy_of
 from sbs_fx.search.controllers import LEVELS, bits_of, draw
 from sbs_fx.search.kernels import Kernels
+from sbs_fx.search.reward import Reward
 from sbs_fx.training import Checkpoints
 from tests.gated import check_static
 
@@ -153,7 +154,7 @@ def test_the_gated_network_is_the_slim_one(parts: Any) -> None:
     """The reward is measured on masks; on the slim graph, statistics included, it is the same."""
     graph, groups, cost = parts
     kernels = kernels_of(*parts, BUDGET, SHORT)
-    reward = Reward(graph, groups, kernels, batches(), (IMAGES,), SHORT)
+    reward = Reward(graph, groups, kernels, batches(), (IMAGES,), 1, 1)
     for seed in range(3):
         plan = drawn(kernels, seed)
         reward.apply(plan)

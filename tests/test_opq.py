@@ -23,9 +23,8 @@ from sbs_fx.calibration import calibrate
 from sbs_fx.compress import kept_bits
 from sbs_fx.errors import InfeasibleBudget, WeightsError
 from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
-from sbs_fx.passes.slim import attribute, with_tensors
+from sbs_fx.passes.slim import with_tensors
 from sbs_fx.policy import Budget, Policy
-from sbs_fx.search.lagrangian import Decision, Load, Polynomial, minimise
 from sbs_fx.search.laplace import (
     allocate,
     choices,
@@ -42,7 +41,6 @@ from sbs_fx.search.uniform import uniform
 from sbs_fx.superbit import max_level
 from sbs_fx.training import Training, train
 from sbs_fx.training.frozen import FrozenMasks
-from sbs_fx.training.norm_shift import NormShift
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 ALLOCATION = Opq(shifts_norms=False)
@@ -239,41 +237,6 @@ def test_expected_size_is_that_of_random_places(share: float) -> None:
 # One multiplier over decisions that multiply
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_the_multiplier_finds_what_enumeration_finds(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    decisions, variables = [], [Polynomial.variable(i) for i in range(6)]
-    for _ in range(6):
-        damage = np.sort(draw.exponential(size=4) * np.array([8.0, 3, 1, 0]))[::-1]
-        decisions.append(Decision(np.array([1.0, 2, 4, 8]), damage))
-    costs = []
-    for limit in (0.3, 0.4)[: 1 + seed % 2]:
-        cost = Polynomial({})
-        for _ in range(8):
-            i, j = draw.integers(6, size=2)
-            cost = cost + variables[i] * variables[j] * float(draw.uniform(0.1, 1))
-        whole = float(Load([cost], 6)(np.full(6, 8.0))[0])
-        costs.append(cost * (1 / (limit * whole)))
-    load = Load(costs, 6)
-    chosen = minimise(decisions, load)
-    assert chosen is not None
-
-    def damage_of(at: Any) -> float:
-        return sum(d.damage[i] for d, i in zip(decisions, at, strict=True))
-
-    def fits(at: Any) -> bool:
-        return bool((load(np.array([d.values[i] for d, i in zip(decisions, at, strict=True)])) <= 1).all())
-
-    assert fits(chosen)
-    every = [at for at in itertools.product(range(4), repeat=6) if fits(at)]
-    best, worst = min(map(damage_of, every)), max(map(damage_of, every))
-    assert damage_of(chosen) <= best + 0.1 * (worst - best)
-    for i, c in enumerate(chosen):
-        for more in range(c + 1, 4):
-            raised = [*chosen[:i], more, *chosen[i + 1 :]]
-            assert not fits(raised) or damage_of(raised) >= damage_of(chosen)
-
-
 def test_the_polynomials_are_the_cost_model(resnet: Any) -> None:
     graph, groups, cost = resnet
     budget = Budget(bops=0.1, size=0.5, macs=0.7)
@@ -426,53 +389,6 @@ def test_a_single_layer_has_a_single_choice() -> None:
     assert policy.weight_bits == {"1": 8}
     with pytest.raises(InfeasibleBudget):
         opq(*parts, Budget(bops=1 / 17), inputs=(IMAGES,))
-
-
-# Batch-norm statistics without data
-
-
-def test_statistics_stay_where_nothing_changes(resnet: Any) -> None:
-    graph, groups, _ = resnet
-    network = insert_gates(graph, groups)
-    norms = NormShift(network, [torch.randn(8, 3, 16, 16)])
-    trained = {n: attribute(graph, n) for pair in norms.names for n in pair}
-    assert len(trained) == 2 * 19
-    norms.apply()
-    for name, value in trained.items():
-        torch.testing.assert_close(attribute(network, name), value, rtol=1e-5, atol=1e-5)
-
-
-def test_statistics_of_another_scale_are_found_from_noise() -> None:
-    """The weights before a batch norm doubled, and a bias added: mean and variance must follow exactly."""
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1))
-    with torch.no_grad():
-        module[1].running_mean.uniform_(-1, 1)
-        module[1].running_var.uniform_(0.5, 2)
-    graph, groups, _ = analysed(module)
-    network = insert_gates(graph, groups)
-    x = torch.randn(4, 3, 16, 16)
-    before = network(x).detach()
-    norms = NormShift(network, [torch.randn(8, 3, 16, 16)])
-    with torch.no_grad():
-        attribute(network, "0.weight").mul_(2)
-        attribute(network, "0.bias").mul_(2).add_(0.7)
-    assert not torch.allclose(network(x), before, atol=1e-2)
-    norms.apply()
-    # reason: eps is not scaled
-    torch.testing.assert_close(network(x).detach(), before, rtol=1e-3, atol=1e-3)
-
-
-def test_dead_channels_keep_what_was_trained() -> None:
-    module = plain()
-    parts = analysed(module)
-    network = insert_gates(*parts[:2])
-    norms = NormShift(network, [torch.randn(4, 3, 16, 16)])
-    with torch.no_grad():
-        attribute(network, "0.weight").zero_()
-    norms.apply()
-    assert all(torch.isfinite(attribute(network, n)).all() for n in norms.trained)
-    assert torch.equal(attribute(network, "1.running_var"), norms.trained["1.running_var"])
 
 
 def test_nothing_is_shifted_without_batch_norms() -> None:

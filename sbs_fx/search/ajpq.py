@@ -11,8 +11,7 @@ from one importance criterion. The criterion, the reward and how the controllers
   bits, the channel controller scores the others, and what exceeds the budget, with the least bits that may be chosen
   in all later layers, is clipped; what is left at the end goes to the most important kernels: so each episode ends just
   inside the budget;
-* reward: accuracy, with the batch-norm statistics that follow from some batches with the policy applied (`NormShift`),
-  less a tenth of the cross-entropy, which tells policies of equal accuracy apart;
+* reward: accuracy with the batch-norm statistics that belong to the policy (`reward.Reward`);
 * learning: policy gradient over groups of episodes; exploration moves the scores of a layer together and along the
   importance, since noise of each kernel alone would cancel out (`controllers.draw`). The first mean is the highest
   level of scores that is in the budget without clipping, with next to no sparsity.
@@ -31,31 +30,22 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
-from sbs_fx.batches import check_labels, read_batches, start_epoch
-from sbs_fx.calibration import calibrate
 from sbs_fx.errors import InfeasibleBudget, InputError, SbsError
 from sbs_fx.passes import (
     ChannelGroups,
     CostModel,
-    apply_bits,
-    channel_gates,
-    insert_gates,
-    weight_gates,
 )
 from sbs_fx.policy import Budget, Policy, Value
 from sbs_fx.search.controllers import ChannelController, Drawn, LayerController, bits_of, draw
 from sbs_fx.search.kernels import KernelBits, Kernels
+from sbs_fx.search.reward import Reward
 from sbs_fx.search.sbs import Searched
 from sbs_fx.search.uniform import end_bits
 from sbs_fx.training import Checkpoints
-from sbs_fx.training.evaluation import logits_of, mode
-from sbs_fx.training.norm_shift import NormShift
 from sbs_fx.training.progress import Observer, Progress
 
 STAGE = "ajpq"
-_LIKELIHOOD = 0.1  # weight of the log-likelihood beside accuracy, both as numbers near 1
 _OFFSETS = 24  # bisections of the first mean score
 
 
@@ -122,7 +112,7 @@ def ajpq(
     """
     settings = search or Ajpq()
     kernels = kernels_of(graph, groups, cost, budget, settings)
-    reward = Reward(graph, groups, kernels, data, inputs, settings)
+    reward = Reward(graph, groups, kernels, data, inputs, settings.norm_batches, settings.reward_batches)
     agent = Agent(kernels, settings, seed)
     agent.resume(checkpoints)
     while agent.episode < settings.episodes:
@@ -175,74 +165,6 @@ def kernels_of(
         + "; raise the budget, or allow more sparsity (most_sparse)",
         least=shares,
     )
-
-
-class Reward:
-    """What a plan is worth: see the top of this file. The network's float weights stay as they are."""
-
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        groups: ChannelGroups,
-        kernels: Kernels,
-        data: Iterable[Any],
-        inputs: Sequence[Tensor],
-        settings: Ajpq,
-    ) -> None:
-        self.kernels = kernels
-        self.network = insert_gates(graph, groups)
-        start_epoch(data, 0)
-        device = inputs[0].device
-        found = list(read_batches(data, max_batches=settings.norm_batches + settings.reward_batches))
-        batches = [(b.inputs[0].to(device), check_labels(b.labels, None, b.number).to(device)) for b in found]
-        self.norm_batches = batches[: settings.norm_batches]
-        self.batches = batches[settings.norm_batches :] or batches
-        self.names = [n for n, _ in graph.named_buffers()]
-        self.norms = NormShift(self.network, self.norm_batches)
-        self.ranges = self._calibrated(inputs)
-
-    def _calibrated(self, inputs: Sequence[Tensor]) -> dict[int, dict[str, Tensor]]:
-        """Weight ranges by bits; activation ranges are set once, on the float network."""
-        ranges: dict[int, dict[str, Tensor]] = {}
-        for bits in (2, 4, 8):
-            fixed = {**dict.fromkeys(self.kernels.cost.weights, bits), **self.kernels.fixed}
-            apply_bits(self.network, fixed, self.kernels.activation_bits)
-            batches = self.norm_batches if bits == 8 else self.norm_batches[:1]
-            calibrate(self.network, batches, inputs=inputs)
-            ranges[bits] = {n: g.range.detach().clone() for n, g in weight_gates(self.network).items()}
-        return ranges
-
-    @torch.no_grad()
-    def apply(self, bits: KernelBits) -> None:
-        """Put a plan into the network, and its own batch-norm statistics."""
-        gates = weight_gates(self.network)
-        for name, each in bits.items():
-            gates[name].fix(each)
-            chosen = torch.tensor(each, device=gates[name].range.device)
-            for b, ranges in self.ranges.items():
-                gates[name].range.copy_(torch.where(chosen == b, ranges[name], gates[name].range))
-        for name, kept in self.kernels.kept(bits).items():
-            channel_gates(self.network)[name].fix(kept)
-        self.norms.apply()
-
-    @torch.no_grad()
-    def __call__(self, bits: KernelBits) -> float:
-        self.apply(bits)
-        right = loss = 0.0
-        total = 0
-        with mode(self.network, training=False):
-            for images, labels in self.batches:
-                logits = logits_of(self.network(images)).float()
-                check_labels(labels.cpu(), logits.shape[1], 0)
-                right += float((logits.argmax(1) == labels).sum())
-                loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-                total += len(labels)
-        return (right - _LIKELIHOOD * min(loss, 100.0 * total)) / total if math.isfinite(loss) else -math.inf
-
-    def statistics(self) -> dict[str, Tensor]:
-        """The buffers of the traced graph as they are now."""
-        state = self.network.state_dict()
-        return {n: state[n].detach().clone() for n in self.names if n in state}
 
 
 class Agent:
