@@ -2,9 +2,9 @@
 
 `python benchmarks/ajpq.py --data-dir DIR --weights FILE --out FILE` searches bits per kernel for the CIFAR-10 ResNet-20
 at a fifth of its size, without any training of weights: `ajpq`; random policies, as many, with a sparsity per layer and
-bits per kernel drawn evenly, brought into the budget in the same way and judged by the same reward; and `ajpq` without
-learning (draws around its first policy). Each keeps its best policy by reward on training images and tells its accuracy
-on the test images.
+bits per kernel drawn evenly, brought into the budget in the same way and judged by the same reward; the same without
+sparsity; and `ajpq` without learning (draws around its first policy). Each keeps its best policy by reward on training
+images and tells its accuracy on the test images.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ def searched(method: str, agent: Agent, reward: Reward, settings: Ajpq, seed: in
     while len(curve) < settings.episodes:
         trials = []
         for _ in range(min(settings.group, settings.episodes - len(curve))):
-            trial = agent.play() if method != "random" else Trial(_random(agent, settings, generator))
+            if method.startswith("random"):
+                most = settings.most_sparse if method == "random" else 0.0
+                trial = Trial(_random(agent, most, generator))
+            else:
+                trial = agent.play()
             trial.reward = reward(trial.bits)
             agent.take(trial)
             trials.append(trial)
@@ -50,12 +54,12 @@ def searched(method: str, agent: Agent, reward: Reward, settings: Ajpq, seed: in
     return curve
 
 
-def _random(agent: Agent, settings: Ajpq, generator: torch.Generator) -> dict[str, list[int]]:
+def _random(agent: Agent, most_sparse: float, generator: torch.Generator) -> dict[str, list[int]]:
     kernels = agent.kernels
     plan = dict(kernels.least)
     for name in kernels.names:
         count = len(plan[name])
-        share = settings.most_sparse * float(torch.rand((), generator=generator))
+        share = most_sparse * float(torch.rand((), generator=generator))
         drawn = torch.tensor([2, 4, 8])[torch.randint(3, (count,), generator=generator)].tolist()
         for kernel in kernels.importance[name].argsort(stable=True)[: int(share * count)].tolist():
             drawn[kernel] = 0
@@ -79,7 +83,7 @@ def main() -> int:
     parser.add_argument("--episodes", type=int, default=90)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=float, default=0.2)
-    parser.add_argument("--methods", nargs="+", default=["ajpq", "random", "no learning"])
+    parser.add_argument("--methods", nargs="+", default=["ajpq", "random", "random bits", "no learning"])
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

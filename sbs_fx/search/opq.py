@@ -1,7 +1,8 @@
 """`opq`: channels or single weights, and bits, allocated in one shot from the weights alone, in seconds.
 
-In: a traced float model, its analyses, a budget. Out: a policy that meets it; where single weights are pruned, also the
-weights with zeros in their places. Holds: no data is read, nothing is drawn at random, the budget is never exceeded.
+In: a traced float model, its analyses, a budget. Out: a policy that meets it, and batch-norm statistics; where single
+weights are pruned, also the weights with zeros in their places. Holds: no data is read, the same weights give the same
+policy, the budget is never exceeded.
 Source: One-shot Pruning-Quantization (arXiv 2205.11141): a Laplace density per layer, one Lagrange multiplier for
 pruning and quantisation, one codebook and a scale per channel in each layer, masks and steps frozen while fine-tuning.
 Its equations were not at hand, and it prunes single weights alone; the damage below is our derivation:
@@ -12,7 +13,8 @@ Its equations were not at hand, and it prunes single weights alone; the damage b
 
 with share_g the removed channels' share of their group's squared importance, and `readers` the layers that take the
 tensor, or the channels, in: relative errors of the operands add up to that of a layer's output, and all layers count
-alike. Weighing them by gradients on synthetic input was tried, and was no better.
+alike. Weighing them by gradients on synthetic input was tried, and was no better. Batch norms then get the statistics
+that belong to the policy, from the difference that it makes to synthetic noise (`NormShift`).
 """
 
 from __future__ import annotations
@@ -118,9 +120,9 @@ def shifted_norms(
 ) -> dict[str, Tensor]:
     """Batch-norm statistics for a plan by their names in the traced graph, from standard normal images alone; none if
     the graph has no batch norm, or takes anything but one batch of images."""
-    network = insert_gates(graph, groups)
     if len(inputs) != 1 or not inputs[0].is_floating_point():
         return {}
+    network = insert_gates(graph, groups)
     shape = inputs[0].shape[1:]
     generator = torch.Generator().manual_seed(0)
     count = max(2, min(64, _ELEMENTS // math.prod(shape)))
