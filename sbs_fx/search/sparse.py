@@ -36,11 +36,12 @@ def coded_bits(mask: Tensor, bits: int) -> int:
     """
     places = mask.flatten().nonzero().flatten()
     kept, total = len(places), mask.numel()
-    found = [total * bits, total + kept * bits]
+    least = min(total * bits, total + kept * bits)
     zeros = places.diff(prepend=places.new_full((1,), -1)) - 1
     for r in RUN_BITS:
-        found.append((kept + int((zeros >> r).sum())) * (r + bits))
-    return min(found) + FORM_BITS
+        if kept * (r + bits) < least:
+            least = min(least, (kept + int((zeros >> r).sum())) * (r + bits))
+    return least + FORM_BITS
 
 
 def sparse_cost(cost: CostModel, policy: Policy, tensors: dict[str, Tensor]) -> Cost:
@@ -133,12 +134,12 @@ def _scaled_to(
 ) -> dict[str, Tensor] | None:
     """Masked weights by parameter name, all thresholds times the factor at which the coded size meets the limit."""
     parameters = _parameters(cost)
-    order = {n: w.abs().flatten().argsort(stable=True) for n, w in weights.items()}
+    ordered = {n: w.abs().flatten().sort().values for n, w in weights.items()}
     low, high, best = -_LOG_FACTOR, _LOG_FACTOR, None
     for factor in itertools.chain((0.0, high), itertools.repeat(None, _BISECTIONS)):
         middle = (low + high) / 2 if factor is None else factor
         gone = {n: float(pruned_share(t * math.exp(middle))) for n, t in thresholds.items()}
-        tensors = {parameters[n]: _masked(w, order[n], gone[n]) for n, w in weights.items()}
+        tensors = {parameters[n]: _masked(w, ordered[n], gone[n]) for n, w in weights.items()}
         size = sparse_cost(cost, plan, tensors).stored_bits
         if size <= limit:
             high, best = middle, tensors
@@ -159,11 +160,17 @@ def _same_form(table: Choices, i: int, on_the_limit: bool) -> Choices:
     return choices((bits,), "dense" if is_fixed else "sparse")
 
 
-def _masked(weight: Tensor, order: Tensor, gone: float) -> Tensor:
-    """A copy with the first of this order, a share `gone` but never all, at zero."""
-    result = weight.clone(memory_format=torch.contiguous_format)
-    result.view(-1)[order[: min(weight.numel() - 1, round(weight.numel() * gone))]] = 0
-    return result
+def _masked(weight: Tensor, ordered: Tensor, gone: float) -> Tensor:
+    """A copy with the smallest share `gone` at zero, never all, the earlier ones of equals; `ordered` are the sorted
+    magnitudes."""
+    count = min(weight.numel() - 1, round(weight.numel() * gone))
+    if not count:
+        return weight.clone()
+    size, edge = weight.abs().flatten(), ordered[count - 1]
+    keep = size > edge
+    if missing := weight.numel() - count - int(keep.sum()):
+        keep[(size == edge).nonzero().flatten()[-missing:]] = True
+    return weight * keep.view(weight.shape)
 
 
 def _counts(cost: CostModel) -> dict[str, int]:
