@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 
-import torch
 from torch import Tensor, fx
 
 from sbs_fx.errors import InfeasibleBudget
