@@ -120,6 +120,7 @@ def main() -> int:
                 "seed": seed,
                 "reward": curve[-1],
                 "accuracy": evaluate(reward.network, test),
+                "size_asked": options.size,
                 "size_ratio": cost.reference.stored_bits / kernels.cost_of(agent.best.bits).stored_bits,
                 "bits": {b: sum(each.count(b) for each in agent.best.bits.values()) for b in (0, 2, 4, 8)},
                 "seconds": round(time.monotonic() - begun, 1),
