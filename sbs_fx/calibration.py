@@ -279,7 +279,7 @@ class _Recorder(fx.Interpreter):
 
 
 def _set_weight_range(name: str, gate: SuperBitQuantizer, weight: Tensor, method: str) -> None:
-    if gate.bits == FLOAT_BITS:
+    if isinstance(gate.bits, int) and gate.bits == FLOAT_BITS:  # per channel, bits are a tensor
         return
     top = weight_top(weight, gate, method)
     if not bool(torch.isfinite(top).all()):

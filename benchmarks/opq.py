@@ -1,0 +1,165 @@
+"""How fast, how exact and how good is the one-shot allocation?
+
+`python benchmarks/opq.py --data-dir DIR --weights FILE --out FILE` allocates a ResNet-50 (random weights, 224 x 224)
+under several budgets, and says how many seconds that takes and how close to the limit it comes; then it compares
+`uniform` and `opq` on the trained CIFAR-10 ResNet-20, at several budgets of bit operations, data-free and with ranges
+calibrated on 512 training images, and prunes single weights of it to several sizes; nothing is trained.
+Without --data-dir and --weights only the first part is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from _cifar_models import CifarResNet
+from safetensors.torch import load_file
+from torch import fx, nn
+
+from sbs_fx.calibration import calibrate
+from sbs_fx.data import open_data
+from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
+from sbs_fx.passes.slim import with_tensors
+from sbs_fx.policy import Budget
+from sbs_fx.search import uniform
+from sbs_fx.search.opq import Opq, opq
+from sbs_fx.search.sbs import Searched
+from sbs_fx.search.sparse import sparse_cost
+from sbs_fx.training.evaluation import evaluate
+
+NORMAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "image_size": 32, "channels": 3}
+ALLOCATIONS = [
+    ("channels", Budget(bops=1 / 32)),
+    ("channels", Budget(size=0.12)),
+    ("channels", Budget(bops=1 / 32, size=0.12)),
+    ("weights", Budget(size=0.1)),
+    ("weights", Budget(size=1 / 38.03)),
+]
+RATIOS = (20, 30, 45, 60, 80, 100)
+SIZES = (5, 8, 10, 12, 16)
+
+
+def analysed(module: nn.Module, images: torch.Tensor) -> tuple[fx.GraphModule, Any, Any]:
+    graph = trace(module.eval(), images)
+    groups = channel_groups(graph)
+    return graph, groups, cost_model(graph, groups)
+
+
+def allocations() -> list[dict[str, Any]]:
+    images = torch.randn(2, 3, 224, 224)
+    parts = analysed(timm.create_model("resnet50"), images)
+    rows = []
+    for prunes, budget in ALLOCATIONS:
+        begun, used_before = time.perf_counter(), time.process_time()
+        found = opq(*parts, budget, inputs=(images,), settings=Opq(prunes=prunes, shifts_norms=False))
+        seconds, cpu = time.perf_counter() - begun, time.process_time() - used_before
+        shares = budget.shares(sparse_cost(parts[2], found.policy, found.tensors))
+        used = max(shares[m] / limit for m, limit in budget.limits.items())
+        rows.append(
+            {
+                "model": "resnet50",
+                "prunes": prunes,
+                "budget": budget.limits,
+                "seconds": round(seconds, 2),
+                "cpu_seconds": round(cpu, 2),
+                "unused": round(1 - used, 6),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def accuracy(parts: Any, found: Searched, images: torch.Tensor, data: Any, test: Any) -> float:
+    graph, groups, _ = parts
+    slimmed = slim(with_tensors(graph, found.tensors), groups, found.policy.kept)
+    gated = insert_gates(slimmed, groups, channels=False)
+    apply_bits(gated, found.policy.weight_bits, found.policy.activation_bits)
+    calibrate(gated, data, inputs=(images,))
+    return evaluate(finalize(gated), test)
+
+
+def _kept(tensors: dict[str, torch.Tensor]) -> float:
+    """Share of weights that are not pruned."""
+    weights = [t for t in tensors.values() if t.ndim > 1]
+    return sum(int((t != 0).sum()) for t in weights) / sum(t.numel() for t in weights)
+
+
+def comparison(data_dir: Path, weights: Path, count: int) -> list[dict[str, Any]]:
+    net = CifarResNet(20, classes=10, padded_shortcuts=True)
+    net.load_state_dict({k.replace("linear.", "fc."): v for k, v in load_file(weights).items()})
+    images = torch.randn(2, 3, 32, 32)
+    parts = analysed(net, images)
+    test = list(open_data(str(data_dir), split="test", batch_size=500, **NORMAL))[: count // 500]
+    train = list(open_data(str(data_dir), split="train", batch_size=128, **NORMAL))[:4]
+    rows: list[dict[str, Any]] = [{"model": "resnet20", "method": "float", "accuracy": evaluate(parts[0], test)}]
+    for ratio in RATIOS:
+        budget = Budget(bops=1 / ratio)
+        plans = [("uniform", Searched(uniform(parts[1], parts[2], budget), {}))]
+        if ratio <= 60:  # bits alone, whatever share of channels then stays
+            bits = {"weight_bits": 4, "activation_bits": 8 if ratio <= 30 else 4}
+            plans.append(("uniform W4", Searched(uniform(parts[1], parts[2], budget, **bits), {})))  # type: ignore[arg-type]
+        for name, shifts in (("opq, trained norms", False), ("opq", True)):
+            plans.append((name, opq(*parts, budget, inputs=(images,), settings=Opq(shifts_norms=shifts))))
+        for method, found in plans:
+            policy = found.policy
+            spent = parts[2].evaluate(policy.kept, policy.weight_bits, policy.activation_bits)
+            row = {
+                "model": "resnet20",
+                "method": method,
+                "asked": ratio,
+                "bops_ratio": spent.reference.bops / spent.bops,
+                "kept": sum(map(len, policy.kept.values())) / sum(policy.sizes.values()),
+                "data_free": accuracy(parts, found, images, None, test),
+                "calibrated": accuracy(parts, found, images, train, test),
+            }
+            rows.append(row)
+            print(row, flush=True)
+    for ratio in SIZES:
+        found = opq(*parts, Budget(size=1 / ratio), inputs=(images,), settings=Opq(prunes="weights"))
+        spent = sparse_cost(parts[2], found.policy, found.tensors)
+        assert spent.reference is not None
+        kept = _kept(found.tensors)
+        row = {
+            "model": "resnet20",
+            "method": "opq, single weights",
+            "asked": ratio,
+            "size_ratio": spent.reference.stored_bits / spent.stored_bits,
+            "kept": kept,
+            "data_free": accuracy(parts, found, images, None, test),
+            "calibrated": accuracy(parts, found, images, train, test),
+        }
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    rows = allocations()
+    if options.data_dir is not None and options.weights is not None:
+        rows += comparison(options.data_dir, options.weights, options.images)
+    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    print("\n| method | asked | reached | kept | top-1 data-free | top-1 calibrated |\n|---|---|---|---|---|---|")
+    for r in rows:
+        if "data_free" in r:
+            reached = r.get("bops_ratio") or r["size_ratio"]
+            print(
+                f"| {r['method']} | {r['asked']}x | {reached:.2f}x | {100 * r['kept']:.0f} % | {r['data_free']:.2f} | "
+                f"{r['calibrated']:.2f} |"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""`Reward`: what bits per kernel are worth, without training.
+
+In: a traced graph, a few labelled batches, bits per kernel. Out: accuracy, with the batch-norm statistics that follow
+from some of the batches with the bits applied (`NormShift`), less a tenth of the cross-entropy, which tells plans of
+equal accuracy apart. Holds: a plan's reward does not depend on what was tried before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from sbs_fx.batches import check_labels, read_batches, start_epoch
+from sbs_fx.calibration import calibrate
+from sbs_fx.passes import ChannelGroups, apply_bits, channel_gates, insert_gates, weight_gates
+from sbs_fx.search.kernels import KernelBits, Kernels
+from sbs_fx.training.evaluation import logits_of, mode
+from sbs_fx.training.norm_shift import NormShift
+
+_LIKELIHOOD = 0.1  # weight of the log-likelihood beside accuracy, both as numbers near 1
+
+
+class Reward:
+    """Call it with bits per kernel. The network's float weights stay as they are.
+
+    Args:
+        data: yields (images, labels): `norm_batches` for statistics and then `reward_batches` for accuracy; the same
+            ones where it has no more.
+
+    Raises:
+        DataError: no batch, no labels, or labels that the network has no class for.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        groups: ChannelGroups,
+        kernels: Kernels,
+        data: Iterable[Any],
+        inputs: Sequence[Tensor],
+        norm_batches: int,
+        reward_batches: int,
+    ) -> None:
+        self.kernels = kernels
+        self.network = insert_gates(graph, groups)
+        start_epoch(data, 0)
+        device = inputs[0].device
+        found = list(read_batches(data, max_batches=norm_batches + reward_batches))
+        batches = [(b.inputs[0].to(device), check_labels(b.labels, None, b.number).to(device)) for b in found]
+        self.norm_batches = batches[:norm_batches]
+        self.batches = batches[norm_batches:] or batches
+        self.names = [n for n, _ in graph.named_buffers()]
+        self.norms = NormShift(self.network, self.norm_batches)
+        self.ranges = self._calibrated(inputs)
+
+    def _calibrated(self, inputs: Sequence[Tensor]) -> dict[int, dict[str, Tensor]]:
+        """Weight ranges by bits; activation ranges are set once, on the float network."""
+        ranges: dict[int, dict[str, Tensor]] = {}
+        for bits in (2, 4, 8):
+            fixed = {**dict.fromkeys(self.kernels.cost.weights, bits), **self.kernels.fixed}
+            apply_bits(self.network, fixed, self.kernels.activation_bits)
+            batches = self.norm_batches if bits == 8 else self.norm_batches[:1]
+            calibrate(self.network, batches, inputs=inputs)
+            ranges[bits] = {n: g.range.detach().clone() for n, g in weight_gates(self.network).items()}
+        return ranges
+
+    @torch.no_grad()
+    def apply(self, bits: KernelBits) -> None:
+        """Put a plan into the network, and its own batch-norm statistics."""
+        gates = weight_gates(self.network)
+        for name, each in bits.items():
+            gates[name].fix(each)
+            chosen = torch.tensor(each, device=gates[name].range.device)
+            for b, ranges in self.ranges.items():
+                gates[name].range.copy_(torch.where(chosen == b, ranges[name], gates[name].range))
+        for name, kept in self.kernels.kept(bits).items():
+            channel_gates(self.network)[name].fix(kept)
+        self.norms.apply()
+
+    @torch.no_grad()
+    def __call__(self, bits: KernelBits) -> float:
+        self.apply(bits)
+        right = loss = 0.0
+        total = 0
+        with mode(self.network, training=False):
+            for images, labels in self.batches:
+                logits = logits_of(self.network(images)).float()
+                check_labels(labels.cpu(), logits.shape[1], 0)
+                right += float((logits.argmax(1) == labels).sum())
+                loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+                total += len(labels)
+        return (right - _LIKELIHOOD * min(loss, 100.0 * total)) / total if math.isfinite(loss) else -math.inf
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The buffers of the traced graph as they are now."""
+        state = self.network.state_dict()
+        return {n: state[n].detach().clone() for n in self.names if n in state}
