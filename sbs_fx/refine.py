@@ -1,12 +1,12 @@
 """`refine`: a calibrated network brought back towards the float one, stretch by stretch, without labels or training.
 
-In: a gated graph (slim, bits fixed, calibrated), the float graph it came from, a few hundred images. Out: the same gated
+In: a gated graph (slim, bits fixed, calibrated), the float graph it came from, a few hundred images. Out: the same
 graph, with batch-norm statistics, biases, ranges and rounding of its own, in place. Sources: block-wise reconstruction
 (BRECQ, arXiv 2102.05426), adaptive rounding with a straight-through gradient (AdaQuant, arXiv 2006.10518), bias
 correction (arXiv 1906.04721), learned steps (arXiv 1902.08153). Each stretch reads what the quantised network before it
 gives, and is brought towards what the float network gives at its end.
-Holds: no stretch is left worse than it was on these images; every refined weight is a level of its gate, at most one
-step from its neighbours in the float weight, so `finalize` gives the same codes; the same seed gives the same network.
+Holds: no stretch is left worse than it was on these images; a weight that moved is a level of its gate, at most a step
+and the rounding of it away, so `finalize` gives the same codes; the same seed gives the same network.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from sbs_fx.policy import Value
 from sbs_fx.rounding import weight_parameters
 from sbs_fx.segments import cut_points, stretch
 from sbs_fx.superbit import FLOAT_BITS, SuperBitQuantizer
+from sbs_fx.training.evaluation import mode
 
 aten = torch.ops.aten
 
@@ -47,7 +48,7 @@ class Refinement(Value):
 
     images: int = Field(default=1024, ge=1)
     batch: int = Field(default=64, ge=1)
-    steps: int = Field(default=300, ge=0)
+    steps: int = Field(default=100, ge=0)
     weight_rate: float = Field(default=0.02, gt=0)
     range_rate: float = Field(default=0.002, gt=0)
     affine_rate: float = Field(default=0.002, gt=0)
@@ -90,20 +91,20 @@ def refine(
     work = _Work(gated, teacher, Slices(groups, kept or {}), settings, seed)
     images = _images(data, inputs, settings.images)
     begin: str | None = None
-    given, wanted = list(images), list(images)  # what the stretch reads in the gated network, and in the float one
+    given, wanted = images, images  # what the stretch reads in the gated network, and in the float one
     found = []
-    was_training = gated.training
-    gated.eval()
     requires = {p: p.requires_grad for p in gated.parameters()}
-    for ends in _ends(gated, list(groups.inference.layers)):
-        row, given_next, wanted_next = work.mend(begin, ends, given, wanted)
-        found.append(row)
-        begin = ends[0]
-        given, wanted = [*images, given_next[0]], [*images, wanted_next[0]]
-    for parameter, value in requires.items():
-        parameter.requires_grad_(value)
-        parameter.grad = None
-    gated.train(was_training)
+    try:
+        with mode(gated, training=False):
+            for ends in _ends(gated, list(groups.inference.layers)):
+                row, given_next, wanted_next = work.mend(begin, ends, given, wanted)
+                found.append(row)
+                begin = ends[0]
+                given, wanted = [*images, given_next[0]], [*images, wanted_next[0]]
+    finally:
+        for parameter, value in requires.items():
+            parameter.requires_grad_(value)
+            parameter.grad = None
     return found
 
 
@@ -194,7 +195,7 @@ class _Work:
             channel = off.ndim - 1 if node.target is aten.linear.default else 1
             bias = part.get_parameter(name)
             with torch.no_grad():
-                bias += off.mean([i for i in range(off.ndim) if i != channel]).to(bias.dtype)
+                bias.add_(off.mean([i for i in range(off.ndim) if i != channel]).to(bias.dtype))
 
     # -- by gradient ---------------------------------------------------------------------------------------------------
 
@@ -212,9 +213,11 @@ class _Work:
         for step in range(s.steps):
             chosen = torch.randperm(count, generator=self.generator)[:batch].to(given[0].device)
             found = part(*(x[chosen] for x in given))
-            loss = sum(k * (y - t[chosen]).square().mean() for y, t, k in zip(found, targets, scale, strict=True))
+            loss = torch.stack(
+                [k * (y - t[chosen]).square().mean() for y, t, k in zip(found, targets, scale, strict=True)]
+            ).sum()
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[union-attr]
+            loss.backward()
             for group, (_, rate) in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / s.steps))
             optimiser.step()
@@ -232,10 +235,10 @@ class _Work:
         s = self.settings
         rates: list[tuple[nn.Parameter, float]] = []
         weights: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
-        for name, gate in {**dict(part.named_modules())}.items():
+        for name, gate in part.named_modules():
             if not isinstance(gate, SuperBitQuantizer) or gate.bits == FLOAT_BITS or not self._owns(part, name):
                 continue
-            rates.append((gate.range, s.range_rate * float(gate.range.abs().mean())))
+            rates.append((gate.range, s.range_rate * float(gate.range.detach().abs().mean())))
             weight = self.parameters.get(self.names.get(id(gate), ""))
             if weight is not None:
                 step = gate._along(gate.scale(), weight)

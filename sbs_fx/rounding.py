@@ -1,14 +1,14 @@
 """Rounding in closed form: each column's error is passed on to the columns that are still to be rounded.
 
-In: a weight, its quantiser, the second moments of what the layer reads. Out: the weight on its grid, of less error at the
+In: a weight, its quantiser, second moments of what the layer reads. Out: the weight on its grid, of less error at the
 layer's output than rounding to the nearest level gives. Source: GPTQ (arXiv 2210.17323), in the order of the moments'
-diagonal. Holds: every value is a level of the quantiser, so rounding again changes nothing; columns without input are
-rounded to the nearest level.
+diagonal. Holds: every value is a level of the quantiser, so rounding again changes nothing; no output has a larger
+error than by rounding to the nearest level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -97,30 +97,42 @@ def compensated(weight: Tensor, gate: SuperBitQuantizer, moments: Tensor) -> Ten
     The ranges are those of the gate. Rounding is done in float32.
     """
     groups, columns = moments.shape[:2]
-    shape = weight.shape
-    rest = weight.detach().float().reshape(groups, -1, columns)
-    scale = gate.scale().float().expand(shape[0]).reshape(groups, -1, 1)
+    weights = weight.detach().float().reshape(groups, -1, columns)
+    scale = gate.scale().float().expand(len(weight)).reshape(groups, -1, 1)
     low, high = (float(v) for v in gate._bounds(torch.float32)[:2])
-    diagonal = moments.diagonal(dim1=1, dim2=2).mean(0)
-    order = diagonal.argsort(descending=True, stable=True)
-    rest, moments = rest[:, :, order].clone(), moments[:, order][:, :, order].double()
-    damping = _DAMPING * moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    moments = moments + damping[:, None, None] * torch.eye(columns, dtype=torch.float64)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True).float()
+
+    def nearest(values: Tensor) -> Tensor:
+        return (values / scale).round().clamp(low, high) * scale
+
+    order = moments.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True, stable=True)
+    rest, factor = weights[:, :, order], _factor(moments[:, order][:, :, order])
     result = torch.empty_like(rest)
     for start in range(0, columns, _BLOCK):
         stop = min(columns, start + _BLOCK)
         part, own = rest[:, :, start:stop], factor[:, start:stop, start:stop]
         errors = torch.empty_like(part)
         for i in range(stop - start):
-            value = part[:, :, i : i + 1]
-            rounded = (value / scale).round().clamp(low, high) * scale
+            rounded = nearest(part[:, :, i : i + 1])
             result[:, :, start + i : start + i + 1] = rounded
-            error = (value - rounded) / own[:, i, i][:, None, None]
-            part[:, :, i:] -= error * own[:, None, i, i:]
-            errors[:, :, i : i + 1] = error
+            errors[:, :, i : i + 1] = (part[:, :, i : i + 1] - rounded) / own[:, i, i][:, None, None]
+            part[:, :, i:] -= errors[:, :, i : i + 1] * own[:, None, i, i:]
         rest[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
-    return result[:, :, order.argsort()].reshape(shape).to(weight.dtype)
+    result, plain = result[:, :, order.argsort()], nearest(weights)
+
+    def error(values: Tensor) -> Tensor:
+        off = values - weights
+        return ((off @ moments.float()) * off).sum(2, keepdim=True)
+
+    result = torch.where(error(result) < error(plain), result, plain)
+    return result.reshape(weight.shape).to(weight.dtype)
+
+
+def _factor(moments: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse, (groups, columns, columns)."""
+    moments = moments.double()
+    damping = _DAMPING * moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    moments = moments + damping[:, None, None] * torch.eye(moments.shape[1]).to(moments)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True).float()
 
 
 def weight_parameters(network: fx.GraphModule) -> dict[str, nn.Parameter]:

@@ -49,10 +49,10 @@ def _live(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """Nodes that depend on values of the input. A size of the input is no value."""
     live: set[fx.Node] = set()
     for node in nodes:
-        if node.op == "placeholder":
-            live.add(node)
-        elif any(n in live for n in node.all_input_nodes) and not (
-            node.target is torch.ops.aten.sym_size.int and node.all_input_nodes[0].op == "placeholder"
+        if (
+            node.op == "placeholder"
+            or any(n in live for n in node.all_input_nodes)
+            and not (node.target is torch.ops.aten.sym_size.int and node.all_input_nodes[0].op == "placeholder")
         ):
             live.add(node)
     return live

@@ -2,7 +2,7 @@
 
 In: decisions with a loss for each choice, a cost model, a budget. Out: plans, each a draft that keeps the budget, with
 its estimated loss and a bound. Costs are products kept-in x kept-out x weight bits x activation bits. With channels
-fixed, those of bits are pairs in a knapsack, which is solved exactly. Channels join by decomposition: the knapsack holds
+fixed, those of bits are pairs in a knapsack, solved exactly. Channels join by decomposition: the knapsack holds
 their costs to first order around a plan, then bits are solved exactly at the channels that it chose, again and again
 while the loss falls. Bound: in the logarithms of bits and counts a cost is convex, so its tangent at any plan is below
 it, and the knapsack with tangents for costs has no greater loss than the best plan [our derivation].
@@ -21,10 +21,10 @@ import torch
 
 from sbs_fx.errors import InfeasibleBudget
 from sbs_fx.passes import CostModel
-from sbs_fx.passes import dims as d
 from sbs_fx.policy import Budget
 from sbs_fx.search.gate_search import Draft
 from sbs_fx.search.knapsack import Allocation, Array, Knapsack, Pair, allocate, greedy
+from sbs_fx.superbit import FLOAT_BITS
 
 _STEPS = 12  # of the decomposition, at most
 _CUTS = 8  # tangents of the bound, at most
@@ -75,7 +75,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Plan:
-    """A draft that keeps the budget; `loss` and `bound` are of the estimates that it was made from."""
+    """A draft that keeps the budget; `loss` and `bound` are of the estimates that it was made from.
+
+    The bound holds for all plans of the same channels; that of a joint plan, for all plans. `proven`: the solver ran to
+    its end.
+    """
 
     name: str
     draft: Draft
@@ -117,27 +121,29 @@ class Allocator:
             )
 
     def fits(self, draft: Draft) -> bool:
-        return self.budget.is_satisfied_by(
-            self.cost.evaluate(draft.kept, draft.weight_bits, draft.activation_bits)
-        )
+        return self.budget.is_satisfied_by(self.cost.evaluate(draft.kept, draft.weight_bits, draft.activation_bits))
 
     def plans(self, decisions: Sequence[Decision]) -> list[Plan]:
         """Plans from these losses: one bitwidth for all weights and one for all activations, wherever that keeps the
         budget; the best bits with all channels, by the solver and by the paper's greedy rule; the best that was found
         of bits and channels together."""
         bits, channels = _kinds(decisions)
-        found = self._uniform(bits, channels)
+        found = []
         try:
             exact = self._bits(self.start, bits)
             by_rule = greedy(self._knapsack(self.start, bits))
-            found.append(self._plan("bits", self.start, bits, channels, exact, exact.bound))
-            found.append(self._plan("bits, greedy", self.start, bits, channels, by_rule, exact.bound))
+            found = [
+                self._plan("bits", self.start, bits, channels, exact, exact.bound),
+                self._plan(
+                    "bits, greedy", self.start, bits, channels, replace(by_rule, proven=exact.proven), exact.bound
+                ),
+                *self._uniform(bits, channels, exact),
+            ]
         except InfeasibleBudget:
             pass  # reason: bits alone cannot meet it; channels must go
         if channels:
-            joint = self._joint(found[-1].draft if found else self._smallest(self.start, decisions), bits, channels)
-            bound = self._bound(joint.draft, decisions)
-            found.append(replace(joint, name="joint", bound=min(bound, joint.loss)))
+            joint = self._joint(found[0].draft if found else self._smallest(self.start, decisions), bits, channels)
+            found.append(replace(joint, name="joint", bound=min(self._bound(joint.draft, decisions), joint.loss)))
         return [plan for plan in found if self.fits(plan.draft)]
 
     def moved(self, decisions: Sequence[Decision], plan: Plan, most: int) -> Plan | None:
@@ -160,22 +166,26 @@ class Allocator:
         moved = Plan(f"{most} moves", draft, found.loss, found.bound, found.proven)
         if not self.fits(draft):  # reason: of channels, costs were those to first order
             try:
-                moved = self._plan(f"{most} moves", draft, bits, channels, self._bits(draft, bits), -np.inf)
+                again = self._bits(draft, bits)
             except InfeasibleBudget:
                 return None
-        return moved
+            moved = self._plan(f"{most} moves", draft, bits, channels, again, again.bound)
+        return moved if self.fits(moved.draft) else None
 
-    def _uniform(self, bits: Sequence[Decision], channels: Sequence[Decision]) -> list[Plan]:
+    def _uniform(self, bits: Sequence[Decision], channels: Sequence[Decision], exact: Allocation) -> list[Plan]:
         found: list[tuple[int, int, Plan]] = []
         for w, a in itertools.product(sorted({b for x in bits for b in x.choices}, reverse=True), repeat=2):
             if any(w <= more_w and a <= more_a for more_w, more_a, _ in found):
                 continue
             draft = self.start
             for x in bits:
-                draft = x.applied(draft, x.choices.index(w if x.kind == "w" else a))
+                wanted = w if x.kind == "w" else a
+                draft = x.applied(
+                    draft, x.choices.index(max((b for b in x.choices if b <= wanted), default=min(x.choices)))
+                )
             if self.fits(draft):
                 loss = sum(x.losses[x.chosen(draft)] for x in (*bits, *channels))
-                found.append((w, a, Plan(f"uniform {w}/{a}", draft, loss, -np.inf, False)))
+                found.append((w, a, Plan(f"uniform {w}/{a}", draft, loss, exact.bound, exact.proven)))
         return [plan for _, _, plan in found]
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -228,9 +238,7 @@ class Allocator:
                 break
         return best
 
-    def _knapsack(
-        self, draft: Draft, bits: Sequence[Decision], channels: Sequence[Decision] = ()
-    ) -> Knapsack:
+    def _knapsack(self, draft: Draft, bits: Sequence[Decision], channels: Sequence[Decision] = ()) -> Knapsack:
         """Costs of bits at the channels of a draft, exact, and of channels around it, to first order."""
         measures = list(self.limits)
         place = {(x.kind, x.name): i for i, x in enumerate(bits)}
@@ -275,26 +283,30 @@ class Allocator:
         for layer in self.cost.layers:
             for product in layer.products:
                 macs = float(product.macs(lambda axis: sizes.get(axis, axis.size)))
-                operands = [self._operand(o, draft) for o in (product.left, product.right)]
-                free = [place.get(key) if key else None for key, _ in operands]
-                if free[0] is None and free[1] is None:
+                (left, left_bits), (right, right_bits) = (
+                    self._operand(o, draft) for o in (product.left, product.right)
+                )
+                i, j = place.get(left, -1), place.get(right, -1)  # -1: nothing to decide
+                if i < 0 and j < 0:
                     continue
-                total += macs * operands[0][1] * operands[1][1]
-                if free[0] is None or free[1] is None:
-                    i, other = (free[1], operands[0][1]) if free[0] is None else (free[0], operands[1][1])
-                    costs[i][row] += macs * other * values[i]  # type: ignore[index]
-                elif free[0] == free[1]:
-                    costs[free[0]][row] += macs * values[free[0]] ** 2
+                total += macs * left_bits * right_bits
+                if i < 0:
+                    costs[j][row] += macs * left_bits * values[j]
+                elif j < 0:
+                    costs[i][row] += macs * right_bits * values[i]
+                elif i == j:
+                    costs[i][row] += macs * values[i] ** 2
                 else:
-                    i, j = sorted(free)  # type: ignore[type-var]
+                    i, j = min(i, j), max(i, j)
                     table = pairs.setdefault((i, j), np.zeros((rows, len(values[i]), len(values[j]))))
                     table[row] += macs * np.outer(values[i], values[j])
         return total
 
     @staticmethod
-    def _operand(operand: tuple[str, str] | None, draft: Draft) -> tuple[tuple[str, str] | None, int]:
+    def _operand(operand: tuple[str, str] | None, draft: Draft) -> tuple[tuple[str, str], int]:
+        """Its decision, if it is one, and its bits in the draft."""
         if operand is None:
-            return None, 32
+            return ("", ""), FLOAT_BITS
         kind, name = operand
         return (kind[0], name), (draft.weight_bits if kind == "weight" else draft.activation_bits)[name]
 

@@ -1,9 +1,9 @@
 """How good a policy is, predicted without training: its loss with batch-norm statistics of its own.
 
-In: a searchable graph, quantised forms of its weights and ranges of its gates at every bitwidth, a batch of images. Out:
+In: a searchable graph, quantised forms of its weights, ranges of its gates at every bitwidth, a batch of images. Out:
 the divergence from the float model of any draft of decisions. Source: Dynamic BN (Pattern Recognition 140, 2023): mean
-and variance re-estimated with the policy applied, then the loss on a small set [our reading]; ours does both on the same
-batch, in one pass. Holds: parameters, ranges and statistics of the graph it was given are put back by `reset`.
+and variance re-estimated with the policy applied, then the loss on a small set [our reading]; ours does both in one
+pass over one batch. Holds: parameters, ranges and statistics of the graph it was given are put back by `reset`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class Predictor:
         ranges: ("w" or "a", name, bits) -> range of that gate.
         forms: weight name -> bits -> the parameter as that many bits have it; what is not there is rounded by its gate.
         images: one batch. teacher: the float graph.
+
+    Attributes:
+        passes: how many drafts were predicted so far.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Predictor:
         teacher: fx.GraphModule,
     ) -> None:
         self.network, self.ranges, self.forms = network, ranges, forms
+        self.passes = 0
         self.gates = {"w": weight_gates(network), "a": activation_gates(network)}
         self.channels = channel_gates(network)
         self.parameters = {n: p for n, p in weight_parameters(network).items() if n in forms}
@@ -55,6 +59,7 @@ class Predictor:
     def __call__(self, draft: Draft, *, dynamic: bool = True) -> float:
         """`dynamic` False: with the float model's statistics."""
         self._apply(draft)
+        self.passes += 1
         norms = {m: m.momentum for m in self.network.modules() if isinstance(m, BatchNorm)}
         with mode(self.network, training=False):
             for module in norms if dynamic and len(self.images) >= _FEW else ():
@@ -76,8 +81,8 @@ class Predictor:
                     gate.range.copy_(self.ranges[kind, name, bits])
                 if kind == "w" and name in self.parameters:
                     self.parameters[name].copy_(self.forms[name].get(bits, self.originals[name]))
-        for name, gate in self.channels.items():
-            gate.fix(draft.kept[name])
+        for name, channels in self.channels.items():
+            channels.fix(draft.kept[name])
 
     def reset(self) -> None:
         """Weights as they were, every gate open."""

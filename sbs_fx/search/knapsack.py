@@ -104,7 +104,7 @@ def allocate(problem: Knapsack, time_limit: float = 60.0) -> Allocation:
     far, or that of `greedy`, with the gap that is left.
 
     Raises:
-        InfeasibleBudget: no allocation keeps the limits.
+        InfeasibleBudget: no allocation keeps the limits, or none was found in time.
     """
     kept = undominated(problem)
     starts = np.cumsum([0, *(len(k) for k in kept)])
@@ -186,7 +186,7 @@ def _rounded(problem: Knapsack, kept: list[list[int]], starts: Array, x: Array |
 
 def greedy(problem: Knapsack) -> Allocation:
     """The paper's rule: from the choices of least loss, again and again the change that costs least loss for what it
-    frees, until all limits are kept. What it frees is its share of the excess, summed over the limits that are broken.
+    frees, until all limits are kept. What it frees is how much less is above the limits, each counted by its size.
 
     Raises:
         InfeasibleBudget: nothing is left that frees anything.
@@ -208,14 +208,21 @@ def greedy(problem: Knapsack) -> Allocation:
 
     for v in range(len(choices)):
         renew(v)
-    while (broken := spent > problem.limits + _TIGHT * np.abs(problem.limits)).any():
-        freed = -(added[broken] / (spent - problem.limits)[broken, None, None]).sum(0)
-        rate = np.divide(harm, freed, out=np.full(shape, np.inf), where=freed > 0)
-        v, c = np.unravel_index(int(rate.argmin()), shape)
+    scale = np.maximum(np.abs(problem.limits), np.abs(spent)).clip(1e-300)
+
+    def above(costs: Array) -> Array:
+        """Costs (limits, ...) above the limits, in all."""
+        trailing = (-1, *[1] * (costs.ndim - 1))
+        return ((costs - problem.limits.reshape(trailing)) / scale.reshape(trailing)).clip(min=0).sum(0)
+
+    while not problem.fits(choices):
+        freed = above(spent) - above(spent[:, None, None] + added)
+        rate = np.divide(harm, freed, out=np.full(shape, np.inf), where=freed > 1e-12)
+        v, c = divmod(int(rate.argmin()), shape[1])
         if rate[v, c] == np.inf:
             raise InfeasibleBudget(f"no allocation that greedy moves reach keeps the limits {problem.limits.tolist()}")
         spent = spent + added[:, v, c]
-        choices[v] = int(c)
-        for changed in {int(v), *(w for p in partners[v] for w in (p.first, p.second))}:
+        choices[v] = c
+        for changed in {v, *(w for p in partners[v] for w in (p.first, p.second))}:
             renew(changed)
     return Allocation(tuple(choices), problem.loss(choices), -np.inf, False)

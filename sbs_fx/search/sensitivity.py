@@ -1,10 +1,10 @@
 """What each decision costs by itself: second-order estimates from per-sample gradients.
 
 In: a searchable graph with all its gates open, quantised forms of weights and activations, batches of images. Out: the
-estimated loss of each bitwidth of each weight and tensor, and per group a matrix from which that of removing any set of
-channels follows. Source: MPQCO (arXiv 2110.06554); dL ~ 1/2 dW^T H dW with H ~ E[g g^T], so dL ~ 1/(2N) sum_n <g_n, dW>^2
-[our derivation]. Holds: no per-sample gradient of a weight is ever formed: <g_n, dW> = <dL_n/dy, y(W + dW) - y(W)> at
-the layer's output y; for channels it is Fisher pruning (arXiv 1801.05787).
+estimated loss of each bitwidth of each weight and tensor, and per group a matrix from which that of removing any set
+of channels follows. Source: MPQCO (arXiv 2110.06554): dL ~ 1/2 dW^T H dW with H ~ E[g g^T], and from it
+dL ~ 1/(2N) sum_n <g_n, dW>^2 [our derivation]; for channels it is Fisher pruning (arXiv 1801.05787).
+Holds: no per-sample gradient of a weight is ever formed: <g_n, dW> = <dL_n/dy, y(W + dW) - y(W)> at the layer's output.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from sbs_fx.batches import check_labels
 from sbs_fx.errors import DataError, WeightsError
 from sbs_fx.passes import ChannelGroups, activation_gates, weight_gates
 from sbs_fx.passes import dims as d
@@ -71,12 +72,13 @@ def sensitivity(
     images = 0
     labelled = True
     with mode(network, training=False):
-        for x, labels in data:
+        for index, (x, labels) in enumerate(data):
             recorder.begin(len(x))
             logits = logits_of(recorder.run(x.detach().requires_grad_())).float()
             if labels is None:
                 labelled = False
                 labels = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
+            labels = check_labels(labels, logits.shape[1], index)
             loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
             if not bool(torch.isfinite(loss)):
                 raise DataError(f"the loss of the float model is {float(loss)} after {images} images; check the data")
@@ -125,7 +127,7 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
         if id(module) in self.activations:
-            x = self.env[n.args[0]]
+            x = self.env[n.args[0]]  # type: ignore[index]
             if not x.requires_grad:
                 x = x.detach().requires_grad_()
             x = x.view_as(x)  # reason: what reads the tensor past the gate has no part in this gradient
@@ -152,13 +154,13 @@ class _Recorder(fx.Interpreter):
 
     @torch.no_grad()
     def end(self) -> None:
-        for node, read, args, kwargs, y in self.layers:
+        for node, read, args, kwargs, y in reversed(self.layers):  # an error names the layer where it begins
             grad = self._gradient(y, node.name)
             for name, weight in read.items():
                 for bits, form in self.forms["w"].get(name, {}).items():
                     changed = form(weight)
                     swap = lambda a, w=weight, c=changed: c if a is w else a  # noqa: E731
-                    other = node.target(*fx.node.map_aggregate(args, swap), **kwargs)  # type: ignore[operator]
+                    other = node.target(*fx.node.map_aggregate(args, swap), **kwargs)
                     self._add("w", name, bits, grad * (other - y))
         found = {name: torch.zeros(self.images, axis.size) for axis, name in self.axes.items()}
         for name, source, x in self.tensors:

@@ -3,8 +3,9 @@
 In: a traced float model, its analyses, a budget, images with or without labels. Out: a policy that meets the budget.
 Source: Unified two-stage framework (Pattern Recognition 140, 2023) and MPQCO (arXiv 2110.06554): second-order estimates
 of what each decision costs, a knapsack over them, and Dynamic BN to judge what comes out. Ours are: weights are rounded
-in closed form before they are judged, so that what `refine` will mend is not counted; estimates are brought to the scale
-of losses measured with Dynamic BN; channels and bits meet by decomposition (`sbs_fx.search.allocation`).
+in closed form before they are judged, so that what `refine` will mend is not counted; estimates are brought to the
+scale of losses measured with Dynamic BN; channels and bits meet by decomposition (`sbs_fx.search.allocation`); from
+the best plan on, losses are measured around it, as those of several decisions together are far more than their sum.
 Holds: no weight is trained; the same seed gives the same policy; the budget is met.
 """
 
@@ -19,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from sbs_fx.batches import check_labels, read_batches, start_epoch
+from sbs_fx.batches import read_batches, start_epoch
 from sbs_fx.calibration import calibrate
 from sbs_fx.errors import InputError
 from sbs_fx.passes import ChannelGroups, CostModel, activation_gates, apply_bits, insert_gates, weight_gates
@@ -35,7 +36,9 @@ from sbs_fx.search.uniform import end_bits
 from sbs_fx.superbit import FLOAT_BITS, Grid, SuperBitQuantizer
 
 _MOVES = (2, 4, 8, 16)  # decisions that change at once
-_BATCH = 64  # images that gradients are taken of at a time
+_NOTHING = 1e-3  # nats an image: so near the float model that there is nothing to gain
+_BATCH, _ELEMENTS = 64, 1 << 20  # images that gradients are taken of at a time, and numbers in them, at most
+_FEWEST_JUDGED = 32
 
 
 class TwoStage(Value):
@@ -43,7 +46,7 @@ class TwoStage(Value):
 
     Attributes:
         images: read from the data, for ranges and gradients.
-        judged: images on which losses are measured, in one batch.
+        judged: images on which losses are measured, in one batch; fewer where `effort` asks for it.
         measured: decisions whose loss is measured at most; the others keep their estimate, brought to scale.
         rounds: how often the plan's neighbours are measured and the allocation is solved again.
         decisions: "joint", or "bits" alone (every channel stays).
@@ -51,6 +54,7 @@ class TwoStage(Value):
         levels: kept counts that are considered for a group, at most.
         inner_only: prune only channels inside a residual branch.
         minor_groups: also prune the smaller factor of product axes (heads, group widths).
+        effort: multiply-accumulates that measuring may take, about; the more, the longer on large networks.
         time_limit: of one run of the solver, in seconds.
     """
 
@@ -58,13 +62,14 @@ class TwoStage(Value):
 
     images: int = Field(default=1024, ge=1)
     judged: int = Field(default=256, ge=1)
-    measured: int = Field(default=128, ge=0)
+    measured: int = Field(default=96, ge=0)
     rounds: int = Field(default=3, ge=0)
     decisions: Literal["joint", "bits"] = "joint"
     block: int | None = Field(default=None, ge=1)
     levels: int = Field(default=8, ge=2)
     inner_only: bool = False
     minor_groups: bool = False
+    effort: float = Field(default=6e12, gt=0)
     time_limit: float = Field(default=20.0, gt=0)
 
 
@@ -139,24 +144,22 @@ def two_stage(
     counts = {n: _counts(groups[n].size, step, search.levels) for n, step in prunable.items()}
     allocator.check(free, min(candidates), {n: min(c) for n, c in counts.items()})
 
-    batches = _read(data, search.images)
-    images = [x for x, _ in batches]
-    network = insert_gates(graph, groups, channels=search.decisions == "joint", candidates=candidates, grid=grid)
-    device = inputs[0].device
-    images = [x.to(device) for x in images]
-    gates, tops = _gates(network, images, inputs, candidates, ranges)
-    judged = torch.cat(images)[: search.judged]
-    forms = _rounded(network, judged.split(_BATCH), gates)
-    found = sensitivity(
-        network,
+    wanted = search.measured + 2 * len(free) + 2 * len(prunable)
+    judged = int(search.effort / (max(1, cost.reference.macs) * wanted))
+    found, predictor = evidence(
+        graph,
         groups,
-        [(x, y) for x, y in zip(images, (y for _, y in batches), strict=True)],
-        {n: {b: _form(forms.get(n, {}).get(b), gates["w", n, b]) for b in candidates} for k, n in free if k == "w"},
-        {n: {b: gates["a", n, b] for b in candidates} for k, n in free if k == "a"},
+        data,
+        inputs=inputs,
+        search=search.model_copy(update={"judged": min(search.judged, max(_FEWEST_JUDGED, judged))}),
+        weights=[n for kind, n in free if kind == "w"],
+        activations=[n for kind, n in free if kind == "a"],
         prunable=prunable,
+        grid=grid,
+        candidates=candidates,
         seed=seed,
+        ranges=ranges,
     )
-    predictor = Predictor(network, tops, forms, judged, graph)
     orders = {n: found.channels[n].square().mean(0).argsort(stable=True).tolist() for n in prunable}
     decisions = [
         *(Decision(k, n, candidates, _bits_losses(found, k, n, candidates)) for k, n in free),
@@ -170,10 +173,14 @@ def two_stage(
         weight_bits=dict.fromkeys(start.weight_bits, FLOAT_BITS),
         activation_bits=dict.fromkeys(start.activation_bits, FLOAT_BITS),
     )
-    decisions = _measured(decisions, open_, predictor, search.measured)
+    floor = predictor(open_)
+    passes = int(search.effort / (max(1, cost.reference.macs) * len(predictor.images)))
+    decisions = _measured(decisions, open_, floor, predictor, min(search.measured, passes // 4))
     scored = [(predictor(plan.draft), plan) for plan in allocator.plans(decisions)]
     for _ in range(search.rounds):
         loss, best = min(scored, key=lambda item: item[0])
+        if loss < floor + _NOTHING or predictor.passes + 2 * len(decisions) > passes:
+            break
         near = _around(decisions, best, loss, predictor)
         found_moves = [allocator.moved(near, best, most) for most in _MOVES]
         scored += [(predictor(plan.draft), plan) for plan in found_moves if plan is not None]
@@ -193,14 +200,50 @@ def two_stage(
     )
 
 
+def evidence(
+    graph: fx.GraphModule,
+    groups: ChannelGroups,
+    data: Iterable[Any],
+    *,
+    inputs: Sequence[Tensor],
+    search: TwoStage,
+    weights: Sequence[str],
+    activations: Sequence[str],
+    prunable: Iterable[str],
+    grid: Grid = "symmetric",
+    candidates: Sequence[int] = (2, 4, 8),
+    seed: int = 0,
+    ranges: str = "mse",
+) -> tuple[Sensitivity, Predictor]:
+    """All that is learned from the data: estimates for these weights, tensors and groups, and what predicts the loss of
+    any draft. Raises: as `two_stage`."""
+    device = inputs[0].device
+    batches = [(x.to(device), labels) for x, labels in _read(data, search.images)]
+    images = [x for x, _ in batches]
+    network = insert_gates(graph, groups, channels=search.decisions == "joint", candidates=tuple(candidates), grid=grid)
+    gates, tops = _gates(network, images, inputs, candidates, ranges)
+    judged = torch.cat(images)[: search.judged]
+    forms = _rounded(network, judged.split(len(images[0])), gates)
+    found = sensitivity(
+        network,
+        groups,
+        batches,
+        {n: {b: _form(forms.get(n, {}).get(b), gates["w", n, b]) for b in candidates} for n in weights},
+        {n: {b: gates["a", n, b] for b in candidates} for n in activations},
+        prunable=prunable,
+        seed=seed,
+    )
+    return found, Predictor(network, tops, forms, judged, graph)
+
+
 def _read(data: Iterable[Any], count: int) -> list[tuple[Tensor, Tensor | None]]:
-    """The first `count` images, in batches of at most `_BATCH`."""
+    """The first `count` images, in batches of at most `_BATCH` and `_ELEMENTS`."""
     start_epoch(data, 0)
     found: list[tuple[Tensor, Tensor | None]] = []
-    for index, (images,), labels in read_batches(data):
+    for _, (images,), labels in read_batches(data):
         if labels is not None:
-            labels = check_labels(labels, None, index)[:count]
-        parts = images[:count].split(_BATCH)
+            labels = labels[:count]
+        parts = images[:count].split(max(1, min(_BATCH, _ELEMENTS // images[0].numel())))
         found += zip(parts, [None] * len(parts) if labels is None else labels.split(_BATCH), strict=True)
         count -= min(count, len(images))
         if not count:
@@ -210,7 +253,7 @@ def _read(data: Iterable[Any], count: int) -> list[tuple[Tensor, Tensor | None]]
 
 def _counts(size: int, step: int, levels: int) -> tuple[int, ...]:
     """Kept counts of a group, descending: all of it, and multiples of `step`, evenly spaced if there are too many."""
-    below = [k for k in range(step, size, step)]
+    below = list(range(step, size, step))
     if len(below) >= levels:
         below = sorted({below[round(i * (len(below) - 1) / (levels - 2))] for i in range(levels - 1)})
     return (size, *reversed(below))
@@ -256,14 +299,13 @@ def _bits_losses(found: Sensitivity, kind: str, name: str, candidates: Sequence[
     return tuple(table[b] for b in candidates)
 
 
-def _measured(decisions: list[Decision], start: Draft, predictor: Predictor, count: int) -> list[Decision]:
-    """Losses measured one by one from the float model, the greatest estimates first; the rest scaled as its kind is,
-    by the median ratio of measured to estimated."""
+def _measured(decisions: list[Decision], start: Draft, base: float, predictor: Predictor, count: int) -> list[Decision]:
+    """Losses measured one by one from the float model, whose own is `base`, the greatest estimates first; the rest
+    scaled as its kind is, by the median ratio of measured to estimated."""
     ranked = sorted(
         ((loss, i, k) for i, decision in enumerate(decisions) for k, loss in enumerate(decision.losses)),
         key=lambda item: (-item[0], item[1:]),
     )
-    base = predictor(start)
     known: dict[tuple[int, int], float] = {}
     ratios: dict[str, list[float]] = {}
     for loss, i, k in ranked[:count]:
