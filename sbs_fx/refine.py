@@ -96,7 +96,7 @@ def refine(
     requires = {p: p.requires_grad for p in gated.parameters()}
     try:
         with mode(gated, training=False):
-            for ends in _ends(gated, list(groups.inference.layers)):
+            for ends in _ends(gated, groups):
                 row, given_next, wanted_next = work.mend(begin, ends, given, wanted)
                 found.append(row)
                 begin = ends[0]
@@ -121,12 +121,17 @@ def _images(data: Iterable[Any], inputs: Sequence[Tensor], count: int) -> list[T
     ]
 
 
-def _ends(gated: fx.GraphModule, layers: Sequence[str]) -> list[tuple[str, ...]]:
-    """Ends of all stretches; the last is that of the graph."""
-    output = next(iter(gated.graph.find_nodes(op="output")))
-    leaves = tuple(node.name for node in output.all_input_nodes)
-    cuts = [cut for cut in cut_points(gated, layers) if cut not in leaves]
-    return [*((cut,) for cut in cuts), leaves]
+def _ends(gated: fx.GraphModule, groups: ChannelGroups) -> list[tuple[str, ...]]:
+    """Ends of all stretches, tensors that the float graph has too; the last are those of the graph."""
+    leaves = tuple(node.name for node in next(iter(gated.graph.find_nodes(op="output"))).all_input_nodes)
+    cuts = cut_points(gated, groups.inference.layers, _alike(groups))
+    return [*((cut,) for cut in cuts if cut not in leaves), leaves]
+
+
+def _alike(groups: ChannelGroups) -> set[str]:
+    """Nodes that give in a slim graph what they give in the float graph, at the kept coordinates."""
+    # reason: an operator that runs at full width gives all coordinates, of which some mean nothing
+    return {node.name for node in groups.inference.dims if node.name not in groups.inference.adapters}
 
 
 class _Work:
@@ -138,7 +143,7 @@ class _Work:
         self.generator = torch.Generator().manual_seed(seed)
         self.names = {id(gate): name for name, gate in weight_gates(gated).items()}
         self.parameters = weight_parameters(gated)
-        self.calls = _calls(gated)
+        self.calls, self.alike = _calls(gated), _alike(index.groups)
 
     def mend(
         self, begin: str | None, ends: tuple[str, ...], given: list[Tensor], wanted: list[Tensor]
@@ -187,7 +192,7 @@ class _Work:
         """Biases of layers and batch norms, one after the other, so that the mean of each output channel is right."""
         for node in list(part.graph.nodes):
             name = _bias(part, node)
-            if name is None or not self._owns(part, name):
+            if name is None or node.name not in self.alike or not self._owns(part, name):
                 continue
             mean = self._run(stretch(self.teacher, begin, [node.name]), wanted)[0]
             mean = self.index.select(mean, self.types[node.name])

@@ -7,17 +7,15 @@ the stretches one after the other compute what the graph computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.superbit import SuperBitQuantizer
 
-
-def cut_points(graph_module: fx.GraphModule, layers: Sequence[str]) -> list[str]:
-    """Names of tensors at which the graph falls apart, one behind each of `layers` (names of nodes) where there is one,
-    as late as possible; the last node with an output stands for the end.
+def cut_points(graph_module: fx.GraphModule, layers: Container[str], among: Container[str]) -> list[str]:
+    """Names of tensors at which the graph falls apart: behind each of `layers` (names of nodes), up to the next, the
+    last one there is. Only nodes whose name is in `among` count.
 
     In a residual network these are the sums, in a chain the inputs of layers. A gate is no cut: its tensor is.
     """
@@ -31,16 +29,10 @@ def cut_points(graph_module: fx.GraphModule, layers: Sequence[str]) -> list[str]
         count += node.name in layers
         if node not in live:
             continue
-        if node.op == "call_function" and reach <= i and count and isinstance(node.meta.get("val"), Tensor):
+        if reach <= i and count and node.name in among and isinstance(node.meta.get("val"), Tensor):
             found[count] = node.name
-        elif node.op == "call_module" and reach <= i and count:
-            module = graph_module.get_submodule(str(node.target))
-            if not isinstance(module, SuperBitQuantizer):
-                found[count] = node.name
-        if node.op == "placeholder":
-            readers = [user for user in node.users if user in live]
-        else:
-            readers = list(node.users)
+        # reason: a size of the input carries no values
+        readers = [user for user in node.users if node.op != "placeholder" or user in live]
         reach = max([reach, *(position[user] for user in readers)])
     return list(found.values())
 

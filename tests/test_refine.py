@@ -90,6 +90,21 @@ def test_kinds_of_networks(name: str) -> None:
     check_static(gated, data)
 
 
+@pytest.mark.parametrize("name", ["channel_conv", "residual", "attention"])
+def test_pruned_networks(name: str) -> None:
+    """Targets are the float network's at the kept coordinates, also around operators that run at full width."""
+    x = example(name)
+    data = torch.randn(8, *x.shape[1:])
+    groups = channel_groups(trace(SMALLEST[name](), x))
+    kept = {n: list(range(0, g.size, 2)) for n, g in groups.items() if g.primary and g.size > 3}
+    graph, groups, gated = prepared(SMALLEST[name](), x, data, bits=4, kept=kept)
+    before = distance(gated, graph, data)
+    refine(gated, graph, [data], inputs=(x,), groups=groups, kept=kept, settings=FAST)
+    assert kept
+    assert distance(gated, graph, data) <= before
+    check_static(gated, data)
+
+
 def test_biases_alone_make_means_right() -> None:
     """No batch norm, no steps: what the first layer gives has the float network's mean in each channel."""
     module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
@@ -127,10 +142,10 @@ def test_what_cannot_be_refined() -> None:
 def test_stretches_one_after_the_other_are_the_graph(name: str) -> None:
     x = example(name, batch=3)
     graph = trace(SMALLEST[name](), example(name))
-    layers = list(channel_groups(graph).inference.layers)
+    groups = channel_groups(graph)
     values: list[Tensor] = []
     begin = None
-    ends = _ends(insert_gates(graph, channel_groups(graph), channels=False), layers)
+    ends = _ends(insert_gates(graph, groups, channels=False), groups)
     with torch.no_grad():
         for names in ends:
             values = list(stretch(graph, begin, names)(x, *values))
@@ -151,7 +166,8 @@ def test_cuts_are_behind_layers_and_at_sums() -> None:
     graph = trace(Net().eval(), IMAGES)
     groups = channel_groups(graph)
     gated = insert_gates(graph, groups, channels=False)
-    assert cut_points(gated, list(groups.inference.layers)) == ["relu", "relu_1", "mean"]
+    assert [names for (names,) in _ends(gated, groups)] == ["relu", "relu_1", "mean"]
+    assert cut_points(gated, groups.inference.layers, {"conv2d", "add"}) == ["conv2d", "add"]
 
 
 # Rounding in closed form

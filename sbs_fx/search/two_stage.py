@@ -62,8 +62,8 @@ class TwoStage(Value):
 
     images: int = Field(default=1024, ge=1)
     judged: int = Field(default=256, ge=1)
-    measured: int = Field(default=96, ge=0)
-    rounds: int = Field(default=3, ge=0)
+    measured: int = Field(default=64, ge=0)
+    rounds: int = Field(default=2, ge=0)
     decisions: Literal["joint", "bits"] = "joint"
     block: int | None = Field(default=None, ge=1)
     levels: int = Field(default=8, ge=2)
@@ -183,8 +183,9 @@ def two_stage(
             break
         near = _around(decisions, best, loss, predictor)
         found_moves = [allocator.moved(near, best, most) for most in _MOVES]
-        scored += [(predictor(plan.draft), plan) for plan in found_moves if plan is not None]
-        if min(item[0] for item in scored) >= loss:
+        moved = [(predictor(plan.draft), plan) for plan in found_moves if plan is not None]
+        scored += [item for item in moved if item[0] < loss - _NOTHING]
+        if scored[-1][0] >= loss:
             break
     predictor.reset()
     _, best = min(scored, key=lambda item: item[0])
