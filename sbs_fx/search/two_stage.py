@@ -242,10 +242,9 @@ def _read(data: Iterable[Any], count: int) -> list[tuple[Tensor, Tensor | None]]
     start_epoch(data, 0)
     found: list[tuple[Tensor, Tensor | None]] = []
     for _, (images,), labels in read_batches(data):
-        if labels is not None:
-            labels = labels[:count]
-        parts = images[:count].split(max(1, min(_BATCH, _ELEMENTS // images[0].numel())))
-        found += zip(parts, [None] * len(parts) if labels is None else labels.split(_BATCH), strict=True)
+        size = max(1, min(_BATCH, _ELEMENTS // images[0].numel()))
+        parts = images[:count].split(size)
+        found += zip(parts, [None] * len(parts) if labels is None else labels[:count].split(size), strict=True)
         count -= min(count, len(images))
         if not count:
             break
