@@ -37,7 +37,7 @@ from sbs_fx.search.uniform import end_bits, uniform_bits
 from sbs_fx.training import evaluate
 from sbs_fx.training.norms import estimate_norms
 
-PLANS = [(4, 8), (8, 8), (3, 3), (4, 4)]  # weight and activation bits whose cost is the budget
+PLANS = [(3, 3), (4, 4), (4, 8), (8, 8)]  # weight and activation bits whose cost is the budget
 NORMAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "image_size": 32, "channels": 3}
 
 

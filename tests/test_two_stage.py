@@ -23,7 +23,6 @@ from sbs_fx.search.gate_search import Draft
 from sbs_fx.search.sensitivity import sensitivity
 from sbs_fx.search.two_stage import TwoStage, _counts, two_stage
 from sbs_fx.search.uniform import end_bits
-from sbs_fx.training.norms import estimate_norms
 from tests.models import SMALLEST, example
 from tests.search_runs import IMAGES, digits, network
 
@@ -324,21 +323,47 @@ def test_a_layer_with_a_single_choice(trained: Any) -> None:
 # Dynamic BN
 
 
-def test_predicted_loss_is_that_of_re_estimated_statistics(trained: Any) -> None:
+def test_predicted_loss_is_that_of_moved_statistics(trained: Any) -> None:
+    """By hand: batch statistics of the float and of the masked network, and what the one moves the other by."""
     graph, groups, cost = trained
     images = next(iter(digits(64)))[0]
     gated = insert_gates(graph, groups)
-    draft = start_of(trained)
-    draft = replace(draft, kept={**draft.kept, "0.weight:0": list(range(8))})
-    apply_bits(gated, dict.fromkeys(cost.weights, 8), dict.fromkeys(cost.activations, 8))
-    calibrate(gated, [images], inputs=(IMAGES,))
-    kinds = (("w", weight_gates(gated)), ("a", activation_gates(gated)))
-    ranges = {(kind, n, 8): g.range.detach().clone() for kind, gates in kinds for n, g in gates.items()}
-    predictor = Predictor(gated, ranges, {}, images, graph)
+    open_ = Draft(
+        dict.fromkeys(cost.weights, 32),
+        dict.fromkeys(cost.activations, 32),
+        {n: [*range(g.size)] for n, g in groups.items()},
+    )
+    draft = replace(open_, kept={**open_.kept, "0.weight:0": list(range(8))})
+    predictor = Predictor(gated, {}, {}, images, graph)
     before = {n: t.clone() for n, t in gated.state_dict().items() if "running" in n}
+    assert predictor(open_) == pytest.approx(0, abs=1e-6)
     static, dynamic = predictor(draft, dynamic=False), predictor(draft)
     assert all(torch.equal(t, gated.state_dict()[n]) for n, t in before.items())
     assert dynamic < static
-    estimate_norms(gated, [images], 1)
-    # reason: of one deviation's variance the running one is taken over n - 1 values
-    assert predictor(draft, dynamic=False) == pytest.approx(dynamic, rel=0.02)
+    assert predictor.passes == 3
+
+    first, second = graph.get_submodule("1"), graph.get_submodule("5")
+    pooled = F.max_pool2d(
+        F.batch_norm(
+            F.conv2d(images, graph.get_parameter("0.weight"), graph.get_parameter("0.bias"), padding=1),
+            first.running_mean, first.running_var, first.weight, first.bias,
+        ).relu(), 2,
+    )  # fmt: skip
+
+    def convolved(channels: int) -> Tensor:
+        weight = graph.get_parameter("4.weight")[:, :channels]
+        return F.conv2d(pooled[:, :channels], weight, graph.get_parameter("4.bias"), padding=1)
+
+    with torch.no_grad():
+        whole, masked = convolved(16), convolved(8)
+        (m, v), (m_float, v_float) = ((y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)) for y in (masked, whole))
+        mean = second.running_mean + m - m_float
+        var = (second.running_var + 1e-5) * (v + 1e-5) / (v_float + 1e-5) - 1e-5
+        y = F.batch_norm(masked, mean, var, second.weight, second.bias).relu()
+        y = F.conv2d(y, graph.get_parameter("8.weight"), graph.get_parameter("8.bias"), padding=1).relu()
+        y = F.linear(y.mean((2, 3)), graph.get_parameter("12.weight"), graph.get_parameter("12.bias"))
+        wanted = graph(images).log_softmax(1)
+        by_hand = F.kl_div(y.log_softmax(1), wanted, reduction="batchmean", log_target=True)
+    assert dynamic == pytest.approx(float(by_hand), rel=1e-3)
+    predictor.reset()
+    assert predictor(open_, dynamic=False) == pytest.approx(0, abs=1e-6)

@@ -2,13 +2,18 @@
 
 In: a searchable graph, quantised forms of its weights, ranges of its gates at every bitwidth, a batch of images. Out:
 the divergence from the float model of any draft of decisions. Source: Dynamic BN (Pattern Recognition 140, 2023): mean
-and variance re-estimated with the policy applied, then the loss on a small set [our reading]; ours does both in one
-pass over one batch. Holds: parameters, ranges and statistics of the graph it was given are put back by `reset`.
+and variance re-estimated with the policy applied, then the loss on a small set [our reading]. Ours does both in one
+pass, and moves the float model's statistics by what the policy changes on this batch: mean + (m - m_float), variance
+times v / v_float. For a network's running statistics need not be those of any batch (the float model itself may lose
+much with the batch's own), and what is to be predicted is what a policy does, not what another estimate does.
+Holds: with every gate open nothing diverges; statistics stay; `reset` puts weights and gates back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -52,24 +57,48 @@ class Predictor:
         self.parameters = {n: p for n, p in weight_parameters(network).items() if n in forms}
         self.originals = {n: p.detach().clone() for n, p in self.parameters.items()}
         self.images = images.to(device_of(network))
+        self.norms = [m for m in network.modules() if isinstance(m, BatchNorm)]
+        self.float_moments: dict[BatchNorm, tuple[Tensor, Tensor]] = {}
         with mode(teacher, training=False), torch.no_grad():
             self.wanted = F.log_softmax(logits_of(teacher(self.images)).float(), dim=1)
+        with self._hooks(self._record):
+            self._logits()
 
     @torch.no_grad()
     def __call__(self, draft: Draft, *, dynamic: bool = True) -> float:
         """`dynamic` False: with the float model's statistics."""
         self._apply(draft)
         self.passes += 1
-        norms = {m: m.momentum for m in self.network.modules() if isinstance(m, BatchNorm)}
-        with mode(self.network, training=False):
-            for module in norms if dynamic and len(self.images) >= _FEW else ():
-                module.train()
-                module.momentum = 0.0  # reason: the float model's statistics stay
-            found = F.log_softmax(logits_of(self.network(self.images)).float(), dim=1)
-        for module, momentum in norms.items():
-            module.momentum = momentum
+        if dynamic and len(self.images) >= _FEW:
+            with self._hooks(self._moved):
+                found = self._logits()
+        else:
+            found = self._logits()
         loss = float(F.kl_div(found, self.wanted, reduction="batchmean", log_target=True))
         return loss if loss == loss else float("inf")
+
+    @torch.no_grad()
+    def _logits(self) -> Tensor:
+        with mode(self.network, training=False):
+            return F.log_softmax(logits_of(self.network(self.images)).float(), dim=1)
+
+    @contextmanager
+    def _hooks(self, hook: Callable[[Any, Any], Any]) -> Iterator[None]:
+        handles = [norm.register_forward_pre_hook(hook) for norm in self.norms]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _record(self, norm: BatchNorm, args: tuple[Tensor, ...]) -> None:
+        self.float_moments[norm] = _moments(args[0])
+
+    def _moved(self, norm: BatchNorm, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, weight, bias, mean, var = args
+        (now, spread), (before, float_spread) = _moments(x), self.float_moments[norm]
+        moved = (var + norm.eps) * (spread + norm.eps) / (float_spread + norm.eps) - norm.eps
+        return x, weight, bias, mean + (now - before), moved
 
     @torch.no_grad()
     def _apply(self, draft: Draft) -> None:
@@ -89,3 +118,9 @@ class Predictor:
         kept = {name: list(range(gate.size)) for name, gate in self.channels.items()}
         bits = [dict.fromkeys(self.gates[kind], FLOAT_BITS) for kind in ("w", "a")]
         self._apply(Draft(bits[0], bits[1], kept))
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel."""
+    var, mean = torch.var_mean(x, [i for i in range(x.ndim) if i != 1], correction=0)
+    return mean, var
