@@ -1,0 +1,187 @@
+"""What does the search without training reach, and does Dynamic BN predict losses?
+
+`python benchmarks/two_stage.py --data-dir DIR --weights FILE --out FILE` takes the CIFAR-10 ResNet-20 of parameter-free
+shortcuts (safetensors; images and labels as {train,test}_{images,labels}.npy in DIR). For budgets equal to what uniform
+bitwidths cost it prints the accuracy of plain per-channel ranges of least error at these bitwidths, and of `two_stage`
+after refinement, all from the same training images. Then it draws random policies and prints Kendall's rank
+correlation of their loss on 1,000 test images (ranges and batch-norm statistics from 256 training images) with what was
+predicted from these training images, with Dynamic BN and without. The same call again goes on with what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _cifar_models import CifarResNet
+from safetensors.torch import load_file
+from scipy.stats import kendalltau
+from torch.nn import functional as F
+
+from sbs_fx.calibration import calibrate
+from sbs_fx.compress import kept_bits
+from sbs_fx.data import open_data
+from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
+from sbs_fx.policy import Budget, Policy
+from sbs_fx.refine import Refinement, refine
+from sbs_fx.search.gate_search import Draft
+from sbs_fx.search.importance import group_importance, kernel_multiple
+from sbs_fx.search.sbs import policy_of
+from sbs_fx.search.two_stage import TwoStage, evidence, two_stage
+from sbs_fx.search.uniform import end_bits, uniform_bits
+from sbs_fx.training import evaluate
+from sbs_fx.training.norms import estimate_norms
+
+PLANS = [(3, 3), (4, 4), (4, 8), (8, 8)]  # weight and activation bits whose cost is the budget
+NORMAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "image_size": 32, "channels": 3}
+
+
+class Case:
+    """The network, its analyses and its data."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        net = CifarResNet(20, classes=10, padded_shortcuts=True)
+        net.load_state_dict({k.replace("linear.", "fc."): v for k, v in load_file(options.weights).items()})
+        self.inputs = (torch.zeros(2, 3, 32, 32),)
+        self.graph = trace(net.eval(), self.inputs)
+        self.groups = channel_groups(self.graph)
+        self.cost = cost_model(self.graph, self.groups)
+        test = list(open_data(str(options.data_dir), split="test", batch_size=250, **NORMAL))
+        self.test = test[: -(-options.images // 250)]
+        count = -(-options.calibration // 128)
+        self.train = list(open_data(str(options.data_dir), split="train", batch_size=128, **NORMAL))[:count]
+
+    def realise(self, policy: Policy, data: list[Any]) -> Any:
+        gated = insert_gates(slim(self.graph, self.groups, policy.kept), self.groups, channels=False)
+        apply_bits(gated, kept_bits(self.groups, self.cost, policy), policy.activation_bits)
+        calibrate(gated, data, inputs=self.inputs, max_batches=len(data))
+        return gated
+
+
+def row_of(case: Case, weight_bits: int, activation_bits: int, options: argparse.Namespace) -> dict[str, Any]:
+    bits = uniform_bits(case.cost, weight_bits, activation_bits)
+    target = case.cost.evaluate({}, bits.weights, bits.activations)
+    row: dict[str, Any] = {"budget": f"W{weight_bits}A{activation_bits}", "images": options.calibration}
+    if 3 not in (weight_bits, activation_bits):  # no candidate of ours, so that only its cost is known
+        gated = insert_gates(case.graph, case.groups, channels=False)
+        apply_bits(gated, bits.weights, bits.activations)
+        calibrate(gated, case.train, inputs=case.inputs, max_batches=len(case.train))
+        row["uniform"] = evaluate(gated, case.test)
+    budget = Budget(bops=target.bops / case.cost.reference.bops)
+    since = time.perf_counter()
+    found = two_stage(case.graph, case.groups, case.cost, budget, case.train, inputs=case.inputs)
+    row["search_seconds"] = time.perf_counter() - since
+    policy = found.policy
+    spent = case.cost.evaluate(policy.kept, policy.weight_bits, policy.activation_bits)
+    row["bops_ratio"] = case.cost.reference.bops / spent.bops
+    row["budget_used"] = spent.bops / target.bops
+    row["scores"] = [vars(score) for score in found.scores]
+    row["policy"] = {
+        "weight_bits": list(policy.weight_bits.values()),
+        "activation_bits": list(policy.activation_bits.values()),
+        "kept": {n: len(k) for n, k in policy.kept.items() if len(k) < policy.sizes[n]},
+    }
+    gated = case.realise(policy, case.train)
+    since = time.perf_counter()
+    settings = Refinement(steps=options.steps)
+    refine(gated, case.graph, case.train, inputs=case.inputs, groups=case.groups, kept=policy.kept, settings=settings)
+    row["refine_seconds"] = time.perf_counter() - since
+    row["two_stage"] = evaluate(finalize(gated), case.test)
+    return row
+
+
+def draft_of(case: Case, generator: torch.Generator) -> Draft:
+    """Bits and kept counts at random; how many of them are low differs from policy to policy."""
+    fixed = end_bits(case.cost)
+    high, whole = torch.rand(2, generator=generator).tolist()
+    scores = group_importance(case.groups)
+
+    def bits() -> int:
+        if float(torch.rand((), generator=generator)) < high:
+            return 8
+        return (2, 4)[int(torch.randint(2, (), generator=generator))]
+
+    kept = {}
+    for name, group in case.groups.items():
+        step, count = kernel_multiple(group, None), group.size
+        inner = sum(member.dim == 0 and member.tensor.endswith("conv1.weight") for member in group.members)
+        if inner and name != "conv1.weight:0" and float(torch.rand((), generator=generator)) > whole:
+            count = step * int(torch.randint(1, group.size // step + 1, (), generator=generator))
+        kept[name] = sorted(scores[name].argsort(descending=True)[:count].tolist())
+    return Draft(
+        {n: fixed.weights.get(n) or bits() for n in case.cost.weights},
+        {n: fixed.activations.get(n) or bits() for n in case.cost.activations},
+        kept,
+    )
+
+
+def correlation(case: Case, count: int, rows: list[dict[str, float]], save: Any) -> dict[str, float]:
+    images = case.train[:2]
+    _, predictor = evidence(
+        case.graph, case.groups, images, inputs=case.inputs, search=TwoStage(images=256), weights=[], activations=[],
+        prunable=[],
+    )  # fmt: skip
+    for seed in range(len(rows), count):
+        draft = draft_of(case, torch.Generator().manual_seed(seed))
+        row = {"dynamic": predictor(draft), "static": predictor(draft, dynamic=False)}
+        policy = policy_of(draft, case.groups, "random", seed, "symmetric")
+        gated = case.realise(policy, images)
+        estimate_norms(gated, images, len(images))
+        with torch.no_grad():
+            losses = [float(F.cross_entropy(gated(x), y)) for x, y in case.test[:4]]
+        rows.append({**row, "measured": sum(losses) / len(losses)})
+        save()
+    measured = [row["measured"] for row in rows]
+    return {kind: float(kendalltau([row[kind] for row in rows], measured)[0]) for kind in ("dynamic", "static")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--images", type=int, default=10_000, help="of the test set")
+    parser.add_argument("--calibration", type=int, default=1024, help="training images")
+    parser.add_argument("--steps", type=int, default=Refinement().steps, help="of refinement, in each stretch")
+    parser.add_argument("--policies", type=int, default=100, help="for the rank correlation")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    if options.data_dir is None or options.weights is None:
+        print("not run: needs --data-dir and --weights")
+        return 0
+    torch.manual_seed(0)
+    done = json.loads(options.out.read_text()) if options.out.exists() else {"rows": [], "policies": []}
+
+    def save() -> None:
+        options.out.write_text(json.dumps(done, indent=1) + "\n")
+
+    case = Case(options)
+    done.setdefault("float", evaluate(case.graph, case.test))
+    for weight_bits, activation_bits in PLANS:
+        if f"W{weight_bits}A{activation_bits}" not in [row["budget"] for row in done["rows"]]:
+            done["rows"].append(row_of(case, weight_bits, activation_bits, options))
+            save()
+            print({k: v for k, v in done["rows"][-1].items() if k != "scores"}, flush=True)
+    if options.policies:
+        done["kendall"] = correlation(case, options.policies, done["policies"], save)
+        save()
+    print(f"\nfloat {done['float']:.2f} %\n")
+    print("| budget | BOPs | used | uniform, ranges alone | two_stage, static graph | seconds |")
+    print("|---|---|---|---|---|---|")
+    for r in done["rows"]:
+        uniform = f"{r['uniform']:.2f}" if "uniform" in r else ""
+        print(
+            f"| {r['budget']} | {r['bops_ratio']:.1f}x | {100 * r['budget_used']:.1f} % | {uniform} | "
+            f"{r['two_stage']:.2f} | {r['search_seconds'] + r['refine_seconds']:.0f} |"
+        )
+    if "kendall" in done:
+        print(f"\nKendall over {len(done['policies'])} random policies: {done['kendall']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""How good a policy is, predicted without training: its loss with batch-norm statistics of its own.
+
+In: a searchable graph, quantised forms of its weights, ranges of its gates at every bitwidth, a batch of images. Out:
+the divergence from the float model of any draft of decisions. Source: Dynamic BN (Pattern Recognition 140, 2023): mean
+and variance re-estimated with the policy applied, then the loss on a small set [our reading]. Ours does both in one
+pass, and moves the float model's statistics by what the policy changes on this batch: mean + (m - m_float), variance
+times v / v_float. For a network's running statistics need not be those of any batch (the float model itself may lose
+much with the batch's own), and what is to be predicted is what a policy does, not what another estimate does.
+Holds: with every gate open nothing diverges; statistics stay; `reset` puts weights and gates back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from sbs_fx.passes import activation_gates, channel_gates, weight_gates
+from sbs_fx.passes.insert_gates import BatchNorm
+from sbs_fx.rounding import weight_parameters
+from sbs_fx.search.gate_search import Draft
+from sbs_fx.superbit import FLOAT_BITS
+from sbs_fx.training.evaluation import device_of, logits_of, mode
+
+_FEW = 8  # images that are too few for statistics
+
+
+class Predictor:
+    """Predicted loss of drafts: KL divergence from the float model (nats an image).
+
+    Args:
+        network: searchable; its gates and weights change with every draft.
+        ranges: ("w" or "a", name, bits) -> range of that gate.
+        forms: weight name -> bits -> the parameter as that many bits have it; what is not there is rounded by its gate.
+        images: one batch. teacher: the float graph.
+
+    Attributes:
+        passes: how many drafts were predicted so far.
+    """
+
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        ranges: Mapping[tuple[str, str, int], Tensor],
+        forms: Mapping[str, Mapping[int, Tensor]],
+        images: Tensor,
+        teacher: fx.GraphModule,
+    ) -> None:
+        self.network, self.ranges, self.forms = network, ranges, forms
+        self.passes = 0
+        self.gates = {"w": weight_gates(network), "a": activation_gates(network)}
+        self.channels = channel_gates(network)
+        self.parameters = {n: p for n, p in weight_parameters(network).items() if n in forms}
+        self.originals = {n: p.detach().clone() for n, p in self.parameters.items()}
+        self.images = images.to(device_of(network))
+        self.norms = [m for m in network.modules() if isinstance(m, BatchNorm)]
+        self.float_moments: dict[BatchNorm, tuple[Tensor, Tensor]] = {}
+        with mode(teacher, training=False), torch.no_grad():
+            self.wanted = F.log_softmax(logits_of(teacher(self.images)).float(), dim=1)
+        with self._hooks(self._record):
+            self._logits()
+
+    @torch.no_grad()
+    def __call__(self, draft: Draft, *, dynamic: bool = True) -> float:
+        """`dynamic` False: with the float model's statistics."""
+        self._apply(draft)
+        self.passes += 1
+        if dynamic and len(self.images) >= _FEW:
+            with self._hooks(self._moved):
+                found = self._logits()
+        else:
+            found = self._logits()
+        loss = float(F.kl_div(found, self.wanted, reduction="batchmean", log_target=True))
+        return loss if loss == loss else float("inf")
+
+    @torch.no_grad()
+    def _logits(self) -> Tensor:
+        with mode(self.network, training=False):
+            return F.log_softmax(logits_of(self.network(self.images)).float(), dim=1)
+
+    @contextmanager
+    def _hooks(self, hook: Callable[[Any, Any], Any]) -> Iterator[None]:
+        handles = [norm.register_forward_pre_hook(hook) for norm in self.norms]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _record(self, norm: BatchNorm, args: tuple[Tensor, ...]) -> None:
+        self.float_moments[norm] = _moments(args[0])
+
+    def _moved(self, norm: BatchNorm, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, weight, bias, mean, var = args
+        (now, spread), (before, float_spread) = _moments(x), self.float_moments[norm]
+        moved = (var + norm.eps) * (spread + norm.eps) / (float_spread + norm.eps) - norm.eps
+        return x, weight, bias, mean + (now - before), moved
+
+    @torch.no_grad()
+    def _apply(self, draft: Draft) -> None:
+        for kind, table in (("w", draft.weight_bits), ("a", draft.activation_bits)):
+            for name, bits in table.items():
+                gate = self.gates[kind][name]
+                gate.fix(bits)
+                if bits != FLOAT_BITS:
+                    gate.range.copy_(self.ranges[kind, name, bits])
+                if kind == "w" and name in self.parameters:
+                    self.parameters[name].copy_(self.forms[name].get(bits, self.originals[name]))
+        for name, channels in self.channels.items():
+            channels.fix(draft.kept[name])
+
+    def reset(self) -> None:
+        """Weights as they were, every gate open."""
+        kept = {name: list(range(gate.size)) for name, gate in self.channels.items()}
+        bits = [dict.fromkeys(self.gates[kind], FLOAT_BITS) for kind in ("w", "a")]
+        self._apply(Draft(bits[0], bits[1], kept))
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel."""
+    var, mean = torch.var_mean(x, [i for i in range(x.ndim) if i != 1], correction=0)
+    return mean, var

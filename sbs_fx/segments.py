@@ -1,0 +1,75 @@
+"""A graph cut where one tensor carries everything: the stretches between are run, measured and mended one by one.
+
+In: a traced, slim or gated graph. Out: names of tensors that every path from input to output goes through, and the
+stretch between two of them as a graph of its own. Holds: a stretch shares parameters and modules with the graph, and
+the stretches one after the other compute what the graph computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+import torch
+from torch import Tensor, fx
+
+
+def cut_points(graph_module: fx.GraphModule, layers: Container[str], among: Container[str]) -> list[str]:
+    """Names of tensors at which the graph falls apart: behind each of `layers` (names of nodes), up to the next, the
+    last one there is. Only nodes whose name is in `among` count.
+
+    In a residual network these are the sums, in a chain the inputs of layers. A gate is no cut: its tensor is.
+    """
+    nodes = list(graph_module.graph.nodes)
+    live = _live(nodes)
+    position = {node: i for i, node in enumerate(nodes)}
+    reach = 0  # the last place that reads a tensor met so far
+    found: dict[int, str] = {}
+    count = 0
+    for i, node in enumerate(nodes):
+        count += node.name in layers
+        if node not in live:
+            continue
+        if reach <= i and count and node.name in among and isinstance(node.meta.get("val"), Tensor):
+            found[count] = node.name
+        # reason: a size of the input carries no values
+        readers = [user for user in node.users if node.op != "placeholder" or user in live]
+        reach = max([reach, *(position[user] for user in readers)])
+    return list(found.values())
+
+
+def _live(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Nodes that depend on values of the input. A size of the input is no value."""
+    live: set[fx.Node] = set()
+    for node in nodes:
+        if (
+            node.op == "placeholder"
+            or any(n in live for n in node.all_input_nodes)
+            and not (node.target is torch.ops.aten.sym_size.int and node.all_input_nodes[0].op == "placeholder")
+        ):
+            live.add(node)
+    return live
+
+
+def stretch(graph_module: fx.GraphModule, begin: str | None, ends: Sequence[str]) -> fx.GraphModule:
+    """The part of a graph from the tensor `begin` (None: the inputs) to the tensors `ends`.
+
+    Takes the graph's inputs and, unless it is None, the tensor `begin`; gives a tuple of tensors.
+    """
+    named = {node.name: node for node in graph_module.graph.nodes}
+    needed: set[fx.Node] = set()
+    stack = [named[end] for end in ends]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend([] if node.name == begin else node.all_input_nodes)
+    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        new[node] = graph.node_copy(node)
+    if begin is not None:
+        new[named[begin]] = graph.placeholder(f"{begin}_")
+    for node in graph_module.graph.nodes:
+        if node in needed and node not in new:
+            new[node] = graph.node_copy(node, new.__getitem__)
+    graph.output(tuple(new[named[end]] for end in ends))
+    return fx.GraphModule(graph_module, graph)
