@@ -107,7 +107,7 @@ def compress(
     data: Data = None,
     data_dir: DataDir = None,
     batch_size: BatchSize = 64,
-    method: Annotated[str, typer.Option(help="auto, sbs, uniform, or a baseline such as bayesian_bits")] = "auto",
+    method: Annotated[str, typer.Option(help="auto, opq, two_stage, ajpq, sbs, uniform, or a baseline")] = "auto",
     search_epochs: Annotated[int | None, typer.Option(help="epochs of a search that trains")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="train through torch.compile")] = False,
@@ -302,6 +302,8 @@ def _finish(made: NamedModel, result: Result, report: Report, directory: str | N
     from sbs_fx.report.text import closing_table
 
     Console().print(closing_table(report))
+    for note in report.notes:
+        typer.echo(f"note: {note}")
     if directory is not None:
         typer.echo(f"policy.json, model.pt2 and the report are in {directory}")
 

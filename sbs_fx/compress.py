@@ -20,7 +20,7 @@ from sbs_fx.calibration import calibrate
 from sbs_fx.config import Config
 from sbs_fx.errors import FileError, GraphError, WeightsError
 from sbs_fx.export.pt2 import save_pt2
-from sbs_fx.methods import Traced, chosen_method, find_plan
+from sbs_fx.methods import QUICK, Traced, chosen_method, find_plan, with_norms
 from sbs_fx.models import create_model
 from sbs_fx.models import example_inputs as derive_inputs
 from sbs_fx.passes import (
@@ -36,9 +36,11 @@ from sbs_fx.passes import (
 )
 from sbs_fx.passes.slim import Slices, with_tensors
 from sbs_fx.policy import Budget, Cost, Policy, current_versions
+from sbs_fx.refine import refine
 from sbs_fx.report import Report
 from sbs_fx.search import Searched
-from sbs_fx.training import Checkpoints, fine_tune
+from sbs_fx.training import Checkpoints, TrainingStage, fine_tune
+from sbs_fx.training.frozen import FrozenMasks
 from sbs_fx.training.processes import Processes
 from sbs_fx.training.progress import Observer
 
@@ -110,9 +112,9 @@ def compress(
         example_inputs: tensor(s) of shape (batch of 2 or more, ...); default: from the model's `pretrained_cfg`.
         budget: shares of the float model; a number or text means BOPs.
         data: iterable of (images, labels) or images, normalised as the model expects; None: data-free.
-        method: "sbs" (trains on labelled data), "uniform", one of the methods that papers compare with
-            ("prune_then_quantise", "multi_path", "bayesian_bits"), or "auto": "sbs" if there is data and epochs of
-            fine-tuning are asked for, else "uniform".
+        method: "opq" and "uniform" need no data, "two_stage" images, "ajpq" labelled ones; "sbs" trains on them, as do
+            the methods that papers compare it with ("prune_then_quantise", "multi_path", "bayesian_bits").
+            "auto": "opq" without data, "two_stage" with it, "sbs" if epochs of fine-tuning are asked for.
         config: settings; see `Config`.
         output_dir: also save the result there.
         validation: held-out (images, labels), read at each epoch's end of fine-tuning.
@@ -164,7 +166,7 @@ def apply(
     config = config or Config()
     job = _Job(progress, observer)
     traced = _traced(model, example_inputs, config, job)
-    return _realise(traced, Searched(policy, {}), data, config, job, validation, None)
+    return _realise(traced, with_norms(traced, policy, config), data, config, job, validation, None)
 
 
 def _traced(
@@ -190,7 +192,7 @@ def _realise(
     validation: Data | None,
     checkpoints: Checkpoints | None,
 ) -> Result:
-    """Slim, gate, calibrate, maybe fine-tune, finalise."""
+    """Slim, gate, calibrate, maybe fine-tune or refine, finalise."""
     groups, cost, policy = traced.groups, traced.cost, searched.policy
     policy.check(groups.fingerprint, {g.name: g.size for g in groups.values()}, cost.weights, cost.activations)
     job.stage("slim", 0.4)
@@ -213,11 +215,24 @@ def _realise(
             seed=config.seed,
             checkpoints=checkpoints,
             progress=job.observer,
+            stage=TrainingStage if searched.coded is None else FrozenMasks,
+        )
+    elif data is not None and policy.method == "two_stage":
+        job.stage("refine", 0.6)
+        refine(
+            gated,
+            traced.graph,
+            data,
+            inputs=traced.inputs,
+            groups=groups,
+            kept=policy.kept,
+            settings=config.refinement,
+            seed=config.seed,
         )
     job.stage("finalise", 0.9)
     static = finalize(gated)
-    total = cost.evaluate(policy.kept, weight_bits, policy.activation_bits)
-    report = Report.of(groups, cost, policy, total)
+    total = searched.coded or cost.evaluate(policy.kept, weight_bits, policy.activation_bits)
+    report = Report.of(groups, cost, policy, total, searched.notes)
     job.close()
     return Result(static, policy, total, report, gated, traced.inputs, job.seconds)
 
@@ -232,7 +247,7 @@ def _checkpoints(
     restart: bool,
 ) -> Iterator[Checkpoints | None]:
     """Where training saves itself, if it trains and there is a place."""
-    if output_dir is None or (method == "uniform" and not config.epochs):
+    if output_dir is None or (method in QUICK and not config.epochs):
         yield None
         return
     identity = {

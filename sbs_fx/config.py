@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sbs_fx.search import Search
+from sbs_fx.refine import Refinement
+from sbs_fx.search import Ajpq, Opq, Search, TwoStage
 from sbs_fx.training import Training
 
 
@@ -14,7 +15,8 @@ class Config(BaseModel):
     """Settings of `compress`; every field has a sensible default.
 
     Attributes:
-        weight_bits, activation_bits: 2, 4 or 8; None lets the method choose.
+        weight_bits, activation_bits: 2, 4 or 8; None lets the method choose. These and the next three are for "uniform"
+            and "opq"; the others have settings of their own.
         importance: norm that ranks the channels of a group.
         round_to: kept channels are a multiple of this; None: 16, 8 where the group is small; 1: any number.
         minor_groups: also prune the smaller factor of product axes (heads, group widths).
@@ -22,7 +24,8 @@ class Config(BaseModel):
         ranges: how activation and weight ranges are chosen: "mse", "percentile" or "minmax".
         calibration_batches: batches of `data` that calibration reads.
         epochs, learning_rate: fine-tuning with the gates fixed; 0 epochs: none.
-        search: settings of a method that trains.
+        search: settings of a method that trains; opq, two_stage, ajpq: of these methods.
+        refinement: of what "two_stage" has found, where nothing is fine-tuned.
         training: how search and fine-tuning train.
         seed: of everything random.
     """
@@ -40,5 +43,9 @@ class Config(BaseModel):
     epochs: int = Field(default=0, ge=0)
     learning_rate: float = Field(default=0.01, gt=0)
     search: Search = Search()
+    opq: Opq = Opq()
+    two_stage: TwoStage = TwoStage()
+    ajpq: Ajpq = Ajpq()
+    refinement: Refinement = Refinement()
     training: Training = Training()
     seed: int = 0

@@ -6,7 +6,7 @@ In: a traced graph with its analyses, a budget, maybe data. Out: a plan, and may
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,16 @@ from sbs_fx.config import Config
 from sbs_fx.errors import DataError, MethodError
 from sbs_fx.passes import ChannelGroups, CostModel
 from sbs_fx.policy import Budget, Policy
-from sbs_fx.search import SEARCHES, Searched, uniform
+from sbs_fx.search import SEARCHES, Searched, ajpq, opq, two_stage, uniform
+from sbs_fx.search.opq import shifted_norms
+from sbs_fx.search.sparse import sparse_cost
 from sbs_fx.training import Checkpoints
 from sbs_fx.training.progress import Observer
 
-METHODS = ("auto", "uniform", *SEARCHES)
-_WITHOUT_DATA = ("uniform",)
+_WITHOUT_DATA = ("uniform", "opq")
+_UNTRAINED = ("two_stage", "ajpq")
+QUICK = (*_WITHOUT_DATA, "two_stage")  # leave no checkpoints of their own
+METHODS = ("auto", *_WITHOUT_DATA, *_UNTRAINED, *SEARCHES)
 _COMFORTABLE_SHARE = 0.7
 
 
@@ -40,7 +44,7 @@ def chosen_method(method: str, has_data: bool, epochs: int) -> str:
     if method not in METHODS:
         raise MethodError(f"unknown method {method!r}; expected one of {METHODS}", known=METHODS)
     if method == "auto":
-        return "sbs" if has_data and epochs else "uniform"
+        return ("sbs" if epochs else "two_stage") if has_data else "opq"
     if not has_data and method not in _WITHOUT_DATA:
         raise DataError(f"method {method!r} needs data; give it, or use one of {_WITHOUT_DATA}")
     return method
@@ -56,32 +60,54 @@ def find_plan(
     observer: Observer | None,
 ) -> Searched:
     """The plan of a method, and the tensors that go with it; from the checkpoints if they have it already."""
-    if method in _WITHOUT_DATA:
-        return _from_weights(traced, budget, config)
+    plan = (traced.graph, traced.groups, traced.cost, budget)
+    inputs, seed = traced.inputs, config.seed
+    if method == "uniform":
+        return Searched(_uniform(traced, budget, config), {})
+    if method == "opq":
+        shared = ("weight_bits", "activation_bits", "importance", "round_to", "minor_groups")
+        settings = config.opq.model_copy(update={name: getattr(config, name) for name in shared})
+        found = opq(*plan, inputs=inputs, settings=settings, seed=seed)
+        masked = settings.prunes == "weights" and budget.size is not None
+        return replace(found, coded=sparse_cost(traced.cost, found.policy, found.tensors) if masked else None)
     saved = None if checkpoints is None else checkpoints.load("searched")
     if saved is not None:
-        return Searched(Policy.from_json(saved.state["policy"]), saved.tensors)
+        return Searched(Policy.from_json(saved.state["policy"]), saved.tensors, notes=tuple(saved.state["notes"]))
     assert data is not None
-    searched = SEARCHES[method](
-        traced.graph,
-        traced.groups,
-        traced.cost,
-        budget,
-        data,
-        inputs=traced.inputs,
-        search=config.search,
-        settings=config.training,
-        seed=config.seed,
-        checkpoints=checkpoints,
-        progress=observer,
-    )
+    searched: Searched
+    if method == "two_stage":
+        searched = two_stage(*plan, data, inputs=inputs, search=config.two_stage, seed=seed, ranges=config.ranges)
+    elif method == "ajpq":
+        searched = ajpq(
+            *plan, data, inputs=inputs, search=config.ajpq, seed=seed, checkpoints=checkpoints, progress=observer
+        )
+    else:
+        searched = SEARCHES[method](
+            *plan,
+            data,
+            inputs=inputs,
+            search=config.search,
+            settings=config.training,
+            seed=seed,
+            checkpoints=checkpoints,
+            progress=observer,
+        )
     if checkpoints is not None:
-        checkpoints.save("searched", searched.tensors, {"policy": searched.policy.to_json()})
+        state = {"policy": searched.policy.to_json(), "notes": searched.notes}
+        checkpoints.save("searched", searched.tensors, state)
     return searched
 
 
-def _from_weights(traced: Traced, budget: Budget, config: Config) -> Searched:
-    policy = uniform(
+def with_norms(traced: Traced, policy: Policy, config: Config) -> Searched:
+    """A saved policy with the batch-norm statistics that its method gives, where they follow from it alone."""
+    found = Searched(policy, {})
+    if policy.method != "opq" or not config.opq.shifts_norms:
+        return found
+    return Searched(policy, shifted_norms(traced.graph, traced.groups, found, traced.inputs))
+
+
+def _uniform(traced: Traced, budget: Budget, config: Config) -> Policy:
+    return uniform(
         traced.groups,
         traced.cost,
         budget,
@@ -94,4 +120,3 @@ def _from_weights(traced: Traced, budget: Budget, config: Config) -> Searched:
         minor_groups=config.minor_groups,
         seed=config.seed,
     )
-    return Searched(policy, {})

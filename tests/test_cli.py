@@ -35,6 +35,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = make_model("test_vit", None, False, "1,32,32", 10, None)
     torch.save(made.module.state_dict(), directory / "weights.pth")
     arguments = ["compress", *MODEL, "--checkpoint", str(directory / "weights.pth"), "--budget", "4%"]
+    arguments += ["--method", "uniform", "--weight-bits", "8", "--activation-bits", "8"]
     assert _run([*arguments, "--data", "digits", "--out", str(directory / "out")]) == 0
     return directory
 

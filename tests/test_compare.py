@@ -46,9 +46,7 @@ def test_a_point_is_what_compress_gives(tmp_path: Path) -> None:
         alone = sbs_fx.compress(net(), EXAMPLE, budget=budget, data=batches(), method="uniform")
         assert point.accuracy == evaluate(alone.model, batches())
         assert point.bops == alone.cost.bops <= budget * alone.baseline_cost.bops
-        tuned = sbs_fx.compress(
-            net(), EXAMPLE, budget=budget, data=batches(), method="uniform", config=sbs_fx.Config(epochs=1)
-        )
+        tuned = sbs_fx.apply(net(), alone.policy, EXAMPLE, data=batches(), config=sbs_fx.Config(epochs=1))
         assert point.tuned_accuracy == evaluate(tuned.model, batches())
 
 

@@ -69,6 +69,7 @@ class Report(_Row):
         unknown_operators: operator without a rule -> the nodes; whatever they touch could not be pruned.
         prunable_share: of the MACs of convolutions and linears, those with a side that can be pruned.
         accuracy: top-1 in percent (before, after), if it was measured; (before,) of a float model.
+        notes: what the method has to say about how it went.
     """
 
     method: str | None
@@ -79,9 +80,17 @@ class Report(_Row):
     unknown_operators: dict[str, tuple[str, ...]]
     prunable_share: float
     accuracy: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, groups: ChannelGroups, cost_model: CostModel, policy: Policy | None, cost: Cost) -> Self:
+    def of(
+        cls,
+        groups: ChannelGroups,
+        cost_model: CostModel,
+        policy: Policy | None,
+        cost: Cost,
+        notes: tuple[str, ...] = (),
+    ) -> Self:
         """The report on a plan, or on the float model where `policy` is None."""
         kept = {} if policy is None else {name: len(indices) for name, indices in policy.kept.items()}
         unknown: dict[str, list[str]] = {}
@@ -95,6 +104,7 @@ class Report(_Row):
             pins=_pins(cost_model),
             unknown_operators={operator: tuple(nodes) for operator, nodes in unknown.items()},
             prunable_share=cost_model.prunable_share(),
+            notes=notes,
         )
 
     def with_accuracy(self, *accuracy: float) -> Self:

@@ -27,6 +27,7 @@ def _sections(report: Report) -> Iterator[list[str]]:
         f"{', ...' if len(nodes) > 3 else ''}): nothing that it touches can be pruned"
         for operator, nodes in report.unknown_operators.items()
     ]
+    yield [f"note: {note}" for note in report.notes]
     yield totals(report)
     yield [f"{100 * report.prunable_share:.1f} % of the MACs of convolutions and linears have a prunable side"]
     if report.layers:

@@ -1,10 +1,13 @@
 """Searchers: each turns (groups, cost model, budget, maybe data) into a policy; one method a file."""
 
+from sbs_fx.search.ajpq import Ajpq, ajpq
 from sbs_fx.search.bayesian_bits import bayesian_bits
 from sbs_fx.search.gate_search import Search
 from sbs_fx.search.multi_path import multi_path
+from sbs_fx.search.opq import Opq, opq
 from sbs_fx.search.prune_then_quantise import prune_then_quantise
 from sbs_fx.search.sbs import Searched, sbs
+from sbs_fx.search.two_stage import TwoStage, two_stage
 from sbs_fx.search.uniform import uniform
 
 # method -> searcher that trains
@@ -17,11 +20,17 @@ SEARCHES = {
 
 __all__ = [
     "SEARCHES",
+    "Ajpq",
+    "Opq",
     "Search",
     "Searched",
+    "TwoStage",
+    "ajpq",
     "bayesian_bits",
     "multi_path",
+    "opq",
     "prune_then_quantise",
     "sbs",
+    "two_stage",
     "uniform",
 ]

@@ -18,7 +18,7 @@ from sbs_fx.batches import read_batches, start_epoch
 from sbs_fx.calibration import calibrate
 from sbs_fx.errors import DataError
 from sbs_fx.passes import ChannelGroups, CostModel, insert_gates
-from sbs_fx.policy import Budget, Policy
+from sbs_fx.policy import Budget, Cost, Policy
 from sbs_fx.search.gate_search import Draft, GateSearch, Search, may_be_pruned, while_searching
 from sbs_fx.search.importance import group_importance, kernel_multiple
 from sbs_fx.search.settle import Space, judged_on, ranges_by_bits, settle, use_ranges
@@ -30,10 +30,16 @@ from sbs_fx.training.progress import Observer
 
 @dataclass(frozen=True)
 class Searched:
-    """A plan, and the parameters and buffers that the search left, by their names in the traced graph."""
+    """A plan, and the parameters and buffers that the search left, by their names in the traced graph.
+
+    `coded` is what the plan costs where single weights are masked and stored in coded form; None: none are. `notes` are
+    for the report.
+    """
 
     policy: Policy
     tensors: dict[str, Tensor]
+    coded: Cost | None = None
+    notes: tuple[str, ...] = ()
 
 
 def sbs(

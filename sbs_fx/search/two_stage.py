@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -96,7 +96,6 @@ class TwoStageSearched(Searched):
 
     scores: tuple[Score, ...] = ()
     labelled: bool = True
-    notes: tuple[str, ...] = field(default=())
 
 
 def two_stage(
@@ -195,9 +194,9 @@ def two_stage(
     return TwoStageSearched(
         policy_of(best.draft, groups, "two_stage", seed, grid),
         {},
-        tuple(Score(p.name, p.loss, loss, p.gap, p.proven) for loss, p in scored),
-        found.labelled,
-        tuple(notes),
+        notes=tuple(notes),
+        scores=tuple(Score(p.name, p.loss, loss, p.gap, p.proven) for loss, p in scored),
+        labelled=found.labelled,
     )
 
 

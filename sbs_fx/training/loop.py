@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -48,10 +48,11 @@ def fine_tune(
     seed: int = 0,
     checkpoints: Checkpoints | None = None,
     progress: Observer | None = None,
+    stage: Callable[[fx.GraphModule], TrainingStage] = TrainingStage,
 ) -> None:
     """Train a gated graph with fixed gates, in place; see `train`."""
     train(
-        TrainingStage(gated),
+        stage(gated),
         data,
         epochs=epochs,
         lr=lr,
