@@ -152,19 +152,18 @@ class GateSearch(TrainingStage):
 
     @torch.no_grad()
     def start_at(self, draft: Draft, images: Tensor) -> None:
-        """Put every threshold beside its gate's norm on these images, on the side that the draft asks for."""
+        """Put every threshold beside its gate's norm on these images, on the side that the draft asks for; of a group's
+        blocks the largest stay, as many as the draft keeps."""
         self._decide_channels()
         for gates in self.searched.values():
             for gate in gates.values():
                 gate.search()
                 gate.held = False
         for name, channel in self.channels.items():
-            kept = channel.mask.new_zeros(channel.size)
-            kept[draft.kept[name]] = 1
-            stays = kept[:: channel.block] > 0
-            lowest = channel.block_norms[stays].min()
-            gone = channel.block_norms[~stays]
-            channel.threshold.copy_((lowest + (gone.max() if len(gone) else 0.5 * lowest)) / 2)
+            norms = channel.block_norms.sort(descending=True).values
+            count = max(1, round(len(draft.kept[name]) / channel.block))
+            following = norms[count] if count < len(norms) else 0.5 * norms[-1]
+            channel.threshold.copy_((norms[count - 1] + following) / 2)
         self.network(images)
         for kind, table in (("w", draft.weight_bits), ("a", draft.activation_bits)):
             for name, gate in self.searched[kind].items():

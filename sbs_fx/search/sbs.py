@@ -8,7 +8,7 @@ settled just under the budget.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from sbs_fx.policy import Budget, Cost, Policy
 from sbs_fx.search.gate_search import Draft, GateSearch, Search, may_be_pruned, while_searching
 from sbs_fx.search.importance import group_importance, kernel_multiple
 from sbs_fx.search.settle import Space, judged_on, ranges_by_bits, settle, use_ranges
-from sbs_fx.search.uniform import bits_above, end_bits
+from sbs_fx.search.uniform import end_bits
 from sbs_fx.superbit import Grid
 from sbs_fx.training import Checkpoints, Training, train
 from sbs_fx.training.progress import Observer
@@ -90,10 +90,11 @@ def sbs(
     start_epoch(data, 0)
     batches = judged_on(graph, read_batches(data, max_batches=search.settle_batches))
 
-    def settled(draft: Draft) -> Draft:
+    def settled() -> Draft:
         scores = group_importance(groups, "l1", dict(network.named_parameters()))
         channels = {n: (scores[n], blocks[n]) for n in groups if may_be_pruned(groups, cost, n, search)}
         space = Space(tuple(training.searched["w"]), tuple(training.searched["a"]), channels, candidates)
+        draft = training.draft()
         ranges = ranges_by_bits(network, space, data, inputs)
         found = settle(network, cost, budget, draft, space, batches, ranges)
         use_ranges(network, found, ranges)
@@ -101,11 +102,7 @@ def sbs(
 
     begun = checkpoints is not None and checkpoints.existing(name) is not None
     if training.is_warm and not begun:
-        # reason: what training makes good is not to be counted, and it makes good what uniform bits cost
-        above, draft = bits_above(cost, budget), training.draft()
-        if search.decisions != "channels":
-            draft = replace(draft, weight_bits=above.weights, activation_bits=above.activations)
-        training.start_at(settled(draft), batches[0][0])
+        training.start_at(settled(), batches[0][0])
     train(
         training,
         data,
@@ -117,7 +114,7 @@ def sbs(
         checkpoints=checkpoints,
         progress=progress,
     )
-    decided = settled(training.draft())
+    decided = settled()
     names = dict(graph.named_parameters()) | dict(graph.named_buffers())
     state = network.state_dict()
     return Searched(

@@ -106,17 +106,6 @@ def uniform_bits(cost: CostModel, weight_bits: int, activation_bits: int, ends: 
     )
 
 
-def bits_above(cost: CostModel, budget: Budget) -> Bits:
-    """The harshest of `BIT_PAIRS` that is still over the budget with all channels; the first pair if none is."""
-    found = uniform_bits(cost, *BIT_PAIRS[0])
-    for pair in BIT_PAIRS:
-        bits = uniform_bits(cost, *pair)
-        if budget.is_satisfied_by(cost.evaluate({}, bits.weights, bits.activations)):
-            break
-        found = bits
-    return found
-
-
 def end_bits(cost: CostModel, bits: int = 8) -> Bits:
     """These bits for the weights and inputs of the first and last layers, and no others."""
     first, last = cost.ends()
