@@ -135,7 +135,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON of all rows")
     parser.add_argument("--models", type=models, default=list(MODELS), help="by comma: " + ", ".join(MODELS))
     parser.add_argument("--repeats", type=int, default=7, help="turns of a pair")
-    parser.add_argument("--steps", type=int, default=1, help="steps of each method a turn")
+    # reason: gates of weights and of activations learn in turns, so two steps are the least that is typical
+    parser.add_argument("--steps", type=int, default=2, help="steps of each method a turn, an even number")
     parser.add_argument("--eager", action="store_true", help="time eager steps")
     parser.add_argument("--compiled", action="store_true", help="time compiled steps; a graph takes minutes to compile")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

@@ -267,5 +267,5 @@ def test_compress_by_search_end_to_end(tmp_path: Path) -> None:
     assert error.value.different == ("budget",)
     run(budget=Budget(bops=0.05), restart=True)
     assert seen
-    with pytest.raises(DataError, match="'sbs' trains and needs data"):
+    with pytest.raises(DataError, match="'sbs' needs data"):
         sbs_fx.compress(network(), IMAGES, method="sbs")

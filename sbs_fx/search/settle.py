@@ -65,7 +65,10 @@ class Space:
 
 
 def ranges_by_bits(network: fx.GraphModule, space: Space, data: Iterable[Any], inputs: Sequence[Tensor]) -> Ranges:
-    """The range of least error of each gate in `space` at each of the candidates; the gates end at the last of them."""
+    """The range of least error of each gate in `space` at each of the candidates, all channels there; the gates end at
+    the last of them."""
+    for gate in channel_gates(network).values():
+        gate.fix(range(gate.size))
     found: dict[tuple[str, str, int], Tensor] = {}
     gates = {"w": weight_gates(network), "a": activation_gates(network)}
     for bits in space.candidates if space.weights or space.activations else ():

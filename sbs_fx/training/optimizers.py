@@ -43,12 +43,13 @@ class Optimizers:
         if self.weights:
             self.all.append(_of_weights(self.weights, lr, settings))
         ranges = [g.range for g in gates if isinstance(g, SuperBitQuantizer) and g.bits != FLOAT_BITS]
-        self.ranges: list[tuple[Tensor, Tensor]] = []
+        self.ranges: list[tuple[Tensor, Tensor]] = []  # and what they were at first
+        self.of_ranges: torch.optim.Optimizer | None = None
         if settings.range_lr and ranges:
-            # reason: Adam's steps have the size of the rate, so a rate in proportion makes all ranges move alike
-            groups = [{"params": [r], "lr": settings.range_lr * float(r.detach().abs().mean())} for r in ranges]
-            self.all.append(torch.optim.Adam(groups, eps=1e-12))
-            self.ranges = [(r, r.detach() * _LEAST_SHARE) for r in ranges]
+            self.of_ranges = torch.optim.Adam([{"params": [r]} for r in ranges], eps=1e-12)
+            self.all.append(self.of_ranges)
+            self.ranges = [(r, r.detach().clone()) for r in ranges]
+            self._set_range_rates()
         self.own = len(self.all)
         self.all.extend(more)
         self._schedules: list[Scheduler] = []
@@ -57,6 +58,12 @@ class Optimizers:
     def rate(self) -> float:
         """The weights' learning rate now."""
         return float(self.all[0].param_groups[0]["lr"]) if self.all else 0.0
+
+    def _set_range_rates(self) -> None:
+        """In proportion to each range: Adam's steps have the size of the rate, so all ranges then move alike."""
+        if self.of_ranges is not None:
+            for group, (_, first) in zip(self.of_ranges.param_groups, self.ranges, strict=True):
+                group["lr"] = self.settings.range_lr * float(first.abs().mean())
 
     def plan(self, steps: int | None) -> None:
         """Set the length of the schedule; None: the rate stays at its height after a rise of twenty steps. The rates of
@@ -77,8 +84,8 @@ class Optimizers:
         for each in self.all:
             each.step()
         with torch.no_grad():
-            for value, least in self.ranges:
-                value.copy_(torch.maximum(value, least))
+            for value, first in self.ranges:
+                value.copy_(torch.maximum(value, first * _LEAST_SHARE))
 
     def state(self) -> dict[str, Tensor]:
         """Everything that steps have left behind, as tensors by name."""
@@ -86,17 +93,18 @@ class Optimizers:
         for i, each in enumerate(self.all):
             for k, slots in each.state_dict()["state"].items():
                 found |= {f"{i}.{k}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-        return found | {f"least.{i}": least for i, (_, least) in enumerate(self.ranges)}
+        return found | {f"first.{i}": first for i, (_, first) in enumerate(self.ranges)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take up what `state` gave."""
         slots: list[dict[int, dict[str, Any]]] = [{} for _ in self.all]
         for name, value in state.items():
             first, key, *slot = name.split(".")
-            if first == "least":
+            if first == "first":
                 self.ranges[int(key)][1].copy_(value)
             else:
                 slots[int(first)].setdefault(int(key), {})[".".join(slot)] = value
+        self._set_range_rates()
         for each, found in zip(self.all, slots, strict=True):
             each.load_state_dict({"state": found, "param_groups": each.state_dict()["param_groups"]})
 
