@@ -25,7 +25,9 @@ from sbs_fx.search.settle import Space, judged_on, ranges_by_bits, settle, use_r
 from sbs_fx.search.uniform import end_bits
 from sbs_fx.superbit import Grid
 from sbs_fx.training import Checkpoints, Training, train
+from sbs_fx.training.evaluation import device_of
 from sbs_fx.training.progress import Observer
+from sbs_fx.training.randomness import random_state_kept, seed_everything
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ def sbs(
         channels = {n: (scores[n], blocks[n]) for n in groups if may_be_pruned(groups, cost, n, search)}
         space = Space(tuple(training.searched["w"]), tuple(training.searched["a"]), channels, candidates)
         draft = training.draft()
-        ranges = ranges_by_bits(network, space, data, inputs)
+        with random_state_kept(device_of(network)):  # reason: data may be shuffled, and a resumed run has drawn less
+            seed_everything(seed, 0, 0, 0)
+            ranges = ranges_by_bits(network, space, data, inputs)
         found = settle(network, cost, budget, draft, space, batches, ranges)
         use_ranges(network, found, ranges)
         return found
