@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from sbs_fx.batches import Batch, check_labels
@@ -65,8 +66,10 @@ class Objective:
 
     def _mix(self, images: Tensor) -> Mixup:
         if self._mixup is None:
+            # reason: on copies, since buffers hold what gates decide by, and a run that goes on has just taken them up
+            buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
             with torch.no_grad(), mode(self.network, training=False):
-                classes = logits_of(self.network(images[:2])).shape[1]
+                classes = logits_of(functional_call(self.network, buffers, (images[:2],))).shape[1]
             s = self.settings
             self._mixup = Mixup(s.mixup, s.cutmix, label_smoothing=s.label_smoothing, num_classes=classes)
         return self._mixup
