@@ -63,12 +63,17 @@ def _encode(x: Tensor, scale: Tensor, low: Any, high: Any, stride: int) -> Tenso
     return code.clamp_(low, high)
 
 
+def _rounded(x: Tensor, width: Tensor, low: Any, high: Any, divisor: Any, stride: int) -> Tensor:
+    """x on one grid, a new tensor."""
+    scale = width / divisor
+    return _encode(x, scale, low, high, stride).mul_(scale)
+
+
 def _chain(x: Tensor, width: Tensor, levels: Sequence[Level]) -> Iterator[Tensor]:
     """z_b1, z_b2, ...: x on the grid of each bitwidth, one at a time. A coarse value is a whole number of fine steps,
     so that z_b1 plus the rounded residual is, ties apart, x on the fine grid: that is what is computed."""
-    for low, high, divisor, stride in levels:
-        scale = width / divisor
-        yield _encode(x, scale, low, high, stride).mul_(scale)
+    for each in levels:
+        yield _rounded(x, width, *each)
 
 
 def _chosen(opened: Sequence[Tensor], levels: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,8 +127,7 @@ class _Fixed(torch.autograd.Function):
         ctx.stride, ctx.signed = stride, signed
         ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
         value, width = _ranges(x, range_)
-        scale = width / divisor
-        return _encode(value, scale, low, high, stride).mul_(scale).to(x.dtype)
+        return _rounded(value, width, *bounds, stride).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -131,8 +135,7 @@ class _Fixed(torch.autograd.Function):
         saved_x, range_, *tensors = ctx.saved_tensors
         low, high, divisor = ctx.bounds or tensors
         x, width = _ranges(saved_x, range_)
-        scale = width / divisor
-        y = _encode(x, scale, low, high, ctx.stride).mul_(scale)
+        y = _rounded(x, width, low, high, divisor, ctx.stride)
         inside = _inside(x, width, ctx.signed)
         if isinstance(high, Tensor) and high.ndim:
             inside = inside * (high > 0)  # a pruned channel is zero whatever its input
@@ -152,9 +155,7 @@ class _Search(torch.autograd.Function):
         for index, z in enumerate(_chain(value, width, levels[:-1])):
             steps = z.sub_(clipped).mul_(levels[index].divisor / levels[index].stride / width)
             norms[index] = _mean(steps.square_(), shared).sqrt().to(norms.dtype)
-        low, high, divisor = _chosen(tuple(norms > threshold), levels)
-        scale = width / divisor
-        y = _encode(value, scale, low, high, levels[0].stride).mul_(scale)
+        y = _rounded(value, width, *_chosen(tuple(norms > threshold), levels), levels[0].stride)
         ctx.save_for_backward(x, range_, threshold, norms)
         ctx.levels, ctx.signed = levels, signed
         ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
@@ -174,9 +175,7 @@ class _Search(torch.autograd.Function):
             if previous is not None:
                 offsets.append(-previous.sub_(z).mul_(grad).sum())
             previous = z
-        low, high, divisor = _chosen(tuple(opened), ctx.levels)
-        scale = width / divisor
-        y = _encode(x, scale, low, high, ctx.levels[0].stride).mul_(scale)
+        y = _rounded(x, width, *_chosen(tuple(opened), ctx.levels), ctx.levels[0].stride)
         grad_x, grad_range = _straight_through(grad, y, x, width, _inside(x, width, ctx.signed), ctx)
         # dy/dg_j = (product of the gates before it) * (eps_j + g_{j+1}(eps_{j+1} + ...))
         gates = opened.to(x.dtype)
