@@ -23,6 +23,7 @@ Holds: every class can be built from its message alone, so that an exception sur
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Self
 
 
 class SbsError(Exception):
@@ -76,6 +77,16 @@ class InfeasibleBudget(BudgetError):
     def __init__(self, message: str, *, least: Mapping[str, float] | None = None) -> None:
         super().__init__(message)
         self.least: dict[str, float] = dict(least or {})
+
+    @classmethod
+    def of(cls, limits: Mapping[str, float], least: Mapping[str, float], reached: str, remedy: str) -> Self:
+        """With the text that says which limits, and the least shares that were reached, and by what."""
+        shares = ", ".join(f"{measure} {least[measure]:.4g}" for measure in limits)
+        return cls(
+            f"the budget {dict(limits)} cannot be met: the least that {reached} is {shares}; raise the budget, "
+            f"or allow {remedy}",
+            least=least,
+        )
 
 
 class PolicyError(SbsError, ValueError):

@@ -285,6 +285,11 @@ class Cost(Value):
     def stored_bits(self) -> int:
         return sum(layer.stored_bits for layer in self.layers) + self.other_stored_bits
 
+    @property
+    def by_measure(self) -> dict[str, int]:
+        """What budgets limit, by the names that they give it."""
+        return {"bops": self.bops, "size": self.stored_bits, "macs": self.macs}
+
     def to_json(self) -> str:
         """The cost as JSON, `reference` included."""
         return self.model_dump_json(indent=1)
@@ -343,12 +348,8 @@ class Budget(Value):
         reference = cost.reference
         if reference is None:
             raise ValueError("this cost has no reference; compare with Cost(..., reference=cost_of_the_float_model)")
-        pairs = {
-            "bops": (cost.bops, reference.bops),
-            "size": (cost.stored_bits, reference.stored_bits),
-            "macs": (cost.macs, reference.macs),
-        }
-        return {name: a / b if b else (math.inf if a else 0.0) for name, (a, b) in pairs.items()}
+        found, whole = cost.by_measure, reference.by_measure
+        return {m: found[m] / whole[m] if whole[m] else (math.inf if found[m] else 0.0) for m in found}
 
     def is_satisfied_by(self, cost: Cost) -> bool:
         """True if every limit holds. Raises ValueError if the cost has no reference."""

@@ -159,11 +159,8 @@ def kernels_of(
             if kernels.load(plan) <= 1:
                 return kernels
     shares = budget.shares(kernels.cost_of(kernels.least))
-    raise InfeasibleBudget(
-        f"the budget {budget.limits} cannot be met: the least that method 'ajpq' reaches on this model is "
-        + ", ".join(f"{m} {shares[m]:.4g}" for m in budget.limits)
-        + "; raise the budget, or allow more sparsity (most_sparse)",
-        least=shares,
+    raise InfeasibleBudget.of(
+        budget.limits, shares, "method 'ajpq' reaches on this model", "more sparsity (most_sparse)"
     )
 
 

@@ -101,7 +101,7 @@ class Allocator:
 
     def __init__(self, cost: CostModel, budget: Budget, start: Draft, time_limit: float) -> None:
         self.cost, self.budget, self.start, self.time_limit = cost, budget, start, time_limit
-        whole = {"bops": cost.reference.bops, "macs": cost.reference.macs, "size": cost.reference.stored_bits}
+        whole = cost.reference.by_measure
         self.limits = {m: limit * whole[m] for m, limit in budget.limits.items()}
 
     def check(self, free: Sequence[tuple[str, str]], bits: int, counts: Mapping[str, int]) -> None:
@@ -112,12 +112,8 @@ class Allocator:
             {**self.start.activation_bits, **{n: bits for k, n in free if k == "a"}},
         )
         if not self.budget.is_satisfied_by(least):
-            shares = self.budget.shares(least)
-            raise InfeasibleBudget(
-                f"the budget {self.budget.limits} cannot be met: the least that method 'two_stage' reaches is "
-                + ", ".join(f"{m} {shares[m]:.4g}" for m in self.budget.limits)
-                + "; raise the budget, or allow more decisions",
-                least=shares,
+            raise InfeasibleBudget.of(
+                self.budget.limits, self.budget.shares(least), "method 'two_stage' reaches", "more decisions"
             )
 
     def fits(self, draft: Draft) -> bool:

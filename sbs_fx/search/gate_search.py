@@ -307,8 +307,7 @@ class GateSearch(TrainingStage):
     def _excess(self) -> dict[str, Tensor]:
         """Measure -> log of the cost over its limit, differentiable in the thresholds."""
         found = self.cost.expected(*self.expectations())
-        reference = self.cost.reference
-        whole = {"bops": reference.bops, "macs": reference.macs, "size": reference.stored_bits}
+        whole = self.cost.reference.by_measure
         return {
             m: torch.log(torch.as_tensor(found[m], dtype=torch.float64) / (limit * whole[m]))
             for m, limit in self.budget.limits.items()

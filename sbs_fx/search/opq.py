@@ -216,8 +216,7 @@ def _channel_decision(group: ChannelGroup, cost: CostModel, scores: Tensor, roun
 def _load(cost: CostModel, budget: Budget, names: list[Name], slack: float = 1.0) -> Load:
     variables = {name: Polynomial.variable(i) for i, name in enumerate(names)}
     found = cost.expected(*(_of(kind, variables) for kind in "cwa"))
-    reference = cost.reference
-    whole = {"bops": reference.bops, "macs": reference.macs, "size": reference.stored_bits}
+    whole = cost.reference.by_measure
     return Load([found[m] * (1 / (slack * share * whole[m])) for m, share in budget.limits.items()], len(names))
 
 
@@ -228,9 +227,6 @@ def _of(kind: str, table: Mapping[Name, T]) -> dict[str, T]:
 def _infeasible(cost: CostModel, budget: Budget, decisions: Mapping[Name, Decision]) -> InfeasibleBudget:
     least = {name: int(decision.values[0]) for name, decision in decisions.items()}
     shares = budget.shares(cost.evaluate(_of("c", least), _of("w", least), _of("a", least)))
-    return InfeasibleBudget(
-        f"the budget {budget.limits} cannot be met: the least that method 'opq' reaches on this model is "
-        + ", ".join(f"{m} {shares[m]:.4g}" for m in budget.limits)
-        + "; raise the budget, or allow lower bits or smaller multiples (round_to)",
-        least=shares,
+    return InfeasibleBudget.of(
+        budget.limits, shares, "method 'opq' reaches on this model", "lower bits or smaller multiples (round_to)"
     )

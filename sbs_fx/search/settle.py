@@ -117,13 +117,8 @@ def settle(
             if freed > 0:
                 ranked.append((harm(draft, move) / freed, len(ranked), move))
         if not ranked:
-            shares = budget.shares(load.cost_of(draft))
-            raise InfeasibleBudget(
-                f"the budget {budget.limits} cannot be met: the least that this search reaches is "
-                + ", ".join(f"{m} {shares[m]:.4g}" for m in budget.limits)
-                + "; raise the budget, or allow more decisions",
-                least=shares,
-            )
+            least = budget.shares(load.cost_of(draft))
+            raise InfeasibleBudget.of(budget.limits, least, "this search reaches", "more decisions")
         for rate, _, move in sorted(ranked, key=lambda item: item[:2])[: max(1, len(ranked) // 10)]:
             draft, price = move.applied(draft), max(price, rate)
             if load(draft) <= 1:

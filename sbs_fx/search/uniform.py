@@ -72,12 +72,11 @@ def uniform(
             break
     if best is None:
         assert least is not None
-        shares = budget.shares(least)
-        raise InfeasibleBudget(
-            f"the budget {budget.limits} cannot be met: the least that method 'uniform' reaches on this model is "
-            + ", ".join(f"{name} {shares[name]:.4g}" for name in budget.limits)
-            + "; raise the budget, or allow lower bits or smaller multiples (round_to)",
-            least=shares,
+        raise InfeasibleBudget.of(
+            budget.limits,
+            budget.shares(least),
+            "method 'uniform' reaches on this model",
+            "lower bits or smaller multiples (round_to)",
         )
     _, counts, bits = best
     counts = _fill(prunable, steps, cost, budget, bits, counts)
