@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sbs_fx.compress import Data, Progress, Result, compress, prepare_directory
+from sbs_fx.compress import Data, Progress, Result, compress, prepare_directory, tune
 from sbs_fx.config import Config
 from sbs_fx.errors import Interrupted, MethodError, SbsError
 from sbs_fx.methods import METHODS
@@ -28,7 +28,7 @@ from sbs_fx.models import create_model
 from sbs_fx.passes import finalize
 from sbs_fx.policy import Budget, current_versions, write_atomic
 from sbs_fx.report.comparison import Comparison, Point
-from sbs_fx.training import Checkpoints, evaluate, fine_tune
+from sbs_fx.training import Checkpoints, evaluate
 from sbs_fx.training.progress import Observer
 
 
@@ -143,17 +143,8 @@ class _Trial:
             checkpoints = None
             if place is not None:
                 checkpoints = stack.enter_context(Checkpoints(os.path.join(place, "fine-tuning"), settings))
-            fine_tune(
-                result.gated,
-                self.data,
-                epochs=self.epochs,
-                lr=self.config.learning_rate,
-                settings=self.config.training,
-                teacher=self.module if self.config.training.distillation else None,
-                seed=self.config.seed,
-                checkpoints=checkpoints,
-                progress=self.observer,
-            )
+            config = self.config.model_copy(update={"epochs": self.epochs})
+            tune(result.gated, self.module, self.data, config, result.masked, None, checkpoints, self.observer)
         return evaluate(finalize(result.gated), self.judged)
 
 

@@ -57,6 +57,7 @@ class Result:
         policy: the plan it was made from. cost, baseline_cost: of the graph and of the float model.
         report: layers, groups and pins as text and as data.
         gated: the same network with fake quantisation, for further training; `finalize` turns it into `model` again.
+        masked: single weights are zero, and stay so in fine-tuning; `cost` counts them as coded.
         seconds: time spent per stage.
     """
 
@@ -67,6 +68,7 @@ class Result:
     gated: fx.GraphModule
     example_inputs: tuple[torch.Tensor, ...]
     seconds: dict[str, float] = field(default_factory=dict)
+    masked: bool = False
 
     @property
     def baseline_cost(self) -> Cost:
@@ -202,21 +204,10 @@ def _realise(
     apply_bits(gated, weight_bits, policy.activation_bits)
     job.stage("calibrate", 0.5)
     calibrate(gated, data, inputs=traced.inputs, method=config.ranges, max_batches=config.calibration_batches)
+    masked = searched.coded is not None
     if config.epochs and data is not None:
         job.stage("fine-tune", 0.6)
-        fine_tune(
-            gated,
-            data,
-            epochs=config.epochs,
-            lr=config.learning_rate,
-            settings=config.training,
-            teacher=traced.graph if config.training.distillation else None,
-            validation=validation,
-            seed=config.seed,
-            checkpoints=checkpoints,
-            progress=job.observer,
-            stage=TrainingStage if searched.coded is None else FrozenMasks,
-        )
+        tune(gated, traced.graph, data, config, masked, validation, checkpoints, job.observer)
     elif data is not None and policy.method == "two_stage":
         job.stage("refine", 0.6)
         refine(
@@ -234,7 +225,33 @@ def _realise(
     total = searched.coded or cost.evaluate(policy.kept, weight_bits, policy.activation_bits)
     report = Report.of(groups, cost, policy, total, searched.notes)
     job.close()
-    return Result(static, policy, total, report, gated, traced.inputs, job.seconds)
+    return Result(static, policy, total, report, gated, traced.inputs, job.seconds, masked)
+
+
+def tune(
+    gated: fx.GraphModule,
+    teacher: nn.Module,
+    data: Data,
+    config: Config,
+    masked: bool,
+    validation: Data | None,
+    checkpoints: Checkpoints | None,
+    observer: Observer | None,
+) -> None:
+    """Fine-tune as the settings say, in place; weights that are `masked` stay zero."""
+    fine_tune(
+        gated,
+        data,
+        epochs=config.epochs,
+        lr=config.learning_rate,
+        settings=config.training,
+        teacher=teacher if config.training.distillation else None,
+        validation=validation,
+        seed=config.seed,
+        checkpoints=checkpoints,
+        progress=observer,
+        stage=FrozenMasks if masked else TrainingStage,
+    )
 
 
 @contextmanager

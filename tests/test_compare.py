@@ -13,7 +13,7 @@ import sbs_fx
 from sbs_fx.compare import compare
 from sbs_fx.errors import MethodError
 from sbs_fx.report.comparison import Comparison, Point
-from sbs_fx.search import Search
+from sbs_fx.search import Opq, Search
 from sbs_fx.training import evaluate
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -48,6 +48,16 @@ def test_a_point_is_what_compress_gives(tmp_path: Path) -> None:
         assert point.bops == alone.cost.bops <= budget * alone.baseline_cost.bops
         tuned = sbs_fx.apply(net(), alone.policy, EXAMPLE, data=batches(), config=sbs_fx.Config(epochs=1))
         assert point.tuned_accuracy == evaluate(tuned.model, batches())
+
+
+def test_masked_weights_are_tuned_as_compress_tunes_them() -> None:
+    budget, masks = sbs_fx.Budget(size=0.1), Opq(prunes="weights")
+    options = {"config": sbs_fx.Config(opq=masks), "example_inputs": EXAMPLE}
+    found = compare(net(), batches(), budget, methods=["opq"], epochs=2, **options)
+    config = sbs_fx.Config(opq=masks, epochs=2)
+    alone = sbs_fx.compress(net(), EXAMPLE, budget=budget, data=batches(), method="opq", config=config)
+    assert alone.masked
+    assert found.points[0].tuned_accuracy == evaluate(alone.model, batches())
 
 
 def test_points_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

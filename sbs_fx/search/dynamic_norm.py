@@ -23,6 +23,7 @@ from sbs_fx.passes import activation_gates, channel_gates, weight_gates
 from sbs_fx.passes.insert_gates import BatchNorm
 from sbs_fx.rounding import weight_parameters
 from sbs_fx.search.gate_search import Draft
+from sbs_fx.search.settle import Ranges, decide
 from sbs_fx.superbit import FLOAT_BITS
 from sbs_fx.training.evaluation import device_of, logits_of, mode
 
@@ -45,15 +46,13 @@ class Predictor:
     def __init__(
         self,
         network: fx.GraphModule,
-        ranges: Mapping[tuple[str, str, int], Tensor],
+        ranges: Ranges,
         forms: Mapping[str, Mapping[int, Tensor]],
         images: Tensor,
         teacher: fx.GraphModule,
     ) -> None:
         self.network, self.ranges, self.forms = network, ranges, forms
         self.passes = 0
-        self.gates = {"w": weight_gates(network), "a": activation_gates(network)}
-        self.channels = channel_gates(network)
         self.parameters = {n: p for n, p in weight_parameters(network).items() if n in forms}
         self.originals = {n: p.detach().clone() for n, p in self.parameters.items()}
         self.images = images.to(device_of(network))
@@ -102,21 +101,14 @@ class Predictor:
 
     @torch.no_grad()
     def _apply(self, draft: Draft) -> None:
-        for kind, table in (("w", draft.weight_bits), ("a", draft.activation_bits)):
-            for name, bits in table.items():
-                gate = self.gates[kind][name]
-                gate.fix(bits)
-                if bits != FLOAT_BITS:
-                    gate.range.copy_(self.ranges[kind, name, bits])
-                if kind == "w" and name in self.parameters:
-                    self.parameters[name].copy_(self.forms[name].get(bits, self.originals[name]))
-        for name, channels in self.channels.items():
-            channels.fix(draft.kept[name])
+        decide(self.network, draft, self.ranges)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.forms[name].get(draft.weight_bits[name], self.originals[name]))
 
     def reset(self) -> None:
         """Weights as they were, every gate open."""
-        kept = {name: list(range(gate.size)) for name, gate in self.channels.items()}
-        bits = [dict.fromkeys(self.gates[kind], FLOAT_BITS) for kind in ("w", "a")]
+        kept = {name: list(range(gate.size)) for name, gate in channel_gates(self.network).items()}
+        bits = [dict.fromkeys(gates(self.network), FLOAT_BITS) for gates in (weight_gates, activation_gates)]
         self._apply(Draft(bits[0], bits[1], kept))
 
 

@@ -23,6 +23,7 @@ from sbs_fx.passes import CostModel, activation_gates, apply_bits, channel_gates
 from sbs_fx.passes.insert_gates import BatchNorm
 from sbs_fx.policy import Budget, Cost
 from sbs_fx.search.gate_search import Draft
+from sbs_fx.superbit import SuperBitQuantizer
 from sbs_fx.training.evaluation import device_of, logits_of, mode
 
 Batch = tuple[Tensor, Tensor]  # images, and the float model's log-probabilities
@@ -64,19 +65,47 @@ class Space:
     candidates: tuple[int, ...] = (2, 4, 8)
 
 
-def ranges_by_bits(network: fx.GraphModule, space: Space, data: Iterable[Any], inputs: Sequence[Tensor]) -> Ranges:
-    """The range of least error of each gate in `space` at each of the candidates, all channels there; the gates end at
-    the last of them."""
+def gates_by_bits(
+    network: fx.GraphModule,
+    weights: Sequence[str],
+    activations: Sequence[str],
+    candidates: Sequence[int],
+    data: Iterable[Any],
+    inputs: Sequence[Tensor],
+    method: str = "mse",
+    max_batches: int = _RANGE_BATCHES,
+) -> dict[tuple[str, str, int], SuperBitQuantizer]:
+    """Copies of these gates, fixed at each of the candidates and calibrated for it, all channels there, by ("w" or "a",
+    name, bits); the network's own end at the last of them."""
     for gate in channel_gates(network).values():
         gate.fix(range(gate.size))
-    found: dict[tuple[str, str, int], Tensor] = {}
-    gates = {"w": weight_gates(network), "a": activation_gates(network)}
-    for bits in space.candidates if space.weights or space.activations else ():
-        apply_bits(network, dict.fromkeys(space.weights, bits), dict.fromkeys(space.activations, bits))
-        calibrate(network, data, inputs=inputs, max_batches=_RANGE_BATCHES)
-        for kind, names in (("w", space.weights), ("a", space.activations)):
-            found |= {(kind, name, bits): gates[kind][name].range.detach().clone() for name in names}
+    found: dict[tuple[str, str, int], SuperBitQuantizer] = {}
+    kinds = (("w", weights, weight_gates(network)), ("a", activations, activation_gates(network)))
+    for bits in candidates if weights or activations else ():
+        apply_bits(network, dict.fromkeys(weights, bits), dict.fromkeys(activations, bits))
+        calibrate(network, data, inputs=inputs, method=method, max_batches=max_batches)
+        found |= {(kind, name, bits): copy.deepcopy(gates[name]) for kind, names, gates in kinds for name in names}
     return found
+
+
+def ranges_by_bits(network: fx.GraphModule, space: Space, data: Iterable[Any], inputs: Sequence[Tensor]) -> Ranges:
+    """The range of least error of each gate in `space` at each of its candidates; see `gates_by_bits`."""
+    gates = gates_by_bits(network, space.weights, space.activations, space.candidates, data, inputs)
+    return {key: gate.range.detach() for key, gate in gates.items()}
+
+
+@torch.no_grad()
+def decide(network: fx.GraphModule, draft: Draft, ranges: Ranges) -> None:
+    """Fix the gates of a network at a draft, with the ranges that suit its bits where they are known."""
+    weights, activations = weight_gates(network), activation_gates(network)
+    apply_bits(
+        network,
+        {n: b for n, b in draft.weight_bits.items() if n in weights},
+        {n: b for n, b in draft.activation_bits.items() if n in activations},
+    )
+    use_ranges(network, draft, ranges)
+    for name, gate in channel_gates(network).items():
+        gate.fix(draft.kept[name])
 
 
 @torch.no_grad()
@@ -155,8 +184,6 @@ class _Harm:
 
     def __init__(self, network: fx.GraphModule, batches: list[Batch], ranges: Ranges) -> None:
         self.network, self.batches, self.ranges = network, batches, ranges
-        self.weights, self.activations = weight_gates(network), activation_gates(network)
-        self.channels = channel_gates(network)
         self.norms = {m: m.momentum for m in network.modules() if isinstance(m, BatchNorm)}
         self._known: dict[tuple[str, str, Any, Any], float] = {}
         self._last: tuple[Draft, float] | None = None
@@ -174,14 +201,7 @@ class _Harm:
 
     @torch.no_grad()
     def _divergence(self, draft: Draft) -> float:
-        apply_bits(
-            self.network,
-            {n: b for n, b in draft.weight_bits.items() if n in self.weights},
-            {n: b for n, b in draft.activation_bits.items() if n in self.activations},
-        )
-        use_ranges(self.network, draft, self.ranges)
-        for name, gate in self.channels.items():
-            gate.fix(draft.kept[name])
+        decide(self.network, draft, self.ranges)
         total = 0.0
         with mode(self.network, training=False):
             for module in self.norms:

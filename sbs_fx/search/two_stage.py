@@ -11,7 +11,6 @@ Holds: no weight is trained; the same seed gives the same policy; the budget is 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -21,7 +20,6 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from sbs_fx.batches import read_batches, start_epoch
-from sbs_fx.calibration import calibrate
 from sbs_fx.errors import InputError
 from sbs_fx.passes import ChannelGroups, CostModel, activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.policy import Budget, Value
@@ -32,6 +30,7 @@ from sbs_fx.search.gate_search import Draft, Search, may_be_pruned
 from sbs_fx.search.importance import kernel_multiple
 from sbs_fx.search.sbs import Searched, policy_of
 from sbs_fx.search.sensitivity import Sensitivity, sensitivity
+from sbs_fx.search.settle import gates_by_bits
 from sbs_fx.search.uniform import end_bits
 from sbs_fx.superbit import FLOAT_BITS, Grid, SuperBitQuantizer
 
@@ -221,7 +220,10 @@ def evidence(
     batches = [(x.to(device), labels) for x, labels in _read(data, search.images)]
     images = [x for x, _ in batches]
     network = insert_gates(graph, groups, channels=search.decisions == "joint", candidates=tuple(candidates), grid=grid)
-    gates, tops = _gates(network, images, inputs, candidates, ranges)
+    names = list(weight_gates(network)), list(activation_gates(network))
+    gates = gates_by_bits(network, *names, candidates, images, inputs, ranges, len(images))
+    apply_bits(network, *(dict.fromkeys(each, FLOAT_BITS) for each in names))
+    tops = {key: gate.range.detach() for key, gate in gates.items()}
     judged = torch.cat(images)[: search.judged]
     forms = _rounded(network, judged.split(len(images[0])), gates)
     found = sensitivity(
@@ -256,24 +258,6 @@ def _counts(size: int, step: int, levels: int) -> tuple[int, ...]:
     if len(below) >= levels:
         below = sorted({below[round(i * (len(below) - 1) / (levels - 2))] for i in range(levels - 1)})
     return (size, *reversed(below))
-
-
-def _gates(
-    network: fx.GraphModule,
-    images: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    candidates: Sequence[int],
-    ranges: str,
-) -> tuple[dict[tuple[str, str, int], SuperBitQuantizer], dict[tuple[str, str, int], Tensor]]:
-    """Quantisers with fixed bits and the ranges of each, by ("w" or "a", name, bits); the network's stay open."""
-    kinds = {"w": weight_gates(network), "a": activation_gates(network)}
-    gates: dict[tuple[str, str, int], SuperBitQuantizer] = {}
-    for bits in candidates:
-        apply_bits(network, dict.fromkeys(kinds["w"], bits), dict.fromkeys(kinds["a"], bits))
-        calibrate(network, images, inputs=inputs, method=ranges, max_batches=len(images))
-        gates |= {(kind, n, bits): copy.deepcopy(g) for kind, table in kinds.items() for n, g in table.items()}
-    apply_bits(network, dict.fromkeys(kinds["w"], FLOAT_BITS), dict.fromkeys(kinds["a"], FLOAT_BITS))
-    return gates, {key: gate.range.detach() for key, gate in gates.items()}
 
 
 def _rounded(
