@@ -6,11 +6,16 @@ Shortcuts are 1x1 convolutions, or every second pixel zero-padded by a quarter o
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sbs_fx.data import Batches, open_data
+
+CIFAR10 = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class Block(nn.Module):
@@ -61,3 +66,8 @@ def padded_resnet20(weights: Path) -> CifarResNet:
     net = CifarResNet(20, classes=10, padded_shortcuts=True)
     net.load_state_dict({k.replace("linear.", "fc."): v for k, v in load_file(weights).items()})
     return net.eval()
+
+
+def cifar10(folder: Path, split: str, batch_size: int, **options: Any) -> Batches:
+    """One split of CIFAR-10 (arrays in `folder`), normalised as that network takes it."""
+    return open_data(str(folder), split=split, batch_size=batch_size, image_size=32, channels=3, **CIFAR10, **options)

@@ -19,17 +19,13 @@ from typing import Any
 
 import torch
 from _cifar_data import CifarBatches, batches
-from _cifar_models import CifarResNet
-from safetensors.torch import load_file
+from _cifar_models import CIFAR10, cifar10, padded_resnet20
 
-from sbs_fx.data import open_data
 from sbs_fx.passes import channel_groups, cost_model, trace
 from sbs_fx.policy import Budget
 from sbs_fx.search.ajpq import Agent, Ajpq, Trial, kernels_of
 from sbs_fx.search.reward import Reward
 from sbs_fx.training.evaluation import evaluate
-
-NORMAL: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "image_size": 32, "channels": 3}
 
 
 def searched(method: str, agent: Agent, reward: Reward, settings: Ajpq, seed: int) -> list[float]:
@@ -71,7 +67,7 @@ def augmented(folder: Path) -> CifarBatches:
     """Training batches of 128, cropped and flipped."""
     train = batches(folder, "train", 128, torch.device("cpu"))
     assert train is not None
-    mean, std = (torch.tensor(NORMAL[k]).view(3, 1, 1) for k in ("mean", "std"))
+    mean, std = (torch.tensor(CIFAR10[k]).view(3, 1, 1) for k in ("mean", "std"))
     train.scale, train.shift = 1 / (255 * std), mean / std
     return train
 
@@ -90,16 +86,14 @@ def main() -> int:
     if options.data_dir is None or options.weights is None:
         print("not run: needs --data-dir and --weights")
         return 0
-    net = CifarResNet(20, classes=10, padded_shortcuts=True)
-    net.load_state_dict({k.replace("linear.", "fc."): v for k, v in load_file(options.weights).items()})
+    net = padded_resnet20(options.weights)
     images = torch.randn(2, 3, 32, 32)
-    graph = trace(net.eval(), images)
+    graph = trace(net, images)
     groups = channel_groups(graph)
     cost = cost_model(graph, groups)
-    folder = str(options.data_dir)
     # reason: statistics of images that are not cropped and flipped as in training cost 3 points, even at float
     train = augmented(options.data_dir)
-    test = list(open_data(folder, split="test", batch_size=500, **NORMAL))[: options.images // 500]
+    test = list(cifar10(options.data_dir, "test", 500))[: options.images // 500]
     settings = Ajpq(episodes=options.episodes, norm_batches=2, reward_batches=6)
     budget = Budget(size=options.size)
     rows: list[dict[str, Any]] = [{"method": "float", "accuracy": evaluate(graph, test), "images": options.images}]

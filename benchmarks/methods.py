@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _cifar_models import padded_resnet20
+from _cifar_models import cifar10, padded_resnet20
 from _rows import uniform_network
 from torch import nn
 
 import sbs_fx
 from sbs_fx import demo
-from sbs_fx.data import open_data
 from sbs_fx.methods import METHODS
 from sbs_fx.passes import channel_groups, cost_model, trace
 from sbs_fx.search import Search
@@ -30,7 +29,6 @@ from sbs_fx.search.uniform import uniform_bits
 from sbs_fx.training import Training, evaluate, fine_tune
 
 BITS = (8, 6, 4)
-NORMAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "image_size": 32, "channels": 3}
 
 
 def main() -> int:
@@ -115,8 +113,8 @@ def _cifar(options: argparse.Namespace) -> tuple[nn.Module, torch.Tensor, Any, A
     if options.data_dir is None or options.weights is None:
         print("not run: needs --data-dir and --weights")
         raise SystemExit(0)
-    train = open_data(str(options.data_dir), split="train", batch_size=128, shuffle=True, **NORMAL)
-    test = list(open_data(str(options.data_dir), split="test", batch_size=500, **NORMAL))
+    train = cifar10(options.data_dir, "train", 128, shuffle=True)
+    test = list(cifar10(options.data_dir, "test", 500))
     return padded_resnet20(options.weights), torch.randn(2, 3, 32, 32), train, test
 
 

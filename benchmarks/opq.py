@@ -18,12 +18,10 @@ from typing import Any
 
 import timm
 import torch
-from _cifar_models import CifarResNet
-from safetensors.torch import load_file
+from _cifar_models import cifar10, padded_resnet20
 from torch import fx, nn
 
 from sbs_fx.calibration import calibrate
-from sbs_fx.data import open_data
 from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
 from sbs_fx.passes.slim import with_tensors
 from sbs_fx.policy import Budget
@@ -33,7 +31,6 @@ from sbs_fx.search.sbs import Searched
 from sbs_fx.search.sparse import sparse_cost
 from sbs_fx.training.evaluation import evaluate
 
-NORMAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "image_size": 32, "channels": 3}
 ALLOCATIONS = [
     ("channels", Budget(bops=1 / 32)),
     ("channels", Budget(size=0.12)),
@@ -91,12 +88,11 @@ def _kept(tensors: dict[str, torch.Tensor]) -> float:
 
 
 def comparison(data_dir: Path, weights: Path, count: int) -> list[dict[str, Any]]:
-    net = CifarResNet(20, classes=10, padded_shortcuts=True)
-    net.load_state_dict({k.replace("linear.", "fc."): v for k, v in load_file(weights).items()})
+    net = padded_resnet20(weights)
     images = torch.randn(2, 3, 32, 32)
     parts = analysed(net, images)
-    test = list(open_data(str(data_dir), split="test", batch_size=500, **NORMAL))[: count // 500]
-    train = list(open_data(str(data_dir), split="train", batch_size=128, **NORMAL))[:4]
+    test = list(cifar10(data_dir, "test", 500))[: count // 500]
+    train = list(cifar10(data_dir, "train", 128))[:4]
     rows: list[dict[str, Any]] = [{"model": "resnet20", "method": "float", "accuracy": evaluate(parts[0], test)}]
     for ratio in RATIOS:
         budget = Budget(bops=1 / ratio)

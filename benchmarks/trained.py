@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
-from _cifar_models import padded_resnet20
+from _cifar_models import cifar10, padded_resnet20
 
 import sbs_fx
-from sbs_fx.data import open_data
 
 PLANS = [  # (budget in BOPs, weight bits, activation bits)
     (1 / 16, 8, 8),
@@ -43,9 +42,8 @@ def main() -> int:
         print("not run: needs --data-dir and --weights")
         return 0
     net = padded_resnet20(options.weights)
-    normal = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "image_size": 32, "channels": 3}
-    test = list(open_data(str(options.data_dir), split="test", batch_size=500, **normal))[: options.images // 500]
-    train = list(open_data(str(options.data_dir), split="train", batch_size=128, **normal))[:4]
+    test = list(cifar10(options.data_dir, "test", 500))[: options.images // 500]
+    train = list(cifar10(options.data_dir, "train", 128))[:4]
     labels = torch.cat([y for _, y in test])
     accuracy = lambda p: 100 * (p == labels).double().mean().item()  # noqa: E731
     rows = [{"plan": "float", "accuracy": accuracy(predictions(net, test)), "images": len(labels)}]

@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _cifar_models import CifarResNet
-from safetensors.torch import load_file
+from _cifar_models import cifar10, padded_resnet20
 from scipy.stats import kendalltau
 from torch.nn import functional as F
 
 from sbs_fx.calibration import calibrate
 from sbs_fx.compress import kept_bits
-from sbs_fx.data import open_data
 from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
 from sbs_fx.policy import Budget, Policy
 from sbs_fx.refine import Refinement, refine
@@ -38,23 +36,21 @@ from sbs_fx.training import evaluate
 from sbs_fx.training.norms import estimate_norms
 
 PLANS = [(3, 3), (4, 4), (4, 8), (8, 8)]  # weight and activation bits whose cost is the budget
-NORMAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "image_size": 32, "channels": 3}
 
 
 class Case:
     """The network, its analyses and its data."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        net = CifarResNet(20, classes=10, padded_shortcuts=True)
-        net.load_state_dict({k.replace("linear.", "fc."): v for k, v in load_file(options.weights).items()})
+        net = padded_resnet20(options.weights)
         self.inputs = (torch.zeros(2, 3, 32, 32),)
-        self.graph = trace(net.eval(), self.inputs)
+        self.graph = trace(net, self.inputs)
         self.groups = channel_groups(self.graph)
         self.cost = cost_model(self.graph, self.groups)
-        test = list(open_data(str(options.data_dir), split="test", batch_size=250, **NORMAL))
+        test = list(cifar10(options.data_dir, "test", 250))
         self.test = test[: -(-options.images // 250)]
         count = -(-options.calibration // 128)
-        self.train = list(open_data(str(options.data_dir), split="train", batch_size=128, **NORMAL))[:count]
+        self.train = list(cifar10(options.data_dir, "train", 128))[:count]
 
     def realise(self, policy: Policy, data: list[Any]) -> Any:
         gated = insert_gates(slim(self.graph, self.groups, policy.kept), self.groups, channels=False)
