@@ -5,6 +5,7 @@ Shortcuts are 1x1 convolutions, or every second pixel zero-padded by a quarter o
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,13 @@ def padded_resnet20(weights: Path) -> CifarResNet:
 def cifar10(folder: Path, split: str, batch_size: int, **options: Any) -> Batches:
     """One split of CIFAR-10 (arrays in `folder`), normalised as that network takes it."""
     return open_data(str(folder), split=split, batch_size=batch_size, image_size=32, channels=3, **CIFAR10, **options)
+
+
+def cifar10_parser(description: str) -> argparse.ArgumentParser:
+    """The options of every benchmark on that network."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--images", type=int, default=10_000, help="of the test set")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser

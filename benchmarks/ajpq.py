@@ -9,7 +9,6 @@ images and tells its accuracy on the test images.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from _cifar_data import CifarBatches, batches
-from _cifar_models import CIFAR10, cifar10, padded_resnet20
+from _cifar_models import CIFAR10, cifar10, cifar10_parser, padded_resnet20
 
 from sbs_fx.passes import channel_groups, cost_model, trace
 from sbs_fx.policy import Budget
@@ -73,15 +72,11 @@ def augmented(folder: Path) -> CifarBatches:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--weights", type=Path)
+    parser = cifar10_parser(__doc__ or "")
     parser.add_argument("--episodes", type=int, default=90)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=float, default=0.2)
     parser.add_argument("--methods", nargs="+", default=["ajpq", "random", "random bits", "no learning"])
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if options.data_dir is None or options.weights is None:
         print("not run: needs --data-dir and --weights")

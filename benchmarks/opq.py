@@ -9,7 +9,6 @@ Without --data-dir and --weights only the first part is run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import timm
 import torch
-from _cifar_models import cifar10, padded_resnet20
+from _cifar_models import cifar10, cifar10_parser, padded_resnet20
 from torch import fx, nn
 
 from sbs_fx.calibration import calibrate
@@ -136,11 +135,7 @@ def comparison(data_dir: Path, weights: Path, count: int) -> list[dict[str, Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = cifar10_parser(__doc__ or "")
     options = parser.parse_args()
     rows = allocations()
     if options.data_dir is not None and options.weights is not None:

@@ -8,13 +8,11 @@ network, of the gated and of the static graph, and how often the two agree.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from pathlib import Path
 
 import torch
-from _cifar_models import cifar10, padded_resnet20
+from _cifar_models import cifar10, cifar10_parser, padded_resnet20
 
 import sbs_fx
 
@@ -32,11 +30,7 @@ def predictions(module: torch.nn.Module, data: list) -> torch.Tensor:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = cifar10_parser(__doc__ or "")
     options = parser.parse_args()
     if options.data_dir is None or options.weights is None:
         print("not run: needs --data-dir and --weights")

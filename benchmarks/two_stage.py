@@ -14,11 +14,10 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from _cifar_models import cifar10, padded_resnet20
+from _cifar_models import cifar10, cifar10_parser, padded_resnet20
 from scipy.stats import kendalltau
 from torch.nn import functional as F
 
@@ -137,14 +136,10 @@ def correlation(case: Case, count: int, rows: list[dict[str, float]], save: Any)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--images", type=int, default=10_000, help="of the test set")
+    parser = cifar10_parser(__doc__ or "")
     parser.add_argument("--calibration", type=int, default=1024, help="training images")
     parser.add_argument("--steps", type=int, default=Refinement().steps, help="of refinement, in each stretch")
     parser.add_argument("--policies", type=int, default=100, help="for the rank correlation")
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if options.data_dir is None or options.weights is None:
         print("not run: needs --data-dir and --weights")

@@ -44,6 +44,11 @@ def group_importance(
     return {g.name: scores[g.axis].pow(1 / power) for g in groups.values()}
 
 
+def most_important(scores: Tensor, count: int) -> list[int]:
+    """The `count` coordinates of largest score, ascending; of equal ones, the first."""
+    return sorted(scores.argsort(descending=True, stable=True)[:count].tolist())
+
+
 def _spread(dim: Dim, mass: Tensor, scores: dict[Axis, Tensor]) -> None:
     """Add the mass of a dimension, shape (size,), to the coordinates of the axes that it is made of."""
     dim = d.resolve(dim)

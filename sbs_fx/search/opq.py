@@ -35,10 +35,11 @@ from sbs_fx.passes import dims as d
 from sbs_fx.passes.insert_gates import non_negative
 from sbs_fx.passes.slim import attribute
 from sbs_fx.policy import Budget, Policy, Value
-from sbs_fx.search.importance import Norm, group_importance, kernel_multiple
+from sbs_fx.search.gate_search import Draft
+from sbs_fx.search.importance import Norm, group_importance, kernel_multiple, most_important
 from sbs_fx.search.lagrangian import Decision, Load, Polynomial, minimise
 from sbs_fx.search.laplace import laplace_fit, least_rounding_error
-from sbs_fx.search.sbs import Searched
+from sbs_fx.search.sbs import Searched, policy_of
 from sbs_fx.search.sparse import prune_weights, weight_tensors
 from sbs_fx.search.uniform import end_bits
 from sbs_fx.superbit import max_level
@@ -153,16 +154,8 @@ def _allocate(
     values = _meeting(cost, budget, decisions)
     kept = {g.name: list(range(g.size)) for g in groups.values()}
     for name, count in _of("c", values).items():
-        kept[name] = sorted(scores[name].argsort(descending=True, stable=True)[:count].tolist())
-    return Policy(
-        fingerprint=groups.fingerprint,
-        method="opq",
-        seed=seed,
-        kept=kept,
-        sizes={g.name: g.size for g in groups.values()},
-        weight_bits=dict(_of("w", values)),
-        activation_bits=_of("a", values),
-    )
+        kept[name] = most_important(scores[name], count)
+    return policy_of(Draft(_of("w", values), _of("a", values), kept), groups, "opq", seed, "symmetric")
 
 
 def _meeting(cost: CostModel, budget: Budget, decisions: Mapping[Name, Decision]) -> dict[Name, int]:

@@ -14,7 +14,7 @@ from sbs_fx.errors import InfeasibleBudget
 from sbs_fx.passes import ChannelGroup, ChannelGroups, CostModel
 from sbs_fx.passes.insert_gates import Readers
 from sbs_fx.policy import Budget, Cost, Policy
-from sbs_fx.search.importance import Norm, group_importance, kernel_multiple
+from sbs_fx.search.importance import Norm, group_importance, kernel_multiple, most_important
 
 # (weight bits, activation bits), from harmless to harsh
 BIT_PAIRS = ((8, 8), (4, 8), (4, 4), (2, 4), (2, 2))
@@ -83,7 +83,7 @@ def uniform(
     scores = group_importance(groups, importance)
     kept = {g.name: list(range(g.size)) for g in groups.values()}
     for name, count in counts.items():
-        kept[name] = sorted(scores[name].argsort(descending=True, stable=True)[:count].tolist())
+        kept[name] = most_important(scores[name], count)
     return Policy(
         fingerprint=groups.fingerprint,
         method="uniform",
