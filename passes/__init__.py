@@ -10,6 +10,8 @@ from sbs_fx.passes.insert_gates import (
     insert_gates,
     weight_gates,
 )
+from sbs_fx.passes.integer_grid import integer_grid
+from sbs_fx.passes.integer_joins import integer_joins
 from sbs_fx.passes.pass_manager import as_pass
 from sbs_fx.passes.slim import slim
 from sbs_fx.passes.trace import trace
@@ -26,6 +28,8 @@ __all__ = [
     "cost_model",
     "finalize",
     "insert_gates",
+    "integer_grid",
+    "integer_joins",
     "slim",
     "trace",
     "weight_gates",

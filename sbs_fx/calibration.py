@@ -22,7 +22,7 @@ from sbs_fx.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
 
-Inputs = tuple[int, tuple[Tensor, ...]]  # index of a batch, and what the graph takes
+Inputs = tuple[Tensor, ...]  # a batch as the graph takes it
 
 METHODS = ("mse", "minmax", "percentile")
 FLOAT_BITS = 32
@@ -80,17 +80,13 @@ def calibrate(
     expected = len(gated.graph.find_nodes(op="placeholder"))
     if len(inputs) != expected:
         raise InputError(f"{len(inputs)} example inputs for a graph that takes {expected}; give one tensor for each")
-    if data is None:
-        batches = _synthetic(inputs, max_batches, least=_fewest_images(gated))
-    else:
-        start_epoch(data, 0)
-        batches = _checked(data, inputs, max_batches)
+    batches = calibration_batches(data, inputs, max_batches, least=_fewest_images(gated))
     recorder = _Recorder(gated, method, spread if data is None else None)
     modes = {module: module.training for module in gated.modules()}
     gated.eval()
     try:
         with torch.no_grad():
-            for index, batch in batches:
+            for index, batch in enumerate(batches):
                 recorder.observe(index, batch)
             recorder.set_activation_ranges(percentile)
     finally:
@@ -101,8 +97,18 @@ def calibrate(
 # Input
 
 
+def calibration_batches(
+    data: Iterable[Any] | None, inputs: Sequence[Tensor], max_batches: int, *, least: int = 1
+) -> Iterator[Inputs]:
+    """Batches as the graph takes them: of the data, or synthetic ones of at least that many images. Raises DataError
+    as `calibrate` does."""
+    if data is None:
+        return _synthetic(inputs, max_batches, least)
+    start_epoch(data, 0)
+    return _checked(data, inputs, max_batches)
+
+
 def _checked(data: Iterable[Any], inputs: Sequence[Tensor], max_batches: int) -> Iterator[Inputs]:
-    """Batches as the graph takes them."""
     for index, tensors, _ in read_batches(data, inputs=len(inputs), max_batches=max_batches):
         for x, example in zip(tensors, inputs, strict=True):
             if x.shape[1:] != example.shape[1:]:
@@ -117,7 +123,7 @@ def _checked(data: Iterable[Any], inputs: Sequence[Tensor], max_batches: int) ->
                 )
             if x.is_floating_point() and not bool(torch.isfinite(x).all()):
                 raise DataError(f"NaN or Inf in batch {index} of the calibration data; drop or mend that batch")
-        yield index, tuple(x.to(e.device, e.dtype) for x, e in zip(tensors, inputs, strict=True))
+        yield tuple(x.to(e.device, e.dtype) for x, e in zip(tensors, inputs, strict=True))
 
 
 def _fewest_images(gated: fx.GraphModule) -> int:
@@ -137,16 +143,13 @@ def _synthetic(inputs: Sequence[Tensor], max_batches: int, least: int) -> Iterat
     largest = max(x[:1].numel() for x in inputs)
     batch = max(least, min(64, _SYNTHETIC // max(1, largest)))
     enough = -(-_SYNTHETIC_BATCHES * _SYNTHETIC // max(1, batch * largest))  # of very large images, one has it all
-    for index in range(min(max_batches, _SYNTHETIC_BATCHES, enough)):
+    for _ in range(min(max_batches, _SYNTHETIC_BATCHES, enough)):
         rows = torch.arange(batch) % len(inputs[0])
-        yield (
-            index,
-            tuple(
-                torch.randn(batch, *x.shape[1:], generator=generator).to(x.device, x.dtype)
-                if x.is_floating_point()
-                else x[rows.to(x.device)]
-                for x in inputs
-            ),
+        yield tuple(
+            torch.randn(batch, *x.shape[1:], generator=generator).to(x.device, x.dtype)
+            if x.is_floating_point()
+            else x[rows.to(x.device)]
+            for x in inputs
         )
 
 
@@ -208,7 +211,7 @@ class _Recorder(fx.Interpreter):
         self.known: dict[fx.Node, Tensor] = {}
         self.analytic: set[int] = set()
 
-    def observe(self, index: int, batch: tuple[Tensor, ...]) -> None:
+    def observe(self, index: int, batch: Inputs) -> None:
         self.batch = index
         self.run(*batch)
 

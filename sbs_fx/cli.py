@@ -1,4 +1,4 @@
-"""The command line: `sbs-fx inspect | compress | apply | compare | sweep | evaluate | report`.
+"""The command line: `sbs-fx inspect | compress | apply | compare | sweep | evaluate | export | bench | report`.
 
 In: a timm model name (and maybe weights), a budget or a policy, maybe data. Out: text or, with `--json`, JSON on
 stdout; progress and errors on stderr. Holds: an error of ours is one line and exit code 2, with nothing half-written
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from sbs_fx.cli_compare import compare, sweep
+from sbs_fx.cli_export import bench, export
 from sbs_fx.cli_options import (
     BatchSize,
     Checkpoint,
@@ -52,7 +53,7 @@ app = typer.Typer(
 )
 
 
-for command in (compare, sweep):
+for command in (compare, sweep, export, bench):
     app.command()(command)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sbs_fx.data import Batches, open_data
 from sbs_fx.errors import FileError, InputError
-from sbs_fx.export import load_pt2
+from sbs_fx.export import load_saved as load_static
 from sbs_fx.models import create_model, input_config
 
 
@@ -92,11 +92,10 @@ def _parse_size(text: str | None) -> tuple[int, int, int] | None:
 
 def load_saved(path: str) -> NamedModel:
     """A saved result; its file says which images it takes."""
-    module = load_pt2(path)
-    shape = next(iter(module.graph.find_nodes(op="placeholder"))).meta["val"].shape
-    known = module.meta.get("metadata", {})
+    module, inputs = load_static(path)
+    known = module.meta["metadata"]
     normalisation = {k: known[k] for k in ("mean", "std") if k in known}
-    return NamedModel(module, torch.zeros(2, *(int(n) for n in shape[1:])), normalisation)
+    return NamedModel(module, inputs[0], normalisation)
 
 
 def open_split(made: NamedModel, spec: str, data_dir: str | None, split: str, batch_size: int, seed: int) -> Batches:

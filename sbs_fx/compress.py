@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sbs_fx.calibration import calibrate
+from sbs_fx.benchmark import Benchmark, benchmark
+from sbs_fx.calibration import calibrate, calibration_batches
 from sbs_fx.config import Config
 from sbs_fx.errors import FileError, GraphError, WeightsError
-from sbs_fx.export.pt2 import save_pt2
+from sbs_fx.export import Runner, export, runner, save_pt2
 from sbs_fx.methods import QUICK, Traced, chosen_method, find_plan, with_norms
 from sbs_fx.models import create_model
 from sbs_fx.models import example_inputs as derive_inputs
@@ -31,6 +32,8 @@ from sbs_fx.passes import (
     cost_model,
     finalize,
     insert_gates,
+    integer_grid,
+    integer_joins,
     slim,
     trace,
 )
@@ -86,6 +89,22 @@ class Result:
         self.policy.save(os.path.join(path, "policy.json"))
         for name in ("report.txt", "report.json"):
             self.report.save(os.path.join(path, name))
+
+    def export(self, format: str, path: str | os.PathLike[str], **options: Any) -> Runner:
+        """Write `model` as a file of another tool; see `sbs_fx.export.export`."""
+        return export(self.model, self.example_inputs, format, path, **options)
+
+    def compiled(self) -> Runner:
+        """`model` under torch's compiler with int8 kernels; `kernels` says which layers reached one.
+
+        Raises:
+            BackendError: torchao is not installed, or the compiler fails or computes something else.
+        """
+        return runner(self.model, self.example_inputs, "inductor")
+
+    def benchmark(self, **options: Any) -> Benchmark:
+        """Latency on the backends at hand and the fastest of them; see `sbs_fx.benchmark.benchmark`."""
+        return benchmark(self.model, self.example_inputs, **options)
 
     def __str__(self) -> str:
         return str(self.report)
@@ -221,11 +240,22 @@ def _realise(
             seed=config.seed,
         )
     job.stage("finalise", 0.9)
-    static = finalize(gated)
+    static = _integer(finalize(gated), data, traced.inputs, config)
     total = searched.coded or cost.evaluate(policy.kept, weight_bits, policy.activation_bits)
     report = Report.of(groups, cost, policy, total, searched.notes)
     job.close()
     return Result(static, policy, total, report, gated, traced.inputs, job.seconds, masked)
+
+
+def _integer(
+    static: fx.GraphModule, data: Data | None, inputs: tuple[torch.Tensor, ...], config: Config
+) -> fx.GraphModule:
+    """A static graph in the form that compilers for integer kernels keep whole."""
+    if config.integer_joins:
+        batches = calibration_batches(data, inputs, config.calibration_batches)
+        # reason: synthetic input has no outliers to cut off
+        static = integer_joins(static, batches, method=config.ranges if data is not None else "minmax")
+    return integer_grid(static, exact=config.exact)
 
 
 def tune(

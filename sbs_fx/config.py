@@ -22,6 +22,9 @@ class Config(BaseModel):
         minor_groups: also prune the smaller factor of product axes (heads, group widths).
         keep_outputs: False lets the output features of a headless model shrink.
         ranges: how activation and weight ranges are chosen: "mse", "percentile" or "minmax".
+        integer_joins: adds, products, concatenations and pools of convolutional blocks work on 8-bit codes too, as
+            integer kernels want it; False leaves them in float.
+        exact: all scales are powers of two, so that every backend computes the same bits; costs accuracy below 8 bits.
         calibration_batches: batches of `data` that calibration reads.
         epochs, learning_rate: fine-tuning with the gates fixed; 0 epochs: none.
         search: settings of a method that trains; opq, two_stage, ajpq: of these methods.
@@ -39,6 +42,8 @@ class Config(BaseModel):
     minor_groups: bool = False
     keep_outputs: bool = True
     ranges: Literal["mse", "percentile", "minmax"] = "mse"
+    integer_joins: bool = True
+    exact: bool = False
     calibration_batches: int = Field(default=8, ge=1)
     epochs: int = Field(default=0, ge=0)
     learning_rate: float = Field(default=0.01, gt=0)

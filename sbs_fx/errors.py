@@ -13,6 +13,7 @@
   + MethodError               an unknown method                                          (also a ValueError)
   + FileError                 truncated or altered file, output that cannot be written   (also an OSError)
   + CheckpointMismatch        a checkpoint of another run                                (also a ValueError)
+  + BackendError              a backend that is not installed, or cannot hold the graph
   + TrainingError             training that cannot go on, such as a loss that is NaN
   + Interrupted               stopped from outside, with everything saved
 
@@ -147,6 +148,10 @@ class MethodError(SbsError, ValueError):
 class FileError(SbsError, OSError):
     """A file that is truncated or altered, or an output that cannot be written (a file where a directory is expected,
     no permission, disk full). Nothing half-written is left under the final name."""
+
+
+class BackendError(SbsError):
+    """A backend that is not installed, that cannot express the graph, or that computes something else."""
 
 
 class CheckpointMismatch(SbsError, ValueError):

@@ -14,20 +14,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import os
-import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export import Dim
 
-from sbs_fx.errors import FileError, GraphError
+from sbs_fx.errors import FileError
 from sbs_fx.export.packing import pack, unpack
+from sbs_fx.export.program import exported_program, quiet
 from sbs_fx.passes.canonical import canonicalise
 from sbs_fx.passes.finalize import StaticActivation, StoredWeight
 from sbs_fx.policy import write_atomic
@@ -37,7 +34,6 @@ INFORMATION = "extra/sbs_fx.json"  # what we know beside the graph, with a diges
 _SAMPLE_INPUTS = "data/sample_inputs/"
 _WEIGHTS = "data/weights/weight_"
 _IDENTITY = ".data/serialization_id"  # depends on the example inputs; left out
-_DESCRIPTIONS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 
 
 def save_pt2(
@@ -58,14 +54,14 @@ def save_pt2(
         GraphError: `torch.export` cannot capture the graph.
         FileError: `path` cannot be written or the disk is full; what `path` held before is still there.
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    program = _exported(pack(static), inputs)
+    program = exported_program(pack(static), example_inputs)
     archive = io.BytesIO()
-    with _quiet():
+    with quiet():
         torch.export.save(program, archive)
     information = {
         "format": FORMAT,
         "metadata": dict(metadata or {}),
+        "exact": static.meta.get("exact", False),
         "weights": static.meta.get("weights", {}),
         "activations": [[name, a.bits, a.zero_point] for name, a in static.meta.get("activations", {}).items()],
     }
@@ -85,7 +81,7 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
     data = _read(path)
     information = _checked(data, os.fspath(path))
     try:
-        with _quiet():
+        with quiet():
             program = torch.export.load(io.BytesIO(data))
             module = program.module(check_guards=False)
     except Exception as error:  # whatever torch raises on an archive that is whole but of another version
@@ -103,55 +99,20 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
     result.meta["weights"] = weights
     result.meta["activations"] = _activations(result, information["activations"])
     result.meta["metadata"] = information["metadata"]
+    result.meta["exact"] = information.get("exact", False)
     return result.eval()
 
 
+def load_saved(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """`load_pt2`, and zeros of the shapes that the graph takes, 2 along dynamic dimensions. Raises FileError."""
+    static = load_pt2(path)
+    values = [node.meta["val"] for node in static.graph.find_nodes(op="placeholder")]
+    shapes = [[2 if isinstance(size, torch.SymInt) else int(size) for size in value.shape] for value in values]
+    inputs = (torch.zeros(shape, dtype=value.dtype) for shape, value in zip(shapes, values, strict=True))
+    return static, tuple(inputs)
+
+
 # -- graphs ------------------------------------------------------------------------------------------------------------
-
-
-def _exported(packed: fx.GraphModule, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    shapes = _dynamic_shapes(packed, inputs)
-    # reason: a dynamic dimension of size 1 would be taken for a constant
-    inputs = tuple(
-        x.repeat([2 if i in shape and n == 1 else 1 for i, n in enumerate(x.shape)])
-        for x, shape in zip(inputs, shapes, strict=True)
-    )
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.export.export(packed, inputs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        raise GraphError(
-            f"torch.export cannot capture the static graph on inputs of shape "
-            f"{[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}",
-            pass_name="save",
-        ) from error
-    for node in list(program.graph.nodes):
-        for key in _DESCRIPTIONS:  # reason: where a node came from takes more room than the node
-            node.meta.pop(key, None)
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            program.graph.erase_node(node)  # reason: one a conversion, and none can fail
-    program.graph_module.recompile()
-    return program
-
-
-def _dynamic_shapes(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
-    """Per input, the dimensions that were symbolic when the graph was traced; the first one if that is not known."""
-    dims: dict[str, Any] = {}
-    shapes = []
-    placeholders = graph_module.graph.find_nodes(op="placeholder")
-    if len(placeholders) != len(inputs):
-        raise GraphError(f"got {len(inputs)} example inputs; the graph takes {len(placeholders)}", pass_name="save")
-    for node in placeholders:
-        value = node.meta.get("val")
-        symbols = (
-            {0: "batch"}
-            if value is None
-            else {i: str(size.node.expr) for i, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
-        )
-        for symbol in symbols.values():
-            dims.setdefault(symbol, Dim(f"dim{len(dims)}" if dims else "batch", min=1))
-        shapes.append({i: dims[symbol] for i, symbol in symbols.items()})
-    return tuple(shapes)
 
 
 def _activations(module: fx.GraphModule, rows: Sequence[Any]) -> dict[str, StaticActivation]:
@@ -251,17 +212,3 @@ def _checked(data: bytes, path: str) -> dict[str, Any]:
 
 def _uses_pickle(config: bytes) -> bool:
     return any(entry.get("use_pickle") for entry in json.loads(config)["config"].values())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's remarks on file names and future formats."""
-    logger = logging.getLogger("torch.export.pt2_archive._package")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

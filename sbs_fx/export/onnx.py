@@ -1,0 +1,222 @@
+"""ONNX with quantise and dequantise nodes, for ONNX Runtime and whatever else reads it.
+
+In: a static graph. Out: an ONNX model of opset 21, weights as int8 (or int4 on request), biases as int32 on the grid of
+their products, a dynamic batch. Holds: the file passes the checker; in ONNX Runtime every convolution and linear of two
+quantised operands has an int8 kernel, where it has one (`Kernels` says which have not).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from sbs_fx.errors import BackendError
+from sbs_fx.export.program import exported_program, quiet
+from sbs_fx.export.runtime import Kernels, Runner, by_name, layer_names, require
+from sbs_fx.policy import write_atomic
+
+OPSET = 21  # the first with 4-bit integers
+# reason: fused to a Gemm first, a linear of three dimensions would never become an integer product
+DISABLED = ["MatMulAddFusion"]
+_INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "QLinearConvTranspose"}
+_PROFILED = 5  # calls that a profile is the mean of
+_SMALLEST, _LARGEST = -(2**31), 2**31 - 1
+_PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_SUFFIX = re.compile(r"_token_\d+$")  # what ONNX Runtime adds to the name of a fused node
+_LAYER = "layer:"  # before the name of a layer with weights
+
+
+def onnx_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, low_bits: bool = False) -> Any:
+    """The `onnx.ModelProto` of a static graph.
+
+    Args:
+        low_bits: store weights of 2 and 4 bits as int4. Half the file; ONNX Runtime then runs their convolutions in
+            float, several times slower.
+
+    Raises:
+        BackendError: onnx or onnxscript is not installed, or the graph has an operator that ONNX has not.
+        GraphError: `torch.export` cannot capture the graph.
+    """
+    onnx, _ = require("onnx", "onnxscript")
+    program = exported_program(static, example_inputs)
+    try:
+        with quiet(), torch.no_grad():
+            exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+    except Exception as error:  # whatever the exporter and its own passes raise
+        raise BackendError(
+            f"cannot be exported to ONNX: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    assert exported is not None
+    model = exported.model_proto
+    _name_layers(model.graph, set(layer_names(static)))
+    _integer_biases(model.graph)
+    if low_bits:
+        names = {name for name, stored in static.meta["weights"].items() if _most_bits(stored.bits) <= 4}
+        _four_bits(model.graph, names)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def save_onnx(
+    static: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    low_bits: bool = False,
+) -> None:
+    """Write `onnx_model` to a file, whole or not at all; `metadata` becomes its properties, as text.
+
+    Raises:
+        BackendError, GraphError: as `onnx_model`. FileError: the path cannot be written.
+    """
+    model = onnx_model(static, example_inputs, low_bits=low_bits)
+    for key, value in (metadata or {}).items():
+        model.metadata_props.add(key=key, value=str(value))
+    write_atomic(path, model.SerializeToString())
+
+
+def run_onnx(model: bytes, static: fx.GraphModule, *, threads: int = 0) -> Runner:
+    """An ONNX model in ONNX Runtime on the CPU. `threads`: 0 leaves it to the runtime."""
+    onnx, ort = require("onnx", "onnxruntime")
+
+    def session(folder: str, **options: Any) -> Any:
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = threads
+        settings.log_severity_level = 3
+        for name, value in options.items():
+            setattr(settings, name, os.path.join(folder, value) if isinstance(value, str) else value)
+        return ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED)
+
+    with tempfile.TemporaryDirectory() as folder:
+        running = session(folder, optimized_model_filepath="optimised.onnx")
+        optimised = onnx.load(os.path.join(folder, "optimised.onnx"))
+    names = [value.name for value in running.get_inputs()]
+
+    def feed(inputs: Sequence[Tensor]) -> dict[str, Any]:
+        return {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(y) for y in running.run(None, feed(inputs))]
+
+    def profile(*inputs: Tensor) -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            profiled = session(folder, enable_profiling=True, profile_file_prefix="profile")
+            for _ in range(_PROFILED):
+                profiled.run(None, feed(inputs))
+            with open(profiled.end_profiling()) as file:
+                events = json.load(file)
+        seconds: dict[str, float] = {}
+        for event in events:
+            name = event["name"].removesuffix("_kernel_time")
+            if event.get("cat") == "Node" and name != event["name"]:
+                key = next(iter(matched_layers(static, [name])), name)
+                seconds[key] = seconds.get(key, 0.0) + event["dur"] / 1e6 / _PROFILED
+        return seconds
+
+    return Runner("onnxruntime", run, _kernels(optimised.graph, static), profile)
+
+
+def _kernels(graph: Any, static: fx.GraphModule) -> Kernels:
+    integer = [node for node in graph.node if node.op_type in _INTEGER]
+    return by_name(static, matched_layers(static, (node.name for node in integer)))
+
+
+def matched_layers(static: fx.GraphModule, names: Iterable[str]) -> set[str]:
+    """The layers that a tool's own names speak of, each of one or several nodes of the model."""
+    words = {_SUFFIX.sub("", word.removeprefix(_LAYER)) for name in names for word in re.split(r"[,/]", name)}
+    return words & set(layer_names(static))
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def _name_layers(graph: Any, layers: set[str]) -> None:
+    """Call what multiplies by a weight as our graph does, and drop the exporter's notes on where nodes came from, which
+    are half of a small file."""
+    for node in graph.node:
+        notes = {note.key: note.value for note in node.metadata_props}
+        del node.metadata_props[:]
+        source = notes.get("pkg.torch.onnx.fx_node", "").partition(" ")[0].removeprefix("%")
+        if node.op_type in _PRODUCTS and source in layers:
+            node.name = f"{_LAYER}{source}"
+
+
+def _integer_biases(graph: Any) -> None:
+    """Biases of layers with two quantised operands as int32 codes: only so runtimes have an integer kernel for them."""
+    onnx = require("onnx")[0]
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+    made = []
+    for node in graph.node:
+        if node.op_type not in ("Conv", "Gemm") or len(node.input) != 3 or node.input[2] not in tensors:
+            continue
+        scales = [_scale(makers.get(name), tensors) for name in node.input[:2]]
+        if scales[0] is None or scales[1] is None:
+            continue
+        step = scales[0] * scales[1]
+        codes = np.round(onnx.numpy_helper.to_array(tensors[node.input[2]]).astype(np.float64) / step)
+        name = f"{node.name}_bias"
+        codes = np.clip(codes, _SMALLEST, _LARGEST).astype(np.int32)
+        step = np.broadcast_to(step, codes.shape).astype(np.float32)
+        graph.initializer.append(onnx.numpy_helper.from_array(codes, f"{name}_codes"))
+        graph.initializer.append(onnx.numpy_helper.from_array(step, f"{name}_scale"))
+        inputs = [f"{name}_codes", f"{name}_scale"]
+        made.append(onnx.helper.make_node("DequantizeLinear", inputs, [f"{name}_values"], name=name, axis=0))
+        node.input[2] = f"{name}_values"
+    nodes = [*made, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    _drop_unread(graph)
+
+
+def _scale(node: Any, tensors: Mapping[str, Any]) -> Any:
+    """The scale of a dequantised operand, () or (channels,), float64; None if it is none."""
+    if node is None or node.op_type != "DequantizeLinear" or node.input[1] not in tensors:
+        return None
+    return require("onnx")[0].numpy_helper.to_array(tensors[node.input[1]]).astype(np.float64)
+
+
+def _drop_unread(graph: Any) -> None:
+    read = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _four_bits(graph: Any, names: set[str]) -> None:
+    """Codes of these weights, and zero points of their own, as int4."""
+    onnx = require("onnx")[0]
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in names:
+            codes, scale = (onnx.numpy_helper.to_array(tensors[name]) for name in node.input[:2])
+            zeros = f"{node.name}_zero_points"
+            for name, value in ((node.input[0], codes), (zeros, np.zeros(scale.shape, np.int8))):
+                four = onnx.helper.make_tensor(name, onnx.TensorProto.INT4, value.shape, _nibbles(value), raw=True)
+                if name in tensors:
+                    tensors[name].CopyFrom(four)
+                else:
+                    graph.initializer.append(four)
+            del node.input[2:]
+            node.input.append(zeros)
+    del graph.value_info[:]  # reason: it states the old types; a checker infers them again
+    _drop_unread(graph)
+
+
+def _nibbles(codes: Any) -> bytes:
+    """Two codes a byte, the first in the lower half."""
+    flat = np.append(codes.astype(np.uint8).flatten() & 15, np.zeros(codes.size % 2, np.uint8))
+    return (flat[::2] | flat[1::2] << 4).tobytes()
+
+
+def _most_bits(bits: int | Sequence[int]) -> int:
+    return bits if isinstance(bits, int) else max(bits)

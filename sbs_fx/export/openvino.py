@@ -1,0 +1,117 @@
+"""OpenVINO's own format, by way of ONNX.
+
+In: a static graph. Out: an OpenVINO model (.xml and .bin), int8 weights, a dynamic batch. Holds: results as torch's; in
+exact mode bit for bit, for which two things have to be said that OpenVINO would otherwise simplify away:
+
+    a quantiser before an addition is followed by a clip to all its codes: fused into the convolution before it, it
+    would round ties in its own way
+    the graph's input is rounded to its grid before it is quantised: the shift by the zero point would cost it two bits
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sbs_fx.export.onnx import matched_layers, onnx_model
+from sbs_fx.export.runtime import Runner, by_name, require
+from sbs_fx.passes.finalize import MAX_CODE
+from sbs_fx.passes.integer_joins import quantizers
+from sbs_fx.passes.slim import copy_graph
+
+aten = torch.ops.aten
+_PROFILED = 5  # calls that a profile is the mean of
+_LAYERS = {"Convolution", "FullyConnected", "MatMul", "Deconvolution", "GroupConvolution", "GroupDeconvolution"}
+
+
+def openvino_model(static: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Any:
+    """The `openvino.Model` of a static graph.
+
+    Raises:
+        BackendError: openvino, onnx or onnxscript is not installed, or the graph has an operator that ONNX has not.
+    """
+    (openvino,) = require("openvino")
+    onnx = onnx_model(_explicit(static), example_inputs)
+    return openvino.Core().read_model(onnx.SerializeToString())
+
+
+def save_openvino(static: fx.GraphModule, example_inputs: Sequence[Tensor], path: str | os.PathLike[str]) -> None:
+    """Write the model to `path` (.xml) and its weights beside it (.bin). Raises BackendError as `openvino_model`."""
+    (openvino,) = require("openvino")
+    openvino.save_model(openvino_model(static, example_inputs), os.fspath(path), compress_to_fp16=False)
+
+
+def read_openvino(path: str | os.PathLike[str]) -> Any:
+    """The `openvino.Model` of a file, which may go away afterwards."""
+    (openvino,) = require("openvino")
+    with open(path, "rb") as model, open(os.path.splitext(path)[0] + ".bin", "rb") as weights:
+        return openvino.Core().read_model(model.read(), weights.read())
+
+
+def run_openvino(model: Any, static: fx.GraphModule, example_inputs: Sequence[Tensor], *, threads: int = 0) -> Runner:
+    """An OpenVINO model on the CPU, compiled for each shape of inputs that comes: compiled for any batch size it takes
+    other kernels, slower ones, which round ties in their own way. `threads`: 0 leaves it to the runtime."""
+    (openvino,) = require("openvino")
+    # reason: some processors would compute what is left in float in bfloat16
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    core, made = openvino.Core(), dict[tuple[torch.Size, ...], Any]()
+
+    def fresh(shapes: tuple[torch.Size, ...], **more: Any) -> Any:
+        fixed = model.clone()
+        fixed.reshape({i: list(shape) for i, shape in enumerate(shapes)})
+        return core.compile_model(fixed, "CPU", {**settings, **more})
+
+    def compiled(inputs: Sequence[Tensor]) -> Any:
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in made:
+            made[shapes] = fresh(shapes)
+        return made[shapes]
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        results = compiled(inputs)([x.numpy() for x in inputs])
+        return [torch.from_numpy(results[i].copy()) for i in range(len(model.outputs))]
+
+    def profile(*inputs: Tensor) -> dict[str, float]:
+        request = fresh(tuple(x.shape for x in inputs), PERF_COUNT=True).create_infer_request()
+        seconds: dict[str, float] = {}
+        for i in range(_PROFILED + 1):
+            request.infer([x.numpy() for x in inputs])
+            for row in request.get_profiling_info() if i else ():  # reason: the first run also packs weights
+                key = next(iter(matched_layers(static, [row.node_name])), row.node_name)
+                seconds[key] = seconds.get(key, 0.0) + row.real_time.total_seconds() / _PROFILED
+        return seconds
+
+    names = []
+    for operation in compiled(example_inputs).get_runtime_model().get_ordered_ops():
+        facts = {key: getattr(value, "value", value) for key, value in operation.get_rt_info().items()}
+        if facts.get("layerType") in _LAYERS and _is_integer(facts):
+            names.append(str(facts.get("originalLayersNames")))
+    return Runner("openvino", run, by_name(static, matched_layers(static, names)), profile)
+
+
+def _is_integer(facts: dict[str, Any]) -> bool:
+    return "I8" in str(facts.get("primitiveType")).upper() or str(facts.get("runtimePrecision")) in ("u8", "i8")
+
+
+def _explicit(static: fx.GraphModule) -> fx.GraphModule:
+    result = copy_graph(static)
+    result.meta["weights"] = static.meta.get("weights", {})
+    graph = result.graph
+    for first, last in list(quantizers(graph)):
+        source, scale = first.args[:2]
+        if source.op == "placeholder" and static.meta.get("exact", False):
+            with graph.inserting_before(first):
+                steps = graph.call_function(aten.mul.Tensor, (source, 1 / scale))
+                rounded = graph.call_function(aten.round.default, (steps,))
+                first.replace_input_with(source, graph.call_function(aten.mul.Tensor, (rounded, scale)))
+        if last.args[0] is first and any(user.target is aten.add.Tensor for user in last.users):
+            with graph.inserting_after(first):
+                last.replace_input_with(first, graph.call_function(aten.clamp_max.default, (first, MAX_CODE)))
+    result.recompile()
+    return result.eval()

@@ -1,0 +1,86 @@
+"""A static graph as `torch.export` captures it: where every file format begins.
+
+In: a static graph and example inputs. Out: an exported program. Holds: what was a dynamic dimension when the model was
+traced is one again; no node carries where it came from, which takes more room than the node.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim
+
+from sbs_fx.errors import GraphError
+
+_DESCRIPTIONS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+
+
+def exported_program(static: fx.GraphModule, example_inputs: Tensor | Sequence[Tensor]) -> torch.export.ExportedProgram:
+    """A static graph as `torch.export` captures it; dimensions that were dynamic stay so.
+
+    Raises:
+        GraphError: the number of inputs is wrong, or `torch.export` cannot capture the graph.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    shapes = _dynamic_shapes(static, inputs)
+    # reason: a dynamic dimension of size 1 would be taken for a constant
+    inputs = tuple(
+        x.repeat([2 if i in shape and n == 1 else 1 for i, n in enumerate(x.shape)])
+        for x, shape in zip(inputs, shapes, strict=True)
+    )
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(static, inputs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise GraphError(
+            f"torch.export cannot capture the static graph on inputs of shape "
+            f"{[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}",
+            pass_name="save",
+        ) from error
+    for node in list(program.graph.nodes):
+        for key in _DESCRIPTIONS:  # reason: where a node came from takes more room than the node
+            node.meta.pop(key, None)
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)  # reason: one a conversion, and none can fail
+    program.graph_module.recompile()
+    return program
+
+
+def _dynamic_shapes(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
+    """Per input, the dimensions that were symbolic when the graph was traced; the first one if that is not known."""
+    dims: dict[str, Any] = {}
+    shapes = []
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(inputs):
+        raise GraphError(f"got {len(inputs)} example inputs; the graph takes {len(placeholders)}", pass_name="save")
+    for node in placeholders:
+        value = node.meta.get("val")
+        symbols = (
+            {0: "batch"}
+            if value is None
+            else {i: str(size.node.expr) for i, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
+        )
+        for symbol in symbols.values():
+            dims.setdefault(symbol, Dim(f"dim{len(dims)}" if dims else "batch", min=1))
+        shapes.append({i: dims[symbol] for i, symbol in symbols.items()})
+    return tuple(shapes)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's remarks on file names and future formats."""
+    logger = logging.getLogger("torch.export.pt2_archive._package")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

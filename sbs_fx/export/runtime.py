@@ -1,0 +1,144 @@
+"""What all backends have in common: a runner, the kernels it reached, and what is said when it cannot be had.
+
+In: a static graph. Out: a callable that computes it with another tool. Holds: a runner's results were compared with
+the static graph's before anybody sees it, where `check` was called; a missing tool is named with what installs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sbs_fx.errors import BackendError
+from sbs_fx.passes.fold import CONVOLUTIONS, TRANSPOSED
+
+LAYERS = CONVOLUTIONS | TRANSPOSED | {torch.ops.aten.linear.default}
+EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino", "torchao": "inductor"}
+# Share of the output's norm that a backend may be off by: rounding ties that flip one code in 1e5 grow with depth, most
+# of all in networks that were never trained; a layer computed wrongly is far beyond.
+TOLERANCE = 0.3
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Layers with weights by what computes them: names of graph nodes."""
+
+    integer: tuple[str, ...]
+    floating: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        """Such as "20 of 21"."""
+        return f"{len(self.integer)} of {len(self.integer) + len(self.floating)}"
+
+    def __str__(self) -> str:
+        rest = f"; in float: {', '.join(self.floating)}" if self.floating else ""
+        return f"{self.summary} layers reached an int8 kernel{rest}"
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A static graph in the hands of a backend.
+
+    Attributes:
+        name: of the backend. run: takes and gives what the graph does, on the CPU. kernels: None if it cannot tell.
+        profile: inputs -> seconds of one call by layer, and by other operators under names of their own.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    kernels: Kernels | None = None
+    profile: Callable[..., Mapping[str, float]] | None = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self.run(*inputs)
+
+
+def require(*modules: str) -> list[Any]:
+    """The modules of an optional tool. Raises BackendError, which names the extra that installs them."""
+    found = []
+    for name in modules:
+        try:
+            found.append(importlib.import_module(name))
+        except ImportError as error:
+            extra = EXTRAS[name.partition(".")[0]]
+            raise BackendError(
+                f"{name.partition('.')[0]} is not installed ({error}); install it with: pip install 'sbs-fx[{extra}]'"
+            ) from error
+    return found
+
+
+def layer_names(static: fx.GraphModule) -> list[str]:
+    """Nodes that multiply by a weight, in graph order."""
+    return [node.name for node in static.graph.nodes if node.target in LAYERS]
+
+
+def by_name(static: fx.GraphModule, integer: Iterable[str]) -> Kernels:
+    """From the names of the nodes that reached an integer kernel."""
+    reached = set(integer)
+    names = layer_names(static)
+    return Kernels(tuple(n for n in names if n in reached), tuple(n for n in names if n not in reached))
+
+
+def check(runner: Runner, static: fx.GraphModule, example_inputs: Sequence[Tensor]) -> None:
+    """Compare with the static graph run by torch, on random inputs of the shapes of the examples.
+
+    Raises:
+        BackendError: the results differ; in a graph of `integer_grid(exact=True)`, in any bit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in example_inputs]
+    with torch.no_grad():
+        expected, found = flat(static(*inputs)), flat(runner(*inputs))
+    exact = static.meta.get("exact", False)
+    for want, have in zip(expected, found, strict=True):
+        have = have.reshape(want.shape)
+        if exact and not torch.equal(want, have):
+            raise BackendError(
+                f"{runner.name} is not bit-equal to torch on this exact graph: {int((want != have).sum())} of "
+                f"{want.numel()} outputs differ, by at most {float((want - have).abs().max()):.3g}; operators without "
+                "an exact integer form, such as gelu or layer norm, cause this: use another backend, or exact=False"
+            )
+        error = float((want - have).double().norm() / want.double().norm().clamp_min(1e-12))
+        if not error <= TOLERANCE:
+            raise BackendError(
+                f"{runner.name} computes another function: its outputs are {error:.1%} off in norm, at most "
+                f"{TOLERANCE:.0%} can come from rounding; use another backend"
+            )
+
+
+def flat(result: Any) -> list[Tensor]:
+    """The tensors of a model's output, in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    parts = result.values() if isinstance(result, dict) else result
+    return [tensor for part in parts if part is not None for tensor in flat(part)]
+
+
+def check_shapes(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    """Refuse inputs of another shape than the graph was made for. Raises BackendError."""
+    nodes = graph_module.graph.find_nodes(op="placeholder")
+    for node, x in zip(nodes, inputs, strict=True):
+        value = node.meta.get("val")
+        if value is None:
+            continue
+        wanted = [int(s) if isinstance(s, int) else None for s in value.shape]
+        fits = len(wanted) == x.ndim and all(w is None or w == s for w, s in zip(wanted, x.shape, strict=True))
+        if not fits:
+            shape = ", ".join("any" if w is None else str(w) for w in wanted)
+            raise BackendError(f"got an input of shape {tuple(x.shape)}; the graph was made for ({shape})")
+
+
+def has_vnni() -> bool | None:
+    """Whether the processor multiplies bytes in one instruction; None if that cannot be found out."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return None
+    return any(flag in flags for flag in ("avx512_vnni", "avx_vnni", "asimddp"))
