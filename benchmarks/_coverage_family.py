@@ -40,12 +40,18 @@ LARGE = 150_000_000  # parameters of a model from which on one image is run: mos
 SLIM_TOLERANCE = 1e-10  # of float64; errors of wrong indices are 1e-3 and more
 OUTPUT_TOLERANCE = 1e-5  # of float32; beyond it the row is marked as badly conditioned, not as wrong
 CODE_TOLERANCE = 1e-4  # share of codes that may differ by a step: rounding ties after batch norm is folded
+JOINS_TOLERANCE = 0.5  # of the output's norm; these networks are random, and at 8 bits or less turn steps into noise
 FILE_SLACK = 200_000  # bytes of graph and names beside the weights
 MEMORY_SLACK = 2**30  # bytes; importing torch and timm takes three quarters of it
 GROUPS_REPEATS = 5
 
 
-def check_family(task: Task) -> dict[str, Any]:
+def check_product(task: Task) -> dict[str, Any]:
+    """The row of one model, only of what a user does."""
+    return check_family(task, stages=(_product,))
+
+
+def check_family(task: Task, stages: tuple[Callable[..., None], ...] | None = None) -> dict[str, Any]:
     """The row of one model."""
     row: dict[str, Any] = {"family": task.family, "model": task.model, "outcome": "ok", "seconds": {}, "errors": []}
     begun = time.perf_counter()
@@ -55,7 +61,7 @@ def check_family(task: Task) -> dict[str, Any]:
     images = example_inputs(model, RUN_BATCH)
     row["float_bytes"] = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     randomise(model, images[:2])
-    for stage in (_product, _passes, _oracle):
+    for stage in stages or (_product, _passes, _oracle):
         _collect(row, lambda stage=stage: stage(row, model, images))
     row["outcome"] = row["errors"][0] if row["errors"] else "ok"
     row["wall_seconds"] = round(time.perf_counter() - begun, 1)
@@ -106,7 +112,21 @@ def _product(row: dict[str, Any], model: torch.nn.Module, images: torch.Tensor) 
     with torch.no_grad():
         _expect(row, _equal(loaded(run), result.model(run)), "loaded graph differs from the saved one")
     del loaded
-    row["codes"] = _compare_codes(row, result.gated, result.model, run)
+    plain = finalize(result.gated)
+    row["codes"] = _compare_codes(row, result.gated, plain, run)
+    _compare_joins(row, plain, result.model, run)
+
+
+def _compare_joins(row: dict[str, Any], plain: fx.GraphModule, integer: fx.GraphModule, images: torch.Tensor) -> None:
+    """The graph that is saved, with integer joins, against the one without."""
+    row["joins"] = len(integer.meta["activations"]) - len(plain.meta["activations"])
+    with torch.no_grad():
+        pairs = zip(pytree.tree_leaves(plain(images)), pytree.tree_leaves(integer(images)), strict=True)
+        errors = [float((a - b).norm() / a.norm().clamp_min(1e-9)) for a, b in pairs]
+    row["joins_error"] = max(errors)
+    _expect(row, row["joins_error"] <= JOINS_TOLERANCE, f"integer joins change the output by {row['joins_error']:.2f}")
+    unreal = [level for level in count_levels(integer, [images]) if not level.is_real]
+    _expect(row, not unreal, f"more levels than bits allow, with integer joins: {unreal[:1]}")
 
 
 def _compare_codes(

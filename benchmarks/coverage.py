@@ -31,6 +31,8 @@ def main() -> int:
     print(f"{len(tasks)} models, {len(tasks) - len(waiting)} already done", flush=True)
     if options.all:
         from _coverage_graph import check_graph as check
+    elif options.product:
+        from _coverage_family import check_product as check
     else:
         from _coverage_family import check_family as check
     results = run_tasks(
@@ -44,6 +46,8 @@ def main() -> int:
         print(f"{len(rows):5d}/{len(tasks)}  {task.family:24s} {task.model:44s} {row['outcome']}", flush=True)
     done = [rows[task.model] for task in tasks if task.model in rows]
     options.out.write_text(json.dumps(done, indent=1) + "\n")
+    if options.product:
+        return 0 if all(row["outcome"] == "ok" for row in done) else 1
     from _coverage_table import summary, table
 
     text = f"{table(done, graph_only=options.all)}\n\n{summary(done, graph_only=options.all)}\n"
@@ -88,6 +92,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON list of rows")
     parser.add_argument("--all", action="store_true", help="every name of the registry, graph work only")
+    parser.add_argument("--product", action="store_true", help="only compress, save, load and run; no table")
     parser.add_argument("--families", type=lambda text: text.split(","), help="only these timm modules, by comma")
     parser.add_argument("--models", type=lambda text: text.split(","), help="only these models, by comma")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")

@@ -1,0 +1,78 @@
+"""Post-training int8 of other tools, as they come: torchao's PT2E, ONNX Runtime's static quantiser, NNCF for OpenVINO.
+
+In: a float model and example inputs. Out: a callable that takes the same inputs. All calibrate on the same noise.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def torchao_pt2e(model: nn.Module, x: Tensor) -> Any:
+    from torch._inductor import config
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    with torch.no_grad(), config.patch(freezing=True):
+        prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+        prepared(x)
+        compiled = torch.compile(convert_pt2e(prepared), dynamic=False)
+        compiled(x)
+
+    def run(x: Tensor) -> Any:
+        with torch.no_grad():
+            return compiled(x)
+
+    return run
+
+
+def onnxruntime_static(model: nn.Module, x: Tensor, threads: int) -> Any:
+    import onnxruntime as ort
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain, prepared, path = (str(Path(folder) / f"{name}.onnx") for name in ("float", "prepared", "int8"))
+        torch.onnx.export(model, (x,), plain, dynamo=True, opset_version=21, verbose=False, external_data=False)
+        quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+        name = ort.InferenceSession(prepared, providers=["CPUExecutionProvider"]).get_inputs()[0].name
+
+        class Noise(CalibrationDataReader):  # type: ignore[misc]
+            def __init__(self) -> None:
+                self.waiting = [{name: x.numpy()}]
+
+            def get_next(self) -> Any:
+                return self.waiting.pop() if self.waiting else None
+
+        quantize_static(
+            prepared,
+            path,
+            Noise(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {name: x.numpy()})
+
+
+def openvino_nncf(model: nn.Module, x: Tensor, threads: int) -> Any:
+    import nncf
+    import openvino
+
+    found = openvino.convert_model(model, example_input=x)
+    found.reshape(list(x.shape))
+    quantised = nncf.quantize(found, nncf.Dataset([x], lambda x: x.numpy()), subset_size=1)
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    compiled = openvino.Core().compile_model(quantised, "CPU", settings)
+    return lambda x: compiled([x.numpy()])[0]
