@@ -107,7 +107,7 @@ def _row(name: str, batch: int, threads: int, rounds: int) -> dict[str, Any]:
                 kernels[key] = str(runners[key].kernels)
             except Exception as error:
                 refused[key] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    timings = time_runners(runners, (x,), batch, rounds)
+    timings = time_runners(runners, (x,), batch, rounds, threads)
     return {
         "model": name,
         "batch": batch,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -52,12 +52,38 @@ class Product:
 
 @dataclass(frozen=True)
 class LayerExpression:
-    """One layer: its products, and its weights as name -> types of the weight's dimensions and its output dimension."""
+    """One layer: its products, and its weights as name -> types of the weight's dimensions and its output dimension.
+    `node` is the name of its graph node."""
 
     name: str
+    node: str
     kind: str
     products: tuple[Product, ...]
     weights: Mapping[str, tuple[tuple[Dim, ...], int]]
+
+    def sizes(self, of_axis: Callable[[Axis], Any]) -> list[tuple[Any, Any, int]]:
+        """Per weight: output channels, input channels of one group, and positions that it is applied at."""
+        macs = sum(int(product.macs(lambda axis: axis.size)) for product in self.products)
+        found = []
+        for dims, outputs in self.weights.values():
+            whole = math.prod(d.evaluate(dim, lambda axis: axis.size) for dim in dims)
+            place = outputs % len(dims)
+            inputs = next((dim for i, dim in enumerate(dims[:2]) if i != place), None)
+            size = d.evaluate(inputs, of_axis) if inputs is not None else 1
+            found.append((d.evaluate(dims[place], of_axis), size, macs // max(1, whole)))
+        return found
+
+
+class Timing(Protocol):
+    """What gives a layer's seconds as an expression of its sizes, such as `sbs_fx.latency.LatencyModel`."""
+
+    @property
+    def float_seconds(self) -> float: ...
+
+    @property
+    def rest(self) -> tuple[float, float, float]: ...
+
+    def seconds(self, layer: LayerExpression, of_axis: Callable[[Axis], Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -72,10 +98,10 @@ class OtherTensor:
 
 
 class CostModel:
-    """Costs of one graph under any plan. Build with `cost_model`."""
+    """Costs of one graph under any plan. Build with `cost_model`; with `timing`, latency is one of them."""
 
-    def __init__(self, groups: ChannelGroups) -> None:
-        self.groups = groups
+    def __init__(self, groups: ChannelGroups, timing: Timing | None = None) -> None:
+        self.groups, self.timing = groups, timing
         inference = groups.inference
         nodes = {n.name: n for n in inference.graph_module.graph.nodes}
         self.symbols = _symbol_values(inference)
@@ -149,6 +175,7 @@ class CostModel:
                     weight_bits=float(weight_mean),
                     activation_bits=float(activation_mean),
                     stored_bits=stored,
+                    seconds=float(self.timing.seconds(layer, of_axis)) if self.timing and reference else 0.0,
                 )
             )
         folded = reference is not None
@@ -157,7 +184,14 @@ class CostModel:
             count = math.prod(d.evaluate(x, of_axis) for x in tensor.dims)
             other += count if tensor.is_parameter else 0
             other_bits += 0 if folded and tensor.vanishes else count * tensor.bits
-        return Cost(layers=tuple(rows), other_params=other, other_stored_bits=other_bits, reference=reference)
+        seconds = 0.0 if self.timing is None else self.timing.rest[0] if reference else self.timing.float_seconds
+        return Cost(
+            layers=tuple(rows),
+            other_params=other,
+            other_stored_bits=other_bits,
+            other_seconds=seconds,
+            reference=reference,
+        )
 
     def _mean_bits(
         self, operand_: tuple[str, str] | None, weight_bits: Mapping[str, Bits], activation_bits: Mapping[str, int]
@@ -172,8 +206,9 @@ class CostModel:
     def expected(
         self, sizes: Mapping[str, Any], weight_bits: Mapping[str, Any], activation_bits: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Costs by measure ("bops", "macs", "size" in stored bits) with tensors, or numbers, in place of sizes by group
-        name and bits by name; differentiable in each. With whole numbers it is what `evaluate` gives.
+        """Costs by measure ("bops", "macs", "size" in stored bits, "latency" in seconds if there is a timing) with
+        tensors, or numbers, in place of sizes by group name and bits by name; differentiable in each. With whole
+        numbers it is what `evaluate` gives.
         """
         by_axis = {self.groups[n].axis: s for n, s in sizes.items()}
 
@@ -203,7 +238,10 @@ class CostModel:
         for tensor in self._others:
             if not tensor.vanishes:
                 size = size + math.prod(d.evaluate(x, of_axis) for x in tensor.dims) * tensor.bits
-        return {"bops": bops, "macs": macs, "size": size}
+        found = {"bops": bops, "macs": macs, "size": size}
+        if self.timing is not None:
+            found["latency"] = sum((self.timing.seconds(x, of_axis) for x in self.layers), start=self.timing.rest[0])
+        return found
 
     # -- symbolic --------------------------------------------------------------------------------------------------
 
@@ -241,8 +279,8 @@ class CostModel:
         return _ends(self.groups.inference)
 
 
-def cost_model(graph_module: fx.GraphModule, groups: ChannelGroups) -> CostModel:
-    """The cost of `graph_module`, on which `groups` was found.
+def cost_model(graph_module: fx.GraphModule, groups: ChannelGroups, timing: Timing | None = None) -> CostModel:
+    """The cost of `graph_module`, on which `groups` was found; `timing` (from `latency_model`) adds seconds.
 
     Raises:
         GraphError: the groups belong to another graph.
@@ -251,7 +289,7 @@ def cost_model(graph_module: fx.GraphModule, groups: ChannelGroups) -> CostModel
         raise GraphError(
             "the groups were found on another graph; call channel_groups on this one", pass_name="cost_model"
         )
-    return CostModel(groups)
+    return CostModel(groups, timing)
 
 
 def _mean(bits: Bits) -> Fraction:
@@ -280,7 +318,8 @@ def _expression(
     weights = {weight_name(operand(node, p)): (inference[operand(node, p)], layer.outputs) for p in layer.weights}
     label = next((name for kind, name in names.values() if kind == "weight"), node.name)
     products = tuple(_product(inference, term, names, symbols) for term in layer.terms)
-    return LayerExpression(label if label == node.name else f"{label} ({node.name})", layer.kind, products, weights)
+    label = label if label == node.name else f"{label} ({node.name})"
+    return LayerExpression(label, node.name, layer.kind, products, weights)
 
 
 def _product(

@@ -21,6 +21,7 @@ from sbs_fx.calibration import calibrate, calibration_batches
 from sbs_fx.config import Config
 from sbs_fx.errors import FileError, GraphError, WeightsError
 from sbs_fx.export import Runner, export, runner, save_pt2
+from sbs_fx.latency import latency_model
 from sbs_fx.methods import QUICK, Traced, chosen_method, find_plan, with_norms
 from sbs_fx.models import create_model
 from sbs_fx.models import example_inputs as derive_inputs
@@ -152,7 +153,7 @@ def compress(
     if output_dir is not None:
         prepare_directory(output_dir)
     job = _Job(progress, observer)
-    traced = _traced(model, example_inputs, config, job)
+    traced = _traced(model, example_inputs, config, job, timed="latency" in budget.limits)
     with _checkpoints(output_dir, traced, method, budget, config, restart) as checkpoints:
         job.stage("search", 0.35)
         searched = find_plan(traced, method, budget, data, config, checkpoints, observer)
@@ -191,7 +192,11 @@ def apply(
 
 
 def _traced(
-    model: nn.Module | str, example_inputs: torch.Tensor | Sequence[torch.Tensor] | None, config: Config, job: _Job
+    model: nn.Module | str,
+    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None,
+    config: Config,
+    job: _Job,
+    timed: bool = False,
 ) -> Traced:
     job.stage("trace", 0.0)
     module = create_model(model) if isinstance(model, str) else model
@@ -201,7 +206,11 @@ def _traced(
     graph = trace(module, inputs)
     job.stage("channel groups", 0.3)
     groups = channel_groups(graph, keep_outputs=config.keep_outputs)
-    return Traced(graph, groups, cost_model(graph, groups), inputs)
+    cost = cost_model(graph, groups)
+    if timed:
+        job.stage("latency", 0.32)
+        cost = cost_model(graph, groups, latency_model(graph, groups, cost, inputs, config.latency))
+    return Traced(graph, groups, cost, inputs)
 
 
 def _realise(

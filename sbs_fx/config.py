@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sbs_fx.latency import Latency
 from sbs_fx.refine import Refinement
 from sbs_fx.search import Ajpq, Opq, Search, TwoStage
 from sbs_fx.training import Training
@@ -29,6 +30,7 @@ class Config(BaseModel):
         epochs, learning_rate: fine-tuning with the gates fixed; 0 epochs: none.
         search: settings of a method that trains; opq, two_stage, ajpq: of these methods.
         refinement: of what "two_stage" has found, where nothing is fine-tuned.
+        latency: how time is measured if the budget limits it.
         training: how search and fine-tuning train.
         seed: of everything random.
     """
@@ -52,5 +54,6 @@ class Config(BaseModel):
     two_stage: TwoStage = TwoStage()
     ajpq: Ajpq = Ajpq()
     refinement: Refinement = Refinement()
+    latency: Latency = Latency()
     training: Training = Training()
     seed: int = 0

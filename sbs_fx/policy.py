@@ -26,7 +26,7 @@ from sbs_fx.errors import BudgetError, FileError, PolicyError, PolicyMismatch, S
 FORMAT: Final = 1
 BITS = (2, 4, 8, 32)  # of a whole layer or tensor; 32 leaves it in float
 CHANNEL_BITS = (0, 2, 4, 8)  # of one output channel; 0 prunes it
-MEASURES = ("bops", "size", "macs")
+MEASURES = ("bops", "size", "macs", "latency")
 
 
 def current_versions() -> dict[str, str]:
@@ -242,6 +242,7 @@ class LayerCost(Value):
         weight_bits: mean over the output channels; of a matmul of two activations, the bits of the second.
         activation_bits: bits of the input.
         params, stored_bits: weights that it keeps, and their bits in the file.
+        seconds: time that a latency model gives it; 0 without one.
     """
 
     name: str
@@ -252,6 +253,7 @@ class LayerCost(Value):
     bops: NonNegativeInt
     params: NonNegativeInt
     stored_bits: NonNegativeInt
+    seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 class Cost(Value):
@@ -260,6 +262,7 @@ class Cost(Value):
     Attributes:
         layers: one entry a conv, linear, matmul, attention or lstm.
         other_params, other_stored_bits: norms, biases and tables, kept in float32.
+        other_seconds: time of what is no layer; 0 without a latency model.
         reference: the float model's cost, to which budgets compare; None if this is that model.
         bops, macs, params, stored_bits: totals, as of `LayerCost`.
     """
@@ -267,6 +270,7 @@ class Cost(Value):
     layers: tuple[LayerCost, ...] = ()
     other_params: NonNegativeInt = 0
     other_stored_bits: NonNegativeInt = 0
+    other_seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     reference: Cost | None = None
 
     @property
@@ -286,9 +290,14 @@ class Cost(Value):
         return sum(layer.stored_bits for layer in self.layers) + self.other_stored_bits
 
     @property
-    def by_measure(self) -> dict[str, int]:
-        """What budgets limit, by the names that they give it."""
-        return {"bops": self.bops, "size": self.stored_bits, "macs": self.macs}
+    def seconds(self) -> float:
+        return sum(layer.seconds for layer in self.layers) + self.other_seconds
+
+    @property
+    def by_measure(self) -> dict[str, float]:
+        """What budgets limit, by the names that they give it; latency only where it was measured."""
+        found: dict[str, float] = {"bops": self.bops, "size": self.stored_bits, "macs": self.macs}
+        return {**found, "latency": self.seconds} if self.seconds else found
 
     def to_json(self) -> str:
         """The cost as JSON, `reference` included."""
@@ -308,6 +317,7 @@ class Budget(Value):
     | `Budget(bops=0.05)`              | at most 5 % of the bit operations                              |
     | `Budget(size=0.1)`               | at most a tenth of the stored bits                             |
     | `Budget(macs=0.5)`               | at most half the multiply-accumulates                          |
+    | `Budget(latency=0.25)`           | at most a quarter of the float model's time on this machine    |
     | `Budget(bops=0.05, size=0.2)`    | both                                                           |
     | `Budget.parse("5%")`             | `Budget(bops=0.05)`; so is `"0.05"`                            |
     | `Budget.parse("bops=5%,size=.2")`| `Budget(bops=0.05, size=0.2)`                                  |
@@ -325,6 +335,7 @@ class Budget(Value):
     bops: float | None = None
     size: float | None = None
     macs: float | None = None
+    latency: float | None = None
 
     @field_validator(*MEASURES)
     @classmethod
@@ -336,7 +347,9 @@ class Budget(Value):
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
         if not self.limits:
-            raise ValueError("no limit given; expected at least one of bops, size, macs, such as Budget(bops=0.05)")
+            raise ValueError(
+                "no limit given; expected at least one of bops, size, macs, latency, such as Budget(bops=0.05)"
+            )
         return self
 
     @property
@@ -352,8 +365,11 @@ class Budget(Value):
         return {m: found[m] / whole[m] if whole[m] else (math.inf if found[m] else 0.0) for m in found}
 
     def is_satisfied_by(self, cost: Cost) -> bool:
-        """True if every limit holds. Raises ValueError if the cost has no reference."""
+        """True if every limit holds. Raises ValueError if the cost has no reference, or not what a limit measures."""
         shares = self.shares(cost)
+        missing = sorted(self.limits.keys() - shares.keys())
+        if missing:
+            raise ValueError(f"this cost has no {missing[0]}; give the cost model one, see sbs_fx.latency")
         return all(shares[name] <= limit for name, limit in self.limits.items())
 
     @classmethod

@@ -20,14 +20,13 @@ from torch import Tensor, fx
 
 from sbs_fx.errors import BackendError
 from sbs_fx.export.program import exported_program, quiet
-from sbs_fx.export.runtime import Kernels, Runner, by_name, layer_names, require
+from sbs_fx.export.runtime import PROFILED, Kernels, Runner, by_name, layer_names, require
 from sbs_fx.policy import write_atomic
 
 OPSET = 21  # the first with 4-bit integers
 # reason: fused to a Gemm first, a linear of three dimensions would never become an integer product
 DISABLED = ["MatMulAddFusion"]
 _INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "QLinearConvTranspose"}
-_PROFILED = 5  # calls that a profile is the mean of
 _SMALLEST, _LARGEST = -(2**31), 2**31 - 1
 _PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 _SUFFIX = re.compile(r"_token_\d+$")  # what ONNX Runtime adds to the name of a fused node
@@ -110,16 +109,19 @@ def run_onnx(model: bytes, static: fx.GraphModule, *, threads: int = 0) -> Runne
     def profile(*inputs: Tensor) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             profiled = session(folder, enable_profiling=True, profile_file_prefix="profile")
-            for _ in range(_PROFILED):
+            for _ in range(PROFILED):
                 profiled.run(None, feed(inputs))
             with open(profiled.end_profiling()) as file:
                 events = json.load(file)
-        seconds: dict[str, float] = {}
+        times: dict[str, list[float]] = {}
         for event in events:
             name = event["name"].removesuffix("_kernel_time")
             if event.get("cat") == "Node" and name != event["name"]:
-                key = next(iter(matched_layers(static, [name])), name)
-                seconds[key] = seconds.get(key, 0.0) + event["dur"] / 1e6 / _PROFILED
+                times.setdefault(name, []).append(event["dur"] / 1e6)
+        seconds: dict[str, float] = {}
+        for name, found in times.items():
+            key = next(iter(matched_layers(static, [name])), name)
+            seconds[key] = seconds.get(key, 0.0) + min(found)
         return seconds
 
     return Runner("onnxruntime", run, _kernels(optimised.graph, static), profile)

@@ -20,6 +20,7 @@ from sbs_fx.passes.fold import CONVOLUTIONS, TRANSPOSED
 
 LAYERS = CONVOLUTIONS | TRANSPOSED | {torch.ops.aten.linear.default}
 EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino", "torchao": "inductor"}
+PROFILED = 8  # calls that a profile takes the least of
 # Share of the output's norm that a backend may be off by: rounding ties that flip one code in 1e5 grow with depth, most
 # of all in networks that were never trained; a layer computed wrongly is far beyond.
 TOLERANCE = 0.3
@@ -84,6 +85,11 @@ def by_name(static: fx.GraphModule, integer: Iterable[str]) -> Kernels:
     reached = set(integer)
     names = layer_names(static)
     return Kernels(tuple(n for n in names if n in reached), tuple(n for n in names if n not in reached))
+
+
+def least(profiles: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of several profiles of the same call, the least time of each row: what else the machine did only adds to it."""
+    return {name: min(profile.get(name, seconds) for profile in profiles) for name, seconds in profiles[0].items()}
 
 
 def check(runner: Runner, static: fx.GraphModule, example_inputs: Sequence[Tensor]) -> None:
