@@ -55,6 +55,7 @@ def integer_joins(
         for tensor, readers in sites.items():
             _quantize(result, tensor, readers, gates[tensor])
         _share_codes_of_pools(result)
+    _drop_ceilings(result)
     _list_in_order(result)
     result.graph.lint()
     result.recompile()
@@ -146,20 +147,31 @@ def _ranges(
 
 def _quantize(module: fx.GraphModule, tensor: fx.Node, readers: list[fx.Node], gate: SuperBitQuantizer) -> None:
     """Let the readers read 8-bit codes of the tensor: those it has, or new ones."""
-    zero = MIDDLE if gate.signed else 0
-    values = _full_quantizer(tensor) or _new_quantizer(module, tensor, float(gate.scale()), zero)
+    values = _full_quantizer(tensor)
+    if values is None:
+        values = _new_quantizer(module, tensor, float(gate.scale()), MIDDLE if gate.signed else 0)
     for reader in readers:
         reader.replace_input_with(tensor, values)
 
 
 def _new_quantizer(module: fx.GraphModule, tensor: fx.Node, scale: float, zero: int) -> fx.Node:
-    """8-bit codes of a tensor; the node that holds their values."""
+    """8-bit codes of a tensor; the node that holds their values.
+
+    A quantiser of fewer bits then reads these values. Its step is made an odd number of theirs, so that it rounds as it
+    did before: its boundaries lie between two fine codes, never on one.
+    """
+    coarse = [user for user in tensor.users if user.target is QUANTIZE and user.args[2] == zero]
+    steps = int(coarse[0].args[1] / scale) if coarse else 0
+    if steps:
+        scale = coarse[0].args[1] / (steps - 1 + steps % 2)
     name, values = f"{tensor.name}_joined", tensor
     for target, suffix, dtype in ((QUANTIZE, "quantized", torch.uint8), (DEQUANTIZE, "dequantized", torch.float32)):
         arguments = (values, scale, zero, 0, MAX_CODE, torch.uint8)
         with module.graph.inserting_after(values):
             values = module.graph.create_node("call_function", target, arguments, name=f"{name}_{suffix}")
         values.meta["val"] = tensor.meta["val"].to(dtype)
+    for user in coarse if steps else ():
+        user.replace_input_with(tensor, values)
     module.meta["activations"][name] = StaticActivation(BITS, zero, values.args[0].name, values.name)
     return values
 
@@ -168,6 +180,37 @@ def _full_quantizer(tensor: fx.Node) -> fx.Node | None:
     """The node that holds the values of a tensor's 8-bit codes, if it has any."""
     codes = (user for user in tensor.users if user.target is QUANTIZE)
     return next((values for q in codes for values in q.users if values.target is DEQUANTIZE), None)
+
+
+def _drop_ceilings(module: fx.GraphModule) -> None:
+    """What cuts values off above (relu6, hardtanh from 0) where all readers' codes end there anyway becomes a relu:
+    kernels have one, and every code stays."""
+    ends = {first: _last_code(last) for first, last in quantizers(module.graph)}
+    for node in module.graph.nodes:
+        top = _ceiling(node)
+        if (
+            top is not None
+            and node.users
+            and all(user in ends and user.args[2] == 0 and top / user.args[1] > ends[user] - 0.5 for user in node.users)
+        ):
+            node.target, node.args, node.kwargs = aten.relu.default, node.args[:1], {}
+
+
+def _ceiling(node: fx.Node) -> float | None:
+    """Where a function that is 0 below 0 stops to grow; None if the node is no such function."""
+    if node.target is aten.relu6.default:
+        return 6.0
+    if node.target in (aten.hardtanh.default, aten.clamp.default) and len(node.args) == 3 and node.args[1] == 0:
+        return float(node.args[2])
+    return None
+
+
+def _last_code(last: fx.Node) -> int:
+    """The largest code that a quantiser lets through."""
+    node = last.args[0]
+    while node.target is aten.clamp_min.default:
+        node = node.args[0]
+    return node.args[1] if node.target is aten.clamp_max.default else MAX_CODE
 
 
 def _share_codes_of_pools(module: fx.GraphModule) -> None:
@@ -182,7 +225,7 @@ def _share_codes_of_pools(module: fx.GraphModule) -> None:
             after = _new_quantizer(module, pool, *before.args[1:3])
             for user in users:
                 user.replace_input_with(pool, after)
-        elif len(before.users) == len(before.args[0].users) == 1:
+        if len(before.users) == len(before.args[0].users) == 1:
             for node in (before, before.args[0]):
                 node.args = (node.args[0], *after.args[1:])
 

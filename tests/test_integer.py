@@ -81,8 +81,9 @@ def test_no_float_tensor_is_left_between_the_first_and_the_last_layer() -> None:
         assert all(s.target in (DEQUANTIZE, decomposed.dequantize_per_channel.default) for s in inputs), node
 
 
-def test_a_tensor_is_quantised_once() -> None:
-    static = joined(8)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_tensor_is_quantised_once(bits: int) -> None:
+    static = joined(bits)
     sources = [first.args[0] for first, _ in quantizers(static.graph)]
     assert len(sources) == len(set(sources))
 
@@ -94,6 +95,48 @@ def test_a_pool_gives_the_codes_that_it_takes() -> None:
     assert pool.args[0].args[1:] == after.args[1:]  # type: ignore[union-attr]
     (old,) = nodes(plain, aten.max_pool2d.default)
     assert next(iter(old.users)).args[1] == after.args[1]  # of the gate, so that the pool changes no code
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_coarse_codes_are_the_same_behind_fine_ones(bits: int) -> None:
+    static = integer_joins(residual(bits), [(IMAGES,)])
+    pairs = [
+        (first, first.args[0].args[0]) for first, _ in quantizers(static.graph) if first.args[0].target is DEQUANTIZE
+    ]
+    assert len(pairs) == 2  # what the pool gives has one scale; of the two that adds and layers read, both are chained
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).abs()
+    for coarse, fine in pairs:
+        assert abs(coarse.args[1] / fine.args[1] % 2 - 1) < 1e-9  # type: ignore[union-attr,operator]
+        direct = QUANTIZE(x, *coarse.args[1:])  # type: ignore[arg-type]
+        chained = QUANTIZE(DEQUANTIZE(QUANTIZE(x, *fine.args[1:]), *fine.args[1:]), *coarse.args[1:])  # type: ignore[union-attr]
+        top = fine.args[1] * 255  # type: ignore[union-attr,operator]
+        assert torch.equal(direct[x < top], chained[x < top])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_ceiling_that_codes_have_anyway_becomes_a_relu(bits: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3), nn.Hardtanh(0, 2), nn.Conv2d(8, 4, 1)
+    ).eval()
+    images = 9 * IMAGES
+    gated = gate(model, images)
+    apply_bits(gated, dict.fromkeys(weight_gates(gated), 8), dict.fromkeys(activation_gates(gated), bits))
+    static = finalize(gated)
+    result = integer_joins(static, [(images,)])
+    assert not nodes(result, aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
+    assert torch.equal(result(images), static(images))
+
+
+def test_a_ceiling_below_the_codes_stays() -> None:
+    gated = gate(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardtanh(0, 0.25), nn.Conv2d(8, 4, 1)).eval(), 9 * IMAGES)
+    apply_bits(gated, dict.fromkeys(weight_gates(gated), 8), dict.fromkeys(activation_gates(gated), 8))
+    for quantiser in activation_gates(gated).values():
+        quantiser.range.data.mul_(2)
+    static = finalize(gated)
+    result = integer_joins(static, [(IMAGES,)])
+    assert nodes(result, aten.hardtanh.default, aten.clamp.default)
+    assert torch.equal(result(9 * IMAGES), static(9 * IMAGES))
 
 
 def test_transformer_streams_stay_in_float() -> None:
