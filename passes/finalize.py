@@ -144,6 +144,8 @@ class _Lowering:
 
     def result(self) -> fx.GraphModule:
         self.graph.eliminate_dead_code()
+        for node in self.graph.find_nodes(op="call_function", target=decomposed.dequantize_per_channel.default):
+            min(node.users).prepend(node)  # reason: a float weight lives no longer than the layer that reads it
         tensors: dict[str, Tensor] = {}
         for node in self.graph.find_nodes(op="get_attr"):
             name = str(node.target)

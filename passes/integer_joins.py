@@ -132,7 +132,8 @@ def _ranges(
     observer = _Observer(module, sites)
     with torch.no_grad():
         for batch in batches:
-            observer.run(*batch)
+            for half in zip(*(x.chunk(2) for x in batch), strict=True):  # reason: half the memory
+                observer.run(*half)
     unsigned = non_negative(module.graph.nodes)
     gates = {}
     for node, histogram in observer.histograms.items():
