@@ -22,8 +22,8 @@ LAYERS = CONVOLUTIONS | TRANSPOSED | {torch.ops.aten.linear.default}
 EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino", "torchao": "inductor"}
 PROFILED = 8  # calls that a profile takes the least of
 # Share of the output's norm that a backend may be off by. Rounding ties flip one code in 1e5 by one step, which random
-# networks of few bits turn into 0.4 at the output (trained ones keep 99 % of their predictions); a layer that is computed
-# wrongly gives another output altogether.
+# networks of few bits turn into 0.4 at the output (trained ones keep 99 % of their predictions); a layer that is wrong
+# gives another output altogether.
 TOLERANCE = 0.6
 
 
