@@ -1,0 +1,69 @@
+"""Does a latency model predict what random plans take?
+
+`python benchmarks/latency_model.py --model resnet18 --backend openvino --policies 30 --out FILE` measures the model (or
+reads it from the cache), draws plans of random channel counts and of 2, 4 or 8 bits a tensor, and prints the mean
+relative error of the predicted times and their rank correlation (Spearman) with the measured ones. Random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from scipy.stats import spearmanr
+
+from sbs_fx.benchmark import time_runners
+from sbs_fx.latency import Latency, latency_model, random_counts, slim_runner
+from sbs_fx.passes import channel_groups, cost_model, trace
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--backend", default="openvino")
+    parser.add_argument("--policies", type=int, default=30)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = timm.create_model(options.model).eval()
+    inputs = (torch.randn(2, *model.pretrained_cfg["input_size"]),)
+    batch = (inputs[0][:1],)
+    graph = trace(model, inputs)
+    groups = channel_groups(graph)
+    plain, settings = cost_model(graph, groups), Latency(backend=options.backend)
+    found = latency_model(graph, groups, plain, inputs, settings)
+    cost, draw, rows = cost_model(graph, groups, found), random.Random(7), []
+    for _ in range(options.policies):
+        counts = random_counts(groups, draw)
+        bits = {
+            "weights": {name: draw.choice((2, 4, 8)) for name in plain.weights},
+            "activations": {name: draw.choice((2, 4, 8)) for name in plain.activations},
+        }
+        run = slim_runner(graph, groups, plain, counts, inputs, batch, settings, bits)
+        (timing,) = time_runners({"it": run}, batch, 1, rounds=5)
+        predicted = cost.evaluate(counts, bits["weights"], bits["activations"]).seconds
+        rows.append({"measured": timing.seconds, "predicted": predicted})
+        print(rows[-1], flush=True)
+    measured, predicted = (np.array([row[key] for row in rows]) for key in ("measured", "predicted"))
+    result = {
+        "model": options.model,
+        "backend": options.backend,
+        "mean_error": float(np.abs(predicted / measured - 1).mean()),
+        "rank_correlation": float(spearmanr(predicted, measured)[0]),
+        "fit_error": found.error,
+        "rows": rows,
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print({key: value for key, value in result.items() if key != "rows"})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
