@@ -14,6 +14,7 @@ from sbs_fx.passes.finalize import StoredWeight
 from sbs_fx.passes.fold import CONVOLUTIONS
 from sbs_fx.passes.integer_joins import DEQUANTIZE, quantizers
 from sbs_fx.passes.slim import attribute, copy_graph
+from sbs_fx.superbit import level
 
 aten = torch.ops.aten
 decomposed = torch.ops.quantized_decomposed
@@ -52,7 +53,6 @@ def _mend_empty_channels(codes: Tensor, scale: Tensor) -> None:
     empty = scale == 0
     if bool(empty.any()):
         scale[empty] = scale[~empty].median() if bool((~empty).any()) else 1.0
-
         codes[empty.flatten()] = 0
 
 
@@ -66,19 +66,16 @@ def _round_weight(module: fx.GraphModule, name: str, stored: StoredWeight) -> No
     codes, scale = attribute(module, name), attribute(module, f"{name}_scale")
     shape = [-1 if i == stored.axis else 1 for i in range(codes.ndim)]
     values = codes.double() * scale.double().view(shape)
-    bits = torch.as_tensor(stored.bits)
-    level = torch.where(bits > 0, (1 << (bits - 1).clamp_min(0)) - 1, 0).expand(codes.shape[stored.axis]).view(shape)
+    bits = (stored.bits,) if isinstance(stored.bits, int) else stored.bits
+    high = torch.tensor([level(b, signed=True).high for b in bits]).expand(codes.shape[stored.axis]).view(shape)
     others = [i for i in range(codes.ndim) if i != stored.axis]
-    best, error, chosen = codes.double(), None, scale.double().view(shape)
-    for exponent in (scale.double().log2().floor(), scale.double().log2().ceil()):
-        step = torch.exp2(exponent).view(shape)
-        rounded = (values / step).round().clamp(-level, level)
-        found = (rounded * step - values).square().sum(others, keepdim=True)
-        better = torch.ones_like(found, dtype=torch.bool) if error is None else found < error
-        error = found if error is None else torch.minimum(error, found)
-        best, chosen = torch.where(better, rounded, best), torch.where(better, step, chosen)
-    codes.copy_(best)
-    scale.copy_(chosen.view(scale.shape))
+    exponent = scale.double().log2().view(shape)
+    steps = [torch.exp2(exponent.floor()), torch.exp2(exponent.ceil())]
+    rounded = [(values / step).round().clamp(-high, high) for step in steps]
+    errors = [(r * s - values).square().sum(others, keepdim=True) for r, s in zip(rounded, steps, strict=True)]
+    up = errors[1] < errors[0]
+    codes.copy_(torch.where(up, rounded[1], rounded[0]))
+    scale.copy_(torch.where(up, steps[1], steps[0]).view(scale.shape))
 
 
 def _round_bias(module: fx.GraphModule, layer: fx.Node) -> None:

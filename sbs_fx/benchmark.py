@@ -141,14 +141,14 @@ def benchmark(
         layers: also profile each backend, at the first batch size.
 
     Raises:
-        BackendError: a backend that was asked for is not installed or computes something else, or none is left.
+        BackendError: a backend that was asked for is not installed or computes something else.
     """
-    with _threads(threads):
+    with torch_threads(threads):
         timings: list[Timing] = []
         profiles: dict[str, tuple[LayerTime, ...]] = {}
         refused: dict[str, str] = {}
         for batch in batch_sizes:
-            inputs = tuple(x[:1].repeat(batch, *[1] * (x.ndim - 1)) for x in example_inputs)
+            inputs = of_batch(example_inputs, batch)
             runners = _runners(static, inputs, backends, threads, refused)
             if float_model is not None:
                 runners[FLOAT] = compile_float(float_model, inputs)
@@ -238,8 +238,13 @@ def _weight(static: fx.GraphModule, layer: fx.Node) -> str:
     return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else ""
 
 
+def of_batch(example_inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
+    """The first example, so many times."""
+    return tuple(x[:1].repeat(batch, *[1] * (x.ndim - 1)) for x in example_inputs)
+
+
 @contextmanager
-def _threads(threads: int) -> Iterator[None]:
+def torch_threads(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

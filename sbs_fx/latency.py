@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.optimize import nnls
 from torch import Tensor, fx
 
-from sbs_fx.benchmark import time_runners
+from sbs_fx.benchmark import of_batch, time_runners, torch_threads
 from sbs_fx.calibration import calibrate, calibration_batches
 from sbs_fx.errors import MethodError
 from sbs_fx.export import BACKENDS, Runner, runner
@@ -95,8 +94,7 @@ def features(layer: LayerExpression, of_axis: Callable[[Any], Any]) -> tuple[Any
         macs = macs + product.macs(of_axis)
     if len(layer.weights) != 1:
         return macs, 0, 0, 0
-    (sizes,) = layer.sizes(of_axis)
-    outputs, inputs, positions = sizes
+    ((outputs, inputs, positions),) = layer.sizes(of_axis)
     return macs, outputs, inputs, positions * outputs
 
 
@@ -127,11 +125,8 @@ def latency_model(
 def _measure(
     graph: fx.GraphModule, groups: ChannelGroups, cost: CostModel, inputs: Sequence[Tensor], settings: Latency
 ) -> LatencyModel:
-    batch = tuple(x[:1].repeat(settings.batch, *[1] * (x.ndim - 1)) for x in inputs)
-    draw, rows = random.Random(0), []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)
-    try:
+    batch, draw, rows = of_batch(inputs, settings.batch), random.Random(0), []
+    with torch_threads(settings.threads):
         for index in range(settings.samples):
             kept = random_counts(groups, draw) if index else {}
             run = slim_runner(graph, groups, cost, kept, inputs, batch, settings)
@@ -140,8 +135,6 @@ def _measure(
             rows.append((kept, timing.seconds, dict(run.profile(*batch))))
         reference = compile_float(graph, batch)
         (timing,) = time_runners({"float": reference}, batch, settings.batch, _ROUNDS, settings.threads)
-    finally:
-        torch.set_num_threads(threads)
     return _fit(groups, cost, rows, timing.seconds)
 
 
@@ -187,16 +180,12 @@ def _fit(
     # reason: a profile does not add up to the time of a call, which is what counts
     profiles = [{k: v * seconds / sum(p.values()) for k, v in p.items()} for _, seconds, p in rows]
     own = [layer.node for layer in cost.layers if all(layer.node in p for p in profiles) and tables[0][layer.node][1]]
-    layers = {}
-    for name in own:
-        design = np.array([[1.0, *table[name][:3]] for table in tables])
-        layers[name] = tuple(_positive(design, np.array([p[name] for p in profiles])))
+    designs = {name: np.array([[1.0, *table[name][:3]] for table in tables]) for name in own}
+    layers = {name: tuple(_positive(designs[name], np.array([p[name] for p in profiles]))) for name in own}
     others = [[sum(t[n][0] for n in t if n not in own), sum(t[n][3] for n in t)] for t in tables]
     design = np.array([[1.0, *pair] for pair in others])
     rest = _positive(design, np.array([sum(p.values()) - sum(p[n] for n in own) for p in profiles]))
-    predicted = design @ rest + sum(
-        np.array([[1.0, *table[name][:3]] for table in tables]) @ np.array(layers[name]) for name in own
-    )
+    predicted = design @ rest + sum(designs[name] @ np.array(layers[name]) for name in own)
     seconds = np.array([row[1] for row in rows])
     error = float(np.abs(predicted / seconds - 1).mean())
     return LatencyModel(float_seconds=whole, layers=layers, rest=tuple(rest), error=error)

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from sbs_fx.errors import BackendError
 from sbs_fx.export.program import exported_program, quiet
-from sbs_fx.export.runtime import Kernels, Runner, check_shapes, layer_names, require
+from sbs_fx.export.runtime import PROFILED, Kernels, Runner, check_shapes, layer_names, least, require
 
 # reason: importing it registers the patterns by which the compiler finds integer layers
 _PATTERNS = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"
@@ -88,9 +88,12 @@ def run_inductor(static: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Ru
         raise BackendError(
             f"torch.compile fails on this graph: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
-    return Runner(
-        "inductor", compiled, compiled.kernels, lambda *inputs: _profile(compiled, layer_names(static), inputs)
-    )
+    names = layer_names(static)
+
+    def profile(*inputs: Tensor) -> dict[str, float]:
+        return least([_profile(compiled, names, inputs) for _ in range(PROFILED)])
+
+    return Runner("inductor", compiled, compiled.kernels, profile)
 
 
 def compile_float(module: nn.Module, example_inputs: Sequence[Tensor]) -> Runner:

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from sbs_fx.errors import BackendError
 from sbs_fx.export.program import exported_program, quiet
-from sbs_fx.export.runtime import PROFILED, Kernels, Runner, by_name, layer_names, require
+from sbs_fx.export.runtime import PROFILED, Kernels, Runner, layer_names, require
 from sbs_fx.policy import write_atomic
 
 OPSET = 21  # the first with 4-bit integers
@@ -37,8 +37,7 @@ def onnx_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, low_
     """The `onnx.ModelProto` of a static graph.
 
     Args:
-        low_bits: store weights of 2 and 4 bits as int4. Half the file; ONNX Runtime then runs their convolutions in
-            float, several times slower.
+        low_bits: store weights of 2 and 4 bits as int4. ONNX Runtime then runs their convolutions in float.
 
     Raises:
         BackendError: onnx or onnxscript is not installed, or the graph has an operator that ONNX has not.
@@ -120,22 +119,33 @@ def run_onnx(model: bytes, static: fx.GraphModule, *, threads: int = 0) -> Runne
                 times.setdefault(name, []).append(event["dur"] / 1e6)
         seconds: dict[str, float] = {}
         for name, found in times.items():
-            key = next(iter(matched_layers(static, [name])), name)
+            key = matcher.row(name)
             seconds[key] = seconds.get(key, 0.0) + min(found)
         return seconds
 
-    return Runner("onnxruntime", run, _kernels(optimised.graph, static), profile)
+    matcher = LayerMatcher(static)
+    kernels = matcher.kernels(node.name for node in optimised.graph.node if node.op_type in _INTEGER)
+    return Runner("onnxruntime", run, kernels, profile)
 
 
-def _kernels(graph: Any, static: fx.GraphModule) -> Kernels:
-    integer = [node for node in graph.node if node.op_type in _INTEGER]
-    return by_name(static, matched_layers(static, (node.name for node in integer)))
+class LayerMatcher:
+    """Finds the layers that a tool speaks of, by its own names of one or several nodes of the model."""
 
+    def __init__(self, static: fx.GraphModule) -> None:
+        self.layers = layer_names(static)
+        self._known = set(self.layers)
 
-def matched_layers(static: fx.GraphModule, names: Iterable[str]) -> set[str]:
-    """The layers that a tool's own names speak of, each of one or several nodes of the model."""
-    words = {_SUFFIX.sub("", word.removeprefix(_LAYER)) for name in names for word in re.split(r"[,/]", name)}
-    return words & set(layer_names(static))
+    def named(self, name: str) -> set[str]:
+        return self._known & {_SUFFIX.sub("", word.removeprefix(_LAYER)) for word in re.split(r"[,/]", name)}
+
+    def row(self, name: str) -> str:
+        """Under which name a profile lists the time of that node: its layer's, or its own."""
+        return next(iter(self.named(name)), name)
+
+    def kernels(self, integer: Iterable[str]) -> Kernels:
+        """From the tool's names of the nodes that are integer kernels."""
+        reached = {layer for name in integer for layer in self.named(name)}
+        return Kernels(tuple(n for n in self.layers if n in reached), tuple(n for n in self.layers if n not in reached))
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------

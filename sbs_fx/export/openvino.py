@@ -1,8 +1,8 @@
 """OpenVINO's own format, by way of ONNX.
 
 In: a static graph. Out: an OpenVINO model (.xml and .bin), int8 weights, a dynamic batch. Holds: results as torch's; in
-exact mode bit for bit, for which two things are said that OpenVINO would otherwise simplify away, at up to a sixth of
-its speed:
+exact mode bit for bit, for which two things are said that OpenVINO would otherwise simplify away (a deep residual
+network takes a sixth longer for it):
 
     a quantiser before an addition is followed by a clip to all its codes: fused into the convolution before it, it
     would round ties in its own way
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.export.onnx import matched_layers, onnx_model
-from sbs_fx.export.runtime import PROFILED, Runner, by_name, least, require
+from sbs_fx.export.onnx import LayerMatcher, onnx_model
+from sbs_fx.export.runtime import PROFILED, Runner, least, require
 from sbs_fx.passes.finalize import MAX_CODE
 from sbs_fx.passes.integer_joins import quantizers
 from sbs_fx.passes.slim import copy_graph
@@ -84,16 +84,16 @@ def run_openvino(model: Any, static: fx.GraphModule, example_inputs: Sequence[Te
             request.infer([x.numpy() for x in inputs])
             calls.append({})
             for row in request.get_profiling_info():
-                key = next(iter(matched_layers(static, [row.node_name])), row.node_name)
+                key = matcher.row(row.node_name)
                 calls[-1][key] = calls[-1].get(key, 0.0) + row.real_time.total_seconds()
         return least(calls[1:])  # reason: the first also packs weights
 
-    names = []
+    matcher, names = LayerMatcher(static), []
     for operation in compiled(example_inputs).get_runtime_model().get_ordered_ops():
         facts = {key: getattr(value, "value", value) for key, value in operation.get_rt_info().items()}
         if facts.get("layerType") in _LAYERS and _is_integer(facts):
             names.append(str(facts.get("originalLayersNames")))
-    return Runner("openvino", run, by_name(static, matched_layers(static, names)), profile)
+    return Runner("openvino", run, matcher.kernels(names), profile)
 
 
 def _is_integer(facts: dict[str, Any]) -> bool:

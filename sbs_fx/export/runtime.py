@@ -7,7 +7,7 @@ the static graph's before anybody sees it, where `check` was called; a missing t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,6 @@ def require(*modules: str) -> list[Any]:
 def layer_names(static: fx.GraphModule) -> list[str]:
     """Nodes that multiply by a weight, in graph order."""
     return [node.name for node in static.graph.nodes if node.target in LAYERS]
-
-
-def by_name(static: fx.GraphModule, integer: Iterable[str]) -> Kernels:
-    """From the names of the nodes that reached an integer kernel."""
-    reached = set(integer)
-    names = layer_names(static)
-    return Kernels(tuple(n for n in names if n in reached), tuple(n for n in names if n not in reached))
 
 
 def least(profiles: Sequence[Mapping[str, float]]) -> dict[str, float]:
