@@ -75,10 +75,27 @@ def test_layers_without_an_int8_kernel_are_named() -> None:
     assert not runner(result.model, (IMAGES,), "openvino").kernels.floating  # type: ignore[union-attr]
 
 
+def test_executorch_holds_what_it_can_and_refuses_the_rest(small: sbs_fx.Result) -> None:
+    pytest.importorskip("executorch")
+    last = layer_names(small.model)[-1]  # its result is not quantised
+    found = runner(small.model, (IMAGES,), "executorch")
+    assert found.kernels is not None
+    assert found.kernels.floating == (last,)
+    with pytest.raises(BackendError, match="at most 8 images"):
+        found(torch.randn(9, 3, 64, 64))
+    with pytest.raises(BackendError, match="bit-equal.*ExecuTorch additions"):
+        runner(compressed("resnet10t", 8, exact=True).model, (IMAGES,), "executorch")
+    plain = compressed("vgg11", 8, exact=True, images=IMAGES[:, :, :32, :32])  # no additions
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(flat(runner(plain.model, plain.example_inputs, "executorch")(images))[0], plain.model(images))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_computes_what_the_graph_does_at_any_batch_size(
     small: sbs_fx.Result, format: str, tmp_path: Path
 ) -> None:
+    if format == "executorch":
+        pytest.importorskip("executorch")
     found = small.export(format, tmp_path / f"model{SUFFIX[format]}")
     for batch in (1, 3):
         images = torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))
@@ -131,7 +148,10 @@ def test_an_aoti_package_needs_torch_alone(small: sbs_fx.Result, tmp_path: Path)
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("format", "extra"), [("onnx", "onnx"), ("openvino", "openvino"), ("aoti", "inductor")])
+@pytest.mark.parametrize(
+    ("format", "extra"),
+    [("onnx", "onnx"), ("openvino", "openvino"), ("aoti", "inductor"), ("executorch", "executorch")],
+)
 def test_a_tool_that_is_not_installed_is_named(
     small: sbs_fx.Result, format: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,21 +9,24 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from sbs_fx.errors import BackendError, FileError
+from sbs_fx.export.executorch import executorch_program, run_executorch
 from sbs_fx.export.inductor import run_aoti, run_inductor, save_aoti
 from sbs_fx.export.onnx import onnx_model, run_onnx, save_onnx
 from sbs_fx.export.openvino import openvino_model, read_openvino, run_openvino, save_openvino
 from sbs_fx.export.pt2 import load_pt2, save_pt2
-from sbs_fx.export.runtime import Runner, check
+from sbs_fx.export.runtime import Kernels, Runner, check
+from sbs_fx.policy import write_atomic
 
-SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "openvino": ".xml", "aoti": ".pt2"}
+SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "openvino": ".xml", "aoti": ".pt2", "executorch": ".pte"}
 FORMATS = tuple(SUFFIXES)
-BACKENDS = ("eager", "inductor", "onnxruntime", "openvino")
+BACKENDS = ("eager", "inductor", "onnxruntime", "openvino", "executorch")
 
 
 def export(
@@ -43,6 +46,7 @@ def export(
     | "onnx"     | ONNX, opset 21       | ONNX Runtime, OpenVINO and others                   | int8, int4 on wish |
     | "openvino" | .xml and .bin        | OpenVINO                                            | int8               |
     | "aoti"     | AOTInductor package  | torch alone, on this kind of processor              | int8               |
+    | "executorch" | ExecuTorch program | ExecuTorch with XNNPACK                             | int8               |
 
     Args:
         example_inputs: as the graph takes them; dynamic dimensions stay so.
@@ -66,15 +70,19 @@ def export(
     try:
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".", prefix=".export-") as folder:
             draft = os.path.join(folder, "model" + suffix)
+            kernels = None
             if format == "pt2":
                 save_pt2(static, inputs, draft, metadata)
             elif format == "onnx":
                 save_onnx(static, inputs, draft, metadata, low_bits=low_bits)
             elif format == "openvino":
                 save_openvino(static, inputs, draft)
-            else:
+            elif format == "aoti":
                 save_aoti(static, inputs, draft)
-            runner = _reader(format, draft, static, inputs)
+            else:
+                program, kernels = executorch_program(static, inputs)
+                write_atomic(draft, program)
+            runner = _reader(format, draft, static, inputs, kernels)
             check(runner, static, inputs)
             for name in sorted(os.listdir(folder)):  # reason: weights (.bin) before the model that reads them (.xml)
                 os.replace(os.path.join(folder, name), path.removesuffix(suffix) + os.path.splitext(name)[1])
@@ -85,14 +93,17 @@ def export(
     return runner
 
 
-def _reader(format: str, path: str, static: fx.GraphModule, inputs: tuple[Tensor, ...]) -> Runner:
+def _reader(
+    format: str, path: str, static: fx.GraphModule, inputs: tuple[Tensor, ...], kernels: Kernels | None
+) -> Runner:
     if format == "pt2":
         return Runner("pt2", load_pt2(path))
     if format == "aoti":
         return run_aoti(path)
     if format == "onnx":
-        with open(path, "rb") as file:
-            return run_onnx(file.read(), static)
+        return run_onnx(Path(path).read_bytes(), static)
+    if kernels is not None:
+        return run_executorch(Path(path).read_bytes(), kernels)
     return run_openvino(read_openvino(path), static, inputs)
 
 
@@ -114,6 +125,7 @@ def runner(static: fx.GraphModule, example_inputs: Sequence[Tensor], backend: st
         "openvino": lambda: run_openvino(
             openvino_model(static, example_inputs), static, example_inputs, threads=threads
         ),
+        "executorch": lambda: run_executorch(*executorch_program(static, example_inputs), threads=threads),
     }
     if backend not in makers:
         raise BackendError(f"unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")

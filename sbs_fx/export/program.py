@@ -21,14 +21,16 @@ from sbs_fx.errors import GraphError
 _DESCRIPTIONS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 
 
-def exported_program(static: fx.GraphModule, example_inputs: Tensor | Sequence[Tensor]) -> torch.export.ExportedProgram:
-    """A static graph as `torch.export` captures it; dimensions that were dynamic stay so.
+def exported_program(
+    static: fx.GraphModule, example_inputs: Tensor | Sequence[Tensor], *, largest: int | None = None
+) -> torch.export.ExportedProgram:
+    """A static graph as `torch.export` captures it; dimensions that were dynamic stay so, up to `largest`.
 
     Raises:
         GraphError: the number of inputs is wrong, or `torch.export` cannot capture the graph.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    shapes = _dynamic_shapes(static, inputs)
+    shapes = _dynamic_shapes(static, inputs, largest)
     # reason: a dynamic dimension of size 1 would be taken for a constant
     inputs = tuple(
         x.repeat([2 if i in shape and n == 1 else 1 for i, n in enumerate(x.shape)])
@@ -52,7 +54,9 @@ def exported_program(static: fx.GraphModule, example_inputs: Tensor | Sequence[T
     return program
 
 
-def _dynamic_shapes(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
+def _dynamic_shapes(
+    graph_module: fx.GraphModule, inputs: tuple[Tensor, ...], largest: int | None
+) -> tuple[dict[int, Any], ...]:
     """Per input, the dimensions that were symbolic when the graph was traced; the first one if that is not known."""
     dims: dict[str, Any] = {}
     shapes = []
@@ -67,7 +71,7 @@ def _dynamic_shapes(graph_module: fx.GraphModule, inputs: tuple[Tensor, ...]) ->
             else {i: str(size.node.expr) for i, size in enumerate(value.shape) if isinstance(size, torch.SymInt)}
         )
         for symbol in symbols.values():
-            dims.setdefault(symbol, Dim(f"dim{len(dims)}" if dims else "batch", min=1))
+            dims.setdefault(symbol, Dim(f"dim{len(dims)}" if dims else "batch", min=1, max=largest))
         shapes.append({i: dims[symbol] for i, symbol in symbols.items()})
     return tuple(shapes)
 

@@ -19,7 +19,14 @@ from sbs_fx.errors import BackendError
 from sbs_fx.passes.fold import CONVOLUTIONS, TRANSPOSED
 
 LAYERS = CONVOLUTIONS | TRANSPOSED | {torch.ops.aten.linear.default}
-EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino", "torchao": "inductor"}
+EXTRAS = {
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+    "torchao": "inductor",
+    "executorch": "executorch",
+}
 PROFILED = 8  # calls that a profile takes the least of
 # Share of the output's norm that a backend may be off by. Rounding ties flip one code in 1e5 by one step, which random
 # networks of few bits turn into 0.4 at the output (trained ones keep 99 % of their predictions); a layer that is wrong
@@ -103,7 +110,8 @@ def check(runner: Runner, static: fx.GraphModule, example_inputs: Sequence[Tenso
             raise BackendError(
                 f"{runner.name} is not bit-equal to torch on this exact graph: {int((want != have).sum())} of "
                 f"{want.numel()} outputs differ, by at most {float((want - have).abs().max()):.3g}; operators without "
-                "an exact integer form, such as gelu or layer norm, cause this: use another backend, or exact=False"
+                "an exact integer form cause this, such as gelu or layer norm, or in ExecuTorch additions: use another "
+                "backend, or exact=False"
             )
         error = float((want - have).double().norm() / want.double().norm().clamp_min(1e-12))
         if not error <= TOLERANCE:

@@ -1,0 +1,180 @@
+"""ExecuTorch, for telephones and small boards: a program (.pte) whose layers XNNPACK computes.
+
+In: a static graph. Out: the program, and which layers have an int8 kernel. Holds: results as torch's, at any batch size
+up to `BATCH` or that of the examples, if larger. XNNPACK asks for a form of its own:
+
+    activations are signed codes, the same ones shifted by 128
+    a bitwidth below 8 is a clip of the values before they are quantised, as quantising itself always has 256 levels
+    every reader has a dequantiser of its own, and a mean keeps the dimensions it was taken over
+    a layer whose result is not quantised, as the last one's, has no integer kernel: its weights are stored in float
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from sbs_fx.errors import BackendError
+from sbs_fx.export.program import exported_program, quiet
+from sbs_fx.export.runtime import LAYERS, Kernels, Runner, layer_names, require
+from sbs_fx.passes.finalize import MIDDLE
+from sbs_fx.passes.integer_joins import DEQUANTIZE, QUANTIZE, quantizers
+from sbs_fx.passes.slim import attribute, copy_graph
+
+aten = torch.ops.aten
+BATCH = 8  # images at once, at most: the program's memory is planned for them
+_WEIGHTS = torch.ops.quantized_decomposed.dequantize_per_channel.default
+_FUSED = {aten.relu.default, aten.hardtanh.default}
+
+
+def executorch_program(static: fx.GraphModule, example_inputs: Sequence[Tensor]) -> tuple[bytes, Kernels]:
+    """A static graph as a program, and its layers by kernel.
+
+    Raises:
+        BackendError: executorch is not installed, or the graph has an operator that it has not.
+        GraphError: `torch.export` cannot capture the graph.
+    """
+    exir, xnnpack, _ = require(
+        "executorch.exir",
+        "executorch.backends.xnnpack.partition.xnnpack_partitioner",
+        "executorch.kernels.quantized",  # reason: importing it registers quantising outside XNNPACK
+    )
+    largest = max(BATCH, len(example_inputs[0]))
+    program = exported_program(_signed(static), example_inputs, largest=largest)
+    try:
+        with _silent(), torch.no_grad():
+            lowered = exir.to_edge_transform_and_lower(
+                program,
+                partitioner=[xnnpack.XnnpackPartitioner()],
+                compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
+            )
+            integer = set(_integer_weights(lowered.exported_program().graph_module))
+            buffer = lowered.to_executorch().buffer
+    except Exception as error:  # whatever the tool and its passes raise
+        raise BackendError(
+            f"ExecuTorch fails on this graph: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    reached = {node.name for node in static.graph.nodes if node.target in LAYERS and _weight(node) in integer}
+    names = layer_names(static)
+    return buffer, Kernels(tuple(n for n in names if n in reached), tuple(n for n in names if n not in reached))
+
+
+def run_executorch(program: bytes, kernels: Kernels, *, threads: int = 0) -> Runner:
+    """A program in ExecuTorch's own runtime. `threads`: 0 leaves it to the runtime; they are the whole process's."""
+    runtime, library = require("executorch.runtime", "executorch.extension.pybindings._C")
+    if threads:
+        library._unsafe_reset_threadpool(threads)
+    loaded = runtime.Runtime.get().load_program(program)
+    held = program, loaded, loaded.load_method("forward")  # reason: the tool reads memory that it does not own
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        try:
+            return [y.clone() for y in held[2].execute([x.contiguous() for x in inputs])]
+        except RuntimeError as error:
+            raise BackendError(
+                f"ExecuTorch cannot run inputs of shapes {[tuple(x.shape) for x in inputs]}; the program was made for "
+                f"at most {BATCH} images, or as many as the examples are: {error}"
+            ) from error
+
+    return Runner("executorch", run, kernels)
+
+
+def _signed(static: fx.GraphModule) -> fx.GraphModule:
+    """A static graph in the form that XNNPACK asks for."""
+    result = copy_graph(static)
+    graph = result.graph
+    for first, last in list(quantizers(graph)):
+        if last.args[0] is not first:
+            _clip_values(graph, first, last)
+    graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        if node.target in (QUANTIZE, DEQUANTIZE) and node.args[5] == torch.uint8:
+            value, scale, zero, low, high, _ = node.args
+            node.args = (value, scale, zero - MIDDLE, low - MIDDLE, high - MIDDLE, torch.int8)
+        if node.target is aten.mean.dim and not (len(node.args) > 2 and node.args[2]):
+            with graph.inserting_after(node):
+                flat = graph.call_function(aten.squeeze.dims, node.args[:2])
+            node.replace_all_uses_with(flat)
+            flat.update_arg(0, node)
+            node.args = (*node.args[:2], True)
+    for node in graph.find_nodes(op="call_function", target=DEQUANTIZE):
+        for user in list(node.users)[1:]:
+            with graph.inserting_before(user):
+                user.replace_input_with(node, graph.call_function(DEQUANTIZE, node.args))
+    for node in list(graph.nodes):
+        if node.target in LAYERS and node.args[1].target is _WEIGHTS and not _is_quantized(node):
+            weight = node.args[1]
+            values = [attribute(result, str(a.target)) if isinstance(a, fx.Node) else a for a in weight.args]
+            result.register_buffer(f"{node.name}_weight", _WEIGHTS(*values))
+            with graph.inserting_before(node):
+                node.replace_input_with(weight, graph.get_attr(f"{node.name}_weight"))
+    graph.eliminate_dead_code()
+    graph.lint()
+    result.recompile()
+    return result.eval()
+
+
+def _clip_values(graph: fx.Graph, first: fx.Node, last: fx.Node) -> None:
+    """A clip of codes between quantising and dequantising as one of the values before."""
+    value, scale, zero, low, high, kind = cast("tuple[Any, ...]", first.args)
+    node: Any = last.args[0]
+    while node is not first:
+        if node.target is aten.clamp_max.default:
+            high = min(high, node.args[1])
+        else:
+            low = max(low, node.args[1])
+        node = node.args[0]
+    bounds = (low - zero) * scale, (high - zero) * scale
+    with graph.inserting_before(last):
+        if len(first.users) > 1:  # reason: with two readers, the layer before would not be an integer one
+            value = graph.call_function(DEQUANTIZE, (first, *first.args[1:]))
+        elif value.target is aten.relu.default and len(value.users) == 1:
+            value, bounds = value.args[0], (max(0.0, bounds[0]), bounds[1])
+        clipped = graph.call_function(aten.hardtanh.default, (value, *bounds))
+        last.update_arg(0, graph.call_function(QUANTIZE, (clipped, *first.args[1:5], kind)))
+
+
+def _is_quantized(layer: fx.Node) -> bool:
+    """Whether the layer's one reader is a quantiser, maybe behind an activation function that is fused."""
+    users = list(layer.users)
+    if len(users) == 1 and users[0].target in _FUSED:
+        users = list(users[0].users)
+    return len(users) == 1 and users[0].target is QUANTIZE
+
+
+def _weight(layer: fx.Node) -> str | None:
+    """The name of a layer's weight."""
+    source = layer.args[1]
+    if isinstance(source, fx.Node) and source.target is _WEIGHTS:
+        source = source.args[0]
+    return str(source.target) if isinstance(source, fx.Node) and source.op == "get_attr" else None
+
+
+def _integer_weights(lowered: fx.GraphModule) -> Iterator[str]:
+    """Weights whose codes are in XNNPACK's hands."""
+    for node in lowered.graph.find_nodes(op="get_attr"):
+        module = getattr(lowered, str(node.target))
+        if not hasattr(module, "original_module"):
+            continue
+        part = module.original_module
+        names = {**part.graph_signature.inputs_to_buffers, **part.graph_signature.inputs_to_parameters}
+        for inner in part.graph.nodes:
+            if "dequantize_per_channel" in str(inner.target) and inner.args[0].name in names:
+                yield names[inner.args[0].name]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the tool's remarks, which are many."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with quiet():
+            yield
+    finally:
+        logging.disable(level)
