@@ -68,7 +68,7 @@ def _measure(name: str, batch: int, threads: int, rounds: int) -> dict[str, Any]
 def _row(name: str, batch: int, threads: int, rounds: int) -> dict[str, Any]:
     import timm
     import torch
-    from _latency_peers import onnxruntime_static, openvino_nncf, torchao_pt2e
+    from _peers import onnxruntime_static, openvino_nncf, torchao_pt2e
 
     from sbs_fx import Budget
     from sbs_fx.benchmark import time_runners

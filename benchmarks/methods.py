@@ -3,7 +3,8 @@
 `python benchmarks/methods.py --out DIR --data-dir DIR --weights FILE` takes the CIFAR-10 ResNet-20 with parameter-free
 shortcuts (safetensors; images and labels as {train,test}_{images,labels}.npy); `--model digits` trains the demo network
 on scikit-learn's digits instead. Budgets are what uniform 8-, 6- and 4-bit networks cost, first and last layer 8/8.
-Beside the methods stands the plain uniform network of each budget, nothing pruned. Points are kept in DIR/MODEL, so the
+Beside the methods stands the plain uniform network of each budget, nothing pruned, and at 8 bits the post-training int8
+of those of NNCF, torchao and ONNX Runtime that are installed, on the same images. Points are kept in DIR/MODEL, so the
 same command goes on where it was stopped.
 """
 
@@ -12,13 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from _cifar_models import cifar10, padded_resnet20
+from _peers import onnxruntime_static, openvino_nncf, torchao_pt2e
 from _rows import uniform_network
-from torch import nn
+from torch import Tensor, nn
 
 import sbs_fx
 from sbs_fx import demo
@@ -29,6 +32,12 @@ from sbs_fx.search.uniform import uniform_bits
 from sbs_fx.training import Training, evaluate, fine_tune
 
 BITS = (8, 6, 4)
+PEERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "NNCF": lambda model, x: openvino_nncf(model, x, threads=1),
+    "torchao PT2E": torchao_pt2e,
+    "onnxruntime static": lambda model, x: onnxruntime_static(model, x, threads=1),
+}
+PEER_IMAGES = 500
 
 
 def main() -> int:
@@ -38,7 +47,9 @@ def main() -> int:
     graph = trace(model, example)
     cost = cost_model(graph, channel_groups(graph))
     config = sbs_fx.Config(
-        search=Search(epochs=options.search_epochs), training=Training(norm_batches=10), learning_rate=options.lr
+        search=Search(epochs=options.search_epochs),
+        training=Training(norm_batches=10, precision=options.precision),
+        learning_rate=options.lr,
     )
     directory = options.out / options.model
     budgets, rows = [], []
@@ -48,6 +59,8 @@ def main() -> int:
         budgets.append(spent.bops / cost.reference.bops)
         rows.append(_uniform(model, example, train, test, bits, config, options.epochs))
         print(rows[-1], flush=True)
+        if bits == 8:
+            rows += [_peer(name, model, train, test, rows[-1]["bops_ratio"]) for name in PEERS]
     found = sbs_fx.compare(
         model,
         train,
@@ -84,6 +97,30 @@ def _uniform(
         fine_tune(gated, train, epochs=epochs, lr=config.learning_rate, settings=config.training, teacher=model)
         row["tuned_accuracy"] = evaluate(gated, test)
     return row | {"bops_ratio": spent.reference.bops / spent.bops, "macs_share": 1.0}
+
+
+def _peer(name: str, model: nn.Module, train: Any, test: Any, ratio: float) -> dict[str, Any]:
+    """Accuracy of a tool's own int8 network; BOPs as those of the plain uniform one, all layers being int8."""
+    images, labels = (torch.cat(parts) for parts in zip(*test, strict=True))
+    size = min(PEER_IMAGES, len(images))
+    seen: list[Tensor] = []
+    for batch, _ in train:
+        seen.append(batch)
+        if sum(map(len, seen)) >= size:
+            break
+    row = {"bits": 8, "method": name, "bops_ratio": ratio, "macs_share": 1.0}
+    try:
+        run = PEERS[name](model, torch.cat(seen)[:size].contiguous())
+    except ImportError as error:
+        return row | {"outcome": f"not installed: {error}"}
+    right = count = 0
+    for x, y in zip(images.split(size), labels.split(size), strict=True):
+        if len(x) == size:  # reason: these networks take one batch size
+            found = run(x.contiguous())
+            found = torch.as_tensor(found[0] if isinstance(found, (list, tuple)) else found)
+            right, count = right + int((found.argmax(1) == y).sum()), count + size
+    print(row := row | {"outcome": "ok", "accuracy": 100 * right / count}, flush=True)
+    return row
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -128,6 +165,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--bits", type=lambda text: [int(b) for b in text.split(",")], default=list(BITS))
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--search-epochs", type=int, default=1)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()

@@ -1,6 +1,7 @@
 """Post-training int8 of other tools, as they come: torchao's PT2E, ONNX Runtime's static quantiser, NNCF for OpenVINO.
 
-In: a float model and example inputs. Out: a callable that takes the same inputs. All calibrate on the same noise.
+In: a float model and a batch that all calibrate on. Out: a callable that takes batches of that size. Each tool
+is one that a user installs if they want it: a missing one raises ImportError.
 """
 
 from __future__ import annotations
