@@ -90,6 +90,28 @@ def test_executorch_holds_what_it_can_and_refuses_the_rest(small: sbs_fx.Result)
     assert torch.equal(flat(runner(plain.model, plain.example_inputs, "executorch")(images))[0], plain.model(images))
 
 
+def test_a_convolution_and_a_linear_of_one_width_are_both_integer_in_openvino() -> None:
+    class Net(nn.Module):  # tokens as in a vision transformer, the widths all alike
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.norm = nn.Conv2d(3, 32, 16, 16), nn.LayerNorm(32)
+            self.attention = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+            self.head = nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            q, k, v = (layer(self.norm(x)).unflatten(-1, (2, 16)).transpose(1, 2) for layer in self.attention[:3])
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.head((x + self.attention[3](mixed)).mean(1))
+
+    torch.manual_seed(0)
+    config = sbs_fx.Config(weight_bits=8, activation_bits=8)
+    result = sbs_fx.compress(Net().eval(), IMAGES, budget=0.2, method="uniform", config=config)
+    kernels = runner(result.model, (IMAGES,), "openvino").kernels
+    assert kernels is not None
+    assert kernels.floating == ()
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_computes_what_the_graph_does_at_any_batch_size(
     small: sbs_fx.Result, format: str, tmp_path: Path

@@ -1,12 +1,13 @@
 """OpenVINO's own format, by way of ONNX.
 
 In: a static graph. Out: an OpenVINO model (.xml and .bin), int8 weights, a dynamic batch. Holds: results as torch's; in
-exact mode bit for bit. Two things are said for that which OpenVINO would otherwise simplify away:
+exact mode bit for bit. Some things are said that OpenVINO would otherwise simplify away, or not find:
 
     a quantiser before an addition is followed by a clip to all its codes: fused into a convolution that adds, OpenVINO
     would not round there. It costs a deep residual network a sixth of its time; with 8 bits throughout and float
     scales, where few predictions move, it is left out
     the graph's input, in exact mode, is rounded to its grid first: the shift by the zero point would cost it two bits
+    what attention multiplies is signed codes: only without a zero point it has an integer product for them
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from torch import Tensor, fx
 
 from sbs_fx.export.onnx import LayerMatcher, onnx_model
 from sbs_fx.export.runtime import PROFILED, Runner, least, require
-from sbs_fx.passes.finalize import MAX_CODE
+from sbs_fx.passes.finalize import MAX_CODE, MIDDLE
 from sbs_fx.passes.integer_joins import quantizers
 from sbs_fx.passes.slim import copy_graph
 
 aten = torch.ops.aten
+_PRODUCTS = {aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default}
 _LAYERS = {"Convolution", "FullyConnected", "MatMul", "Deconvolution", "GroupConvolution", "GroupDeconvolution"}
 
 
@@ -117,5 +119,8 @@ def _explicit(static: fx.GraphModule) -> fx.GraphModule:
         if rounds and last.args[0] is first and any(user.target is aten.add.Tensor for user in last.users):
             with graph.inserting_after(first):
                 last.replace_input_with(first, graph.call_function(aten.clamp_max.default, (first, MAX_CODE)))
+        if last.args[0] is first and first.args[2] == MIDDLE and all(user.target in _PRODUCTS for user in last.users):
+            for node in (first, last):
+                node.args = (*node.args[:2], 0, -MIDDLE, MAX_CODE - MIDDLE, torch.int8)
     result.recompile()
     return result.eval()
