@@ -83,6 +83,9 @@ class Timing(Protocol):
     @property
     def rest(self) -> tuple[float, float, float]: ...
 
+    @property
+    def multiple(self) -> int: ...
+
     def seconds(self, layer: LayerExpression, of_axis: Callable[[Axis], Any]) -> Any: ...
 
 

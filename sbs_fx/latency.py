@@ -5,8 +5,9 @@ measured times of slim int8 networks: each layer's row of the backend's own prof
 
     constant + per MAC x MACs + per output x output channels + per input x input channels,   none below zero,
 
-and what is no layer's to a constant, the MACs of layers without a row, and the elements that layers give out. Measured
-once per model and machine and kept in a cache. Bitwidths below 8 run on the same kernels and take the same time.
+and what is no layer's to a constant, the MACs of layers without a row, and the elements that layers give out. What kept
+channels should be a multiple of is measured too, on a pair of convolutions. Measured once per model and machine and
+kept in a cache. Bitwidths below 8 run on the same kernels and take the same time.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy.optimize import nnls
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sbs_fx.benchmark import of_batch, time_runners, torch_threads
 from sbs_fx.calibration import calibrate, calibration_batches
@@ -33,19 +35,25 @@ from sbs_fx.passes import (
     ChannelGroups,
     CostModel,
     apply_bits,
+    channel_groups,
+    cost_model,
     finalize,
     insert_gates,
     integer_grid,
     integer_joins,
     slim,
+    trace,
 )
 from sbs_fx.passes.cost_model import LayerExpression
 from sbs_fx.policy import current_versions, write_atomic
 from sbs_fx.search.importance import kernel_multiple
 
-FORMAT = 1
+FORMAT = 2
 _LEAST_SHARE = 0.25  # of a group's channels that a measured network keeps
 _ROUNDS = 5
+_WIDTH, _SIZE = 64, 28  # channels and pixels a side of the convolutions that multiples are measured on
+_MULTIPLES = (4, 8, 16, 32)
+_ALMOST = 0.8  # of the most that a removed channel can save
 
 
 class Latency(BaseModel):
@@ -68,7 +76,8 @@ class Latency(BaseModel):
 
 class LatencyModel(BaseModel):
     """Seconds of one call. `layers`: name -> constant and factors of MACs, outputs and inputs; `rest`: constant and
-    factors of the other layers' MACs and of elements. `error`: mean relative error on the networks it was fitted to."""
+    factors of the other layers' MACs and of elements. `error`: mean relative error on the networks it was fitted to.
+    `multiple`: what kept channels should be a multiple of (`preferred_multiple`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -77,6 +86,7 @@ class LatencyModel(BaseModel):
     layers: dict[str, tuple[float, float, float, float]]
     rest: tuple[float, float, float]
     error: float
+    multiple: int
 
     def seconds(self, layer: LayerExpression, of_axis: Callable[[Any], Any]) -> Any:
         """Of one layer with a row, and its part of what belongs to none but grows with it."""
@@ -127,22 +137,42 @@ def _measure(
 ) -> LatencyModel:
     batch, draw, rows = of_batch(inputs, settings.batch), random.Random(0), []
     with torch_threads(settings.threads):
+        multiple = preferred_multiple(settings)
         for index in range(settings.samples):
-            kept = random_counts(groups, draw) if index else {}
+            kept = random_counts(groups, draw, multiple) if index else {}
             run = slim_runner(graph, groups, cost, kept, inputs, batch, settings)
             (timing,) = time_runners({"it": run}, batch, settings.batch, _ROUNDS, settings.threads)
             assert run.profile is not None
             rows.append((kept, timing.seconds, dict(run.profile(*batch))))
         reference = compile_float(graph, batch)
         (timing,) = time_runners({"float": reference}, batch, settings.batch, _ROUNDS, settings.threads)
-    return _fit(groups, cost, rows, timing.seconds)
+    return _fit(groups, cost, rows, timing.seconds, multiple)
 
 
-def random_counts(groups: ChannelGroups, draw: random.Random) -> dict[str, int]:
-    """Kept channels per group: multiples that kernels like, from a quarter of the channels to all."""
+def preferred_multiple(settings: Latency) -> int:
+    """The least number of channels that, taken away together, save nearly as much each as any number does, measured
+    between two 3x3 convolutions: kernels that compute 16 channels at a time save nothing for the first 15."""
+    layers = [nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1), nn.ReLU(), nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1), nn.ReLU()]
+    inputs = (torch.randn(2, _WIDTH, _SIZE, _SIZE, generator=torch.Generator().manual_seed(0)),)
+    graph = trace(nn.Sequential(*layers).eval(), inputs)
+    groups = channel_groups(graph)
+    cost, batch = cost_model(graph, groups), of_batch(inputs, settings.batch)
+    (inner,) = (group.name for group in groups.values() if len(group.members) > 1 and group.name.startswith("0."))
+    runners = {
+        str(fewer): slim_runner(graph, groups, cost, {inner: _WIDTH - fewer}, inputs, batch, settings)
+        for fewer in (0, *_MULTIPLES)
+    }
+    found = time_runners(runners, batch, settings.batch, 3 * _ROUNDS, settings.threads)
+    seconds = {int(timing.backend): timing.seconds for timing in found}
+    saved = {fewer: (seconds[0] - seconds[fewer]) / fewer for fewer in _MULTIPLES}
+    return min(fewer for fewer in _MULTIPLES if saved[fewer] >= _ALMOST * max(saved.values()))
+
+
+def random_counts(groups: ChannelGroups, draw: random.Random, multiple: int | None = None) -> dict[str, int]:
+    """Kept channels per group, from a quarter to all: multiples of that number, else of what kernels like."""
     counts = {}
     for group in groups.values():
-        step = kernel_multiple(group, None)
+        step = kernel_multiple(group, multiple if multiple and group.size > multiple else None)
         share = draw.uniform(_LEAST_SHARE, 1.0)
         counts[group.name] = min(group.size, max(step, int(group.size * share) // step * step))
     return counts
@@ -169,7 +199,11 @@ def slim_runner(
 
 
 def _fit(
-    groups: ChannelGroups, cost: CostModel, rows: Sequence[tuple[dict[str, int], float, dict[str, float]]], whole: float
+    groups: ChannelGroups,
+    cost: CostModel,
+    rows: Sequence[tuple[dict[str, int], float, dict[str, float]]],
+    whole: float,
+    multiple: int,
 ) -> LatencyModel:
     """Least squares without negative factors, each network weighted alike by its own time."""
     tables = []  # per network: layer -> features
@@ -188,7 +222,7 @@ def _fit(
     predicted = design @ rest + sum(designs[name] @ np.array(layers[name]) for name in own)
     seconds = np.array([row[1] for row in rows])
     error = float(np.abs(predicted / seconds - 1).mean())
-    return LatencyModel(float_seconds=whole, layers=layers, rest=tuple(rest), error=error)
+    return LatencyModel(float_seconds=whole, layers=layers, rest=tuple(rest), error=error, multiple=multiple)
 
 
 def _positive(design: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> list[float]:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sbs_fx
 from sbs_fx import latency
+from sbs_fx.benchmark import Timing
 from sbs_fx.errors import MethodError
 from sbs_fx.latency import Latency, LatencyModel, latency_model, random_counts
 from sbs_fx.passes import ChannelGroups, CostModel, channel_groups, cost_model, trace
+from sbs_fx.search.importance import kernel_multiple
 from tests.test_integer import Residual
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -59,6 +61,23 @@ def test_exact_and_differentiable_forms_agree(measured: Measured) -> None:
         assert all(size.grad is None or float(size.grad) >= 0 for size in sizes.values())
 
 
+def test_multiples_are_those_that_save_most(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def times(runners: dict[str, object], *_: object) -> list[Timing]:
+        rounded = {name: -(-(64 - int(name)) // step) * step for name in runners}
+        return [Timing(name, 1, 1e-3 + 1e-5 * count, 0.0, 0.0, None, "") for name, count in rounded.items()]
+
+    monkeypatch.setattr(latency, "time_runners", times)
+    monkeypatch.setattr(latency, "runner", lambda *_, **__: None)
+    for step in (4, 8, 16, 32):  # a kernel that computes so many channels at a time
+        assert latency.preferred_multiple(measured.settings) == step
+    assert measured.found.multiple in (4, 8, 16, 32)
+    wide = channel_groups(trace(nn.Sequential(nn.Conv2d(3, 128, 1), nn.Conv2d(128, 4, 1)), IMAGES))["0.weight:0"]
+    found = LatencyModel(float_seconds=1.0, layers={}, rest=(0.0, 0.0, 0.0), error=0.0, multiple=32)
+    assert kernel_multiple(wide, None, found) == 32
+    assert kernel_multiple(wide, None) == 16
+    assert kernel_multiple(wide, 4, found) == 4
+
+
 def test_it_is_measured_once(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "_measure", lambda *_: pytest.fail("measured again"))
     assert measured.measure() == measured.found
@@ -77,7 +96,7 @@ def test_a_damaged_cache_is_measured_again(measured: Measured, monkeypatch: pyte
 def test_a_budget_in_seconds_is_met(measured: Measured, method: str, tmp_path: Path) -> None:
     # reason: so small a network may well take as long when it is pruned; these times are written, not measured
     rows = {layer.node: (1e-6, 1e-9, 1e-8, 1e-8) for layer in measured.plain.layers}
-    known = LatencyModel(float_seconds=1e-2, layers=rows, rest=(1e-5, 0.0, 1e-9), error=0.0)
+    known = LatencyModel(float_seconds=1e-2, layers=rows, rest=(1e-5, 0.0, 1e-9), error=0.0, multiple=16)
     settings = measured.settings.model_copy(update={"cache": str(tmp_path)})
     latency._cache_path(measured.groups, settings).write_text(known.model_dump_json())
     bits = dict.fromkeys(measured.cost.weights, 8), dict.fromkeys(measured.cost.activations, 8)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sbs_fx.passes import ChannelGroup, ChannelGroups
 from sbs_fx.passes import dims as d
+from sbs_fx.passes.cost_model import Timing
 from sbs_fx.passes.dims import Axis, Dim
 
 Norm = Literal["l1", "l2"]
@@ -64,12 +65,14 @@ def _spread(dim: Dim, mass: Tensor, scores: dict[Axis, Tensor]) -> None:
             _spread(part, grid.sum(others), scores)
 
 
-def kernel_multiple(group: ChannelGroup, round_to: int | None) -> int:
-    """What kept channels should be a multiple of: `round_to`; None: 16, 8 in groups under 64 channels.
+def kernel_multiple(group: ChannelGroup, round_to: int | None, timing: Timing | None = None) -> int:
+    """What kept channels should be a multiple of: `round_to`; None: what was measured, else 16, and half of that in
+    groups under four times as many channels.
 
     Kernels step at multiples of the width of the whole tensor dimension, so a product axis needs a smaller one.
     """
-    multiple = round_to or (16 if group.size >= 64 else 8)
+    preferred = 16 if timing is None else timing.multiple
+    multiple = round_to or (preferred if group.size >= 4 * preferred else max(1, preferred // 2))
     widest = 1
     for member in group.members:
         dim = d.resolve(member.type)

@@ -54,7 +54,7 @@ class Opq(Value):
             or "nothing", so that bits alone are chosen.
         weight_bits, activation_bits: of all layers but the first and the last; None: chosen.
         importance: norm by which the channels of a group are ranked.
-        round_to: kept channels are a multiple of this; None: 16, 8 in groups under 64 channels; 1: any number.
+        round_to: kept channels are a multiple of this; None: see `kernel_multiple`; 1: any number.
         shifts_norms: batch-norm statistics follow what the policy does to synthetic noise (`NormShift`).
         minor_groups: also prune the smaller factor of product axes (heads, group widths).
     """
@@ -192,7 +192,7 @@ def _candidates(fixed: int | None, asked: int | None) -> tuple[int, ...]:
 
 def _channel_decision(group: ChannelGroup, cost: CostModel, scores: Tensor, round_to: int | None) -> Decision:
     """How many channels of a group stay, with the share of the importance that goes with the others."""
-    step = kernel_multiple(group, round_to)
+    step = kernel_multiple(group, round_to, cost.timing)
     counts = np.array(sorted({*range(step, group.size, step), group.size}))
     readers = sum(
         group.axis in d.axes(dim)

@@ -80,7 +80,7 @@ def sbs(
     """
     search, settings = search or Search(), settings or Training()
     check_training_data(data)
-    blocks = {name: search.block or kernel_multiple(groups[name], None) for name in groups}
+    blocks = {name: search.block or kernel_multiple(groups[name], None, cost.timing) for name in groups}
     network = insert_gates(
         graph, groups, channels=search.decisions != "bits", candidates=candidates, grid=grid, block=blocks
     )

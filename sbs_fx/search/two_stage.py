@@ -128,7 +128,9 @@ def two_stage(
         decisions=search.decisions, minor_groups=search.minor_groups, inner_only=search.inner_only, block=search.block
     )
     prunable = {
-        n: search.block or kernel_multiple(groups[n], None) for n in groups if may_be_pruned(groups, cost, n, options)
+        n: search.block or kernel_multiple(groups[n], None, cost.timing)
+        for n in groups
+        if may_be_pruned(groups, cost, n, options)
     }
     fixed = end_bits(cost)
     start = Draft(

@@ -47,14 +47,14 @@ def uniform(
         weight_bits, activation_bits: fixed bitwidths; None tries `BIT_PAIRS` in order and takes the first that lets
             each group keep `comfortable_share` of its channels, else the one that lets it keep most.
         importance: norm by which the channels of a group are ranked.
-        round_to: kept channels are a multiple of this; None: 16, 8 in groups under 64 channels; 1: any number.
+        round_to: kept channels are a multiple of this; None: see `kernel_multiple`; 1: any number.
         minor_groups: also prune the smaller factor of product axes (heads, group widths).
 
     Raises:
         InfeasibleBudget: even the smallest policy is over the budget; `least` has the shares it reaches.
     """
     prunable = [g for g in groups.values() if g.primary or minor_groups]
-    steps = {g.name: kernel_multiple(g, round_to) for g in prunable}
+    steps = {g.name: kernel_multiple(g, round_to, cost.timing) for g in prunable}
     pairs = [(w, a) for w, a in BIT_PAIRS if weight_bits in (None, w) and activation_bits in (None, a)]
     if not pairs:
         pairs = [(weight_bits or 8, activation_bits or 8)]
