@@ -21,7 +21,7 @@ from sbs_fx.export.inductor import run_aoti, run_inductor, save_aoti
 from sbs_fx.export.onnx import onnx_model, run_onnx, save_onnx
 from sbs_fx.export.openvino import openvino_model, read_openvino, run_openvino, save_openvino
 from sbs_fx.export.pt2 import load_pt2, save_pt2
-from sbs_fx.export.runtime import Kernels, Runner, check
+from sbs_fx.export.runtime import Runner, check
 from sbs_fx.policy import write_atomic
 
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "openvino": ".xml", "aoti": ".pt2", "executorch": ".pte"}
@@ -40,13 +40,13 @@ def export(
 ) -> Runner:
     """Write a static graph as a file of another tool, once what was written computes what torch computes.
 
-    | format     | file                 | runs in                                             | weights            |
-    |------------|----------------------|-----------------------------------------------------|--------------------|
-    | "pt2"      | `torch.export`       | torch alone                                         | at their bitwidth  |
-    | "onnx"     | ONNX, opset 21       | ONNX Runtime, OpenVINO and others                   | int8, int4 on wish |
-    | "openvino" | .xml and .bin        | OpenVINO                                            | int8               |
-    | "aoti"     | AOTInductor package  | torch alone, on this kind of processor              | int8               |
-    | "executorch" | ExecuTorch program | ExecuTorch with XNNPACK                             | int8               |
+    | format       | file                | runs in                                | weights            |
+    |--------------|---------------------|----------------------------------------|--------------------|
+    | "pt2"        | `torch.export`      | torch alone                            | at their bitwidth  |
+    | "onnx"       | ONNX, opset 21      | ONNX Runtime, OpenVINO and others      | int8, int4 on wish |
+    | "openvino"   | .xml and .bin       | OpenVINO                               | int8               |
+    | "aoti"       | AOTInductor package | torch alone, on this kind of processor | int8               |
+    | "executorch" | ExecuTorch program  | ExecuTorch with XNNPACK                | int8               |
 
     Args:
         example_inputs: as the graph takes them; dynamic dimensions stay so.
@@ -70,19 +70,7 @@ def export(
     try:
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".", prefix=".export-") as folder:
             draft = os.path.join(folder, "model" + suffix)
-            kernels = None
-            if format == "pt2":
-                save_pt2(static, inputs, draft, metadata)
-            elif format == "onnx":
-                save_onnx(static, inputs, draft, metadata, low_bits=low_bits)
-            elif format == "openvino":
-                save_openvino(static, inputs, draft)
-            elif format == "aoti":
-                save_aoti(static, inputs, draft)
-            else:
-                program, kernels = executorch_program(static, inputs)
-                write_atomic(draft, program)
-            runner = _reader(format, draft, static, inputs, kernels)
+            runner = _written(format, draft, static, inputs, metadata, low_bits)
             check(runner, static, inputs)
             for name in sorted(os.listdir(folder)):  # reason: weights (.bin) before the model that reads them (.xml)
                 os.replace(os.path.join(folder, name), path.removesuffix(suffix) + os.path.splitext(name)[1])
@@ -93,18 +81,30 @@ def export(
     return runner
 
 
-def _reader(
-    format: str, path: str, static: fx.GraphModule, inputs: tuple[Tensor, ...], kernels: Kernels | None
+def _written(
+    format: str,
+    path: str,
+    static: fx.GraphModule,
+    inputs: tuple[Tensor, ...],
+    metadata: Mapping[str, Any] | None,
+    low_bits: bool,
 ) -> Runner:
+    """Write the file and load it again."""
     if format == "pt2":
+        save_pt2(static, inputs, path, metadata)
         return Runner("pt2", load_pt2(path))
-    if format == "aoti":
-        return run_aoti(path)
     if format == "onnx":
+        save_onnx(static, inputs, path, metadata, low_bits=low_bits)
         return run_onnx(Path(path).read_bytes(), static)
-    if kernels is not None:
-        return run_executorch(Path(path).read_bytes(), kernels)
-    return run_openvino(read_openvino(path), static, inputs)
+    if format == "openvino":
+        save_openvino(static, inputs, path)
+        return run_openvino(read_openvino(path), static, inputs)
+    if format == "aoti":
+        save_aoti(static, inputs, path)
+        return run_aoti(path)
+    program, kernels = executorch_program(static, inputs)
+    write_atomic(path, program)
+    return run_executorch(Path(path).read_bytes(), kernels)
 
 
 def runner(static: fx.GraphModule, example_inputs: Sequence[Tensor], backend: str, *, threads: int = 0) -> Runner:
