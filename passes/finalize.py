@@ -26,7 +26,7 @@ from sbs_fx.errors import GraphError
 from sbs_fx.passes import masked
 from sbs_fx.passes.fold import TRANSPOSED, Constants, Fold, along_output, batch_norm_folds
 from sbs_fx.passes.insert_gates import BatchNorm, activation_gates, weight_gates
-from sbs_fx.superbit import FLOAT_BITS, SuperBitQuantizer, max_level
+from sbs_fx.superbit import SuperBitQuantizer, max_level
 
 aten = torch.ops.aten
 decomposed = torch.ops.quantized_decomposed
@@ -89,7 +89,7 @@ def _checked(gated: fx.GraphModule) -> dict[str, tuple[str, SuperBitQuantizer]]:
             found[gated.meta[kind][name]] = (name, gate)
             if gate.bits is None:
                 raise fail(f"the gate of {name!r} is still searching; fix its bitwidth first (apply_bits)", name)
-            if isinstance(gate.bits, int) and gate.bits == FLOAT_BITS:
+            if gate.is_float:
                 continue
             if gate.grid != "symmetric" and gate.signed:
                 raise fail(
@@ -180,7 +180,7 @@ class _Lowering:
 
     def _activation(self, node: fx.Node, name: str, gate: SuperBitQuantizer) -> fx.Node:
         source: fx.Node = self._argument(node.args[0])
-        if gate.bits == FLOAT_BITS:
+        if gate.is_float:
             return source
         assert isinstance(gate.bits, int)  # one range a tensor, so one bitwidth
         value = node.meta.get("val")
@@ -212,7 +212,7 @@ class _Lowering:
         layer, fold = next(((user, self.folds[user]) for user in node.users if user in self.folds), (None, None))
         weight = self.constants.value(source)
         factor = None if layer is None or fold is None else along_output(fold.factor.to(weight.device), layer, weight)
-        if isinstance(gate.bits, int) and gate.bits == FLOAT_BITS:
+        if gate.is_float:
             if source.op == "get_attr" and factor is None:
                 return self._argument(source)
             return self._tensor(self._name(source), _scaled(weight, factor), node)

@@ -25,7 +25,6 @@ aten = torch.ops.aten
 Inputs = tuple[Tensor, ...]  # a batch as the graph takes it
 
 METHODS = ("mse", "minmax", "percentile")
-FLOAT_BITS = 32
 # Standard deviations of a batch norm's output that a range takes in. 3 to 6 were tried on a residual network for
 # CIFAR-10: at 8-bit activations all within 0.5 points; at 4 bits "minmax" was best with 4 and 1.7 points worse with 6.
 SPREAD = 4.0
@@ -238,7 +237,7 @@ class _Recorder(fx.Interpreter):
 
     def _count(self, module: nn.Module, x: Tensor, weights: Tensor | None = None) -> None:
         name, gate = self.activations[id(module)]
-        if gate.bits != FLOAT_BITS and not self.histograms.setdefault(id(module), Histogram()).add(x, weights):
+        if not gate.is_float and not self.histograms.setdefault(id(module), Histogram()).add(x, weights):
             cause = "this data" if self.deviations is None else "synthetic input: give data"
             raise DataError(
                 f"the activation {name!r} is NaN or Inf at batch {self.batch}, whose input is finite; the "
@@ -282,7 +281,7 @@ class _Recorder(fx.Interpreter):
 
 
 def _set_weight_range(name: str, gate: SuperBitQuantizer, weight: Tensor, method: str) -> None:
-    if isinstance(gate.bits, int) and gate.bits == FLOAT_BITS:  # per channel, bits are a tensor
+    if gate.is_float:
         return
     top = weight_top(weight, gate, method)
     if not bool(torch.isfinite(top).all()):

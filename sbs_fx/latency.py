@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy  # reason: not its parts, which take 37 MB: they load when they are read
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from scipy.optimize import nnls
 from torch import Tensor, fx, nn
 
 from sbs_fx.benchmark import of_batch, time_runners, torch_threads
@@ -227,7 +227,7 @@ def _fit(
 
 def _positive(design: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> list[float]:
     scale = design.max(0).clip(1e-300)
-    return [float(x) for x in nnls(design / scale, values)[0] / scale]
+    return [float(x) for x in scipy.optimize.nnls(design / scale, values)[0] / scale]
 
 
 def _cache_path(groups: ChannelGroups, settings: Latency) -> Path:

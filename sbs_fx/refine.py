@@ -28,7 +28,7 @@ from sbs_fx.passes.slim import Slices
 from sbs_fx.policy import Value
 from sbs_fx.rounding import weight_parameters
 from sbs_fx.segments import cut_points, stretch
-from sbs_fx.superbit import FLOAT_BITS, SuperBitQuantizer
+from sbs_fx.superbit import SuperBitQuantizer
 from sbs_fx.training.evaluation import mode
 
 aten = torch.ops.aten
@@ -48,9 +48,9 @@ class Refinement(Value):
 
     images: int = Field(default=1024, ge=1)
     batch: int = Field(default=64, ge=1)
-    steps: int = Field(default=100, ge=0)
-    weight_rate: float = Field(default=0.02, gt=0)
-    range_rate: float = Field(default=0.002, gt=0)
+    steps: int = Field(default=200, ge=0)
+    weight_rate: float = Field(default=0.1, gt=0)
+    range_rate: float = Field(default=0.005, gt=0)
     affine_rate: float = Field(default=0.002, gt=0)
 
 
@@ -241,7 +241,7 @@ class _Work:
         rates: list[tuple[nn.Parameter, float]] = []
         weights: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
         for name, gate in part.named_modules():
-            if not isinstance(gate, SuperBitQuantizer) or gate.bits == FLOAT_BITS or not self._owns(part, name):
+            if not isinstance(gate, SuperBitQuantizer) or gate.is_float or not self._owns(part, name):
                 continue
             rates.append((gate.range, s.range_rate * float(gate.range.detach().abs().mean())))
             weight = self.parameters.get(self.names.get(id(gate), ""))

@@ -271,6 +271,11 @@ class SuperBitQuantizer(nn.Module):
         """32 if open, a bitwidth or a tensor (channels,) of them if fixed, None if searching."""
         return self._bits if self.channel_bits is None else self.channel_bits
 
+    @property
+    def is_float(self) -> bool:
+        """Whether values pass as they are."""
+        return self.channel_bits is None and self._bits == FLOAT_BITS
+
     def fix(self, bits: int | Sequence[int] | Tensor) -> None:
         """Fix the gates at one bitwidth (32 opens them at float precision), or at one per channel (0 prunes it)."""
         if isinstance(bits, Tensor):
@@ -324,7 +329,7 @@ class SuperBitQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x on its grid, of x's shape and dtype; see the table above."""
-        if self._bits == FLOAT_BITS:
+        if self.is_float:
             return x
         range_ = self._along(self.range, x)
         if self.bits is None:

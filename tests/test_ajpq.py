@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sbs_fx.calibration import calibrate
-from sbs_fx.compress import kept_bits
+from sbs_fx.compress import compress, kept_bits
+from sbs_fx.config import Config
 from sbs_fx.errors import CheckpointMismatch, DataError, InfeasibleBudget, WeightsError
 from sbs_fx.export.pt2 import load_pt2, save_pt2
 from sbs_fx.passes import (
@@ -29,7 +30,7 @@ from sbs_fx.search.ajpq import Agent, Ajpq, Trial, ajpq, kernels_of, policy_of
 from sbs_fx.search.controllers import LEVELS, bits_of, draw
 from sbs_fx.search.kernels import Kernels
 from sbs_fx.search.reward import Reward
-from sbs_fx.training import Checkpoints
+from sbs_fx.training import Checkpoints, Training
 from tests.gated import check_static
 
 IMAGES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -134,6 +135,17 @@ def test_a_policy_per_kernel_survives_to_the_file(parts: Any, seed: int, tmp_pat
     path = tmp_path / "model.pt2"
     save_pt2(static, (IMAGES,), str(path))
     assert torch.equal(load_pt2(str(path))(IMAGES), static(IMAGES))
+
+
+def test_bits_per_kernel_are_fine_tuned(parts: Any, tmp_path: Path) -> None:
+    data = [
+        (torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(i)), torch.arange(8) % 5) for i in range(3)
+    ]
+    torch.manual_seed(0)
+    config = Config(ajpq=SHORT, epochs=1, training=Training(norm_batches=1))
+    result = compress(Residual().eval(), IMAGES, budget=BUDGET, data=data, method="ajpq", config=config)
+    assert any(not isinstance(bits, int) for bits in result.policy.weight_bits.values())
+    assert torch.isfinite(result.model(IMAGES)).all()
 
 
 def test_stored_bits_are_counted_by_hand(parts: Any) -> None:

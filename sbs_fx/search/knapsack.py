@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # reason: not its parts, which take 37 MB: they load when they are read
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csr_array
 
 from sbs_fx.errors import InfeasibleBudget
 
@@ -138,21 +137,26 @@ def allocate(problem: Knapsack, time_limit: float = 60.0) -> Allocation:
                 add(row, line, 1.0)
                 add(row, np.array([starts[v] + choice]), -1.0)
                 row += 1
-    equal = csr_array((np.concatenate(values), (np.concatenate(rows), np.concatenate(places))), shape=(row, columns))
+    equal = scipy.sparse.csr_array(
+        (np.concatenate(values), (np.concatenate(rows), np.concatenate(places))), shape=(row, columns)
+    )
     wanted = np.concatenate([np.ones(len(kept)), np.zeros(row - len(kept))])
     within = budget / scale[:, None], problem.limits / scale
-    relaxed = linprog(objective, A_ub=within[0], b_ub=within[1], A_eq=equal, b_eq=wanted, bounds=(0, 1))
+    relaxed = scipy.optimize.linprog(objective, A_ub=within[0], b_ub=within[1], A_eq=equal, b_eq=wanted, bounds=(0, 1))
     upper = np.ones(columns)
     rounded = _rounded(problem, kept, starts, relaxed.x)
     if rounded is not None:
         # reason: a column that costs more than is open between the relaxation and this is in no better allocation
         dear = relaxed.lower.marginals[:binary] > problem.loss(rounded) - relaxed.fun + _TIGHT * (1 + abs(relaxed.fun))
         upper[:binary][dear] = 0
-    found = milp(
+    found = scipy.optimize.milp(
         objective,
         integrality=np.arange(columns) < binary,
-        bounds=Bounds(0, upper),
-        constraints=[LinearConstraint(equal, wanted, wanted), LinearConstraint(within[0], -np.inf, within[1])],
+        bounds=scipy.optimize.Bounds(0, upper),
+        constraints=[
+            scipy.optimize.LinearConstraint(equal, wanted, wanted),
+            scipy.optimize.LinearConstraint(within[0], -np.inf, within[1]),
+        ],
         options={"time_limit": time_limit, "mip_rel_gap": 0.0},
     )
     if found.status == 2:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy  # reason: not its parts, which take 37 MB: they load when they are read
 from numpy.typing import ArrayLike, NDArray
-from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from sbs_fx.superbit import max_level
@@ -132,7 +132,7 @@ def choices(candidates: tuple[int, ...] = (2, 4, 8), form: Literal["any", "dense
     for b in candidates:
         size.append(sparse_bits(1 - pruned_share(threshold), b))
         rounded = _best_step(knots, max_level(b, signed=True))[1]
-        error.append(pruning_error(threshold) + CubicSpline(knots, rounded)(threshold))
+        error.append(pruning_error(threshold) + scipy.interpolate.CubicSpline(knots, rounded)(threshold))
         bits.append(np.full(len(threshold), b))
     s, e = np.concatenate(size), np.concatenate(error)
     t, w = np.tile(threshold, len(candidates)), np.concatenate(bits)

@@ -17,7 +17,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, fx
 
 from sbs_fx.errors import InputError
-from sbs_fx.superbit import FLOAT_BITS, ChannelGate, SuperBitQuantizer
+from sbs_fx.superbit import ChannelGate, SuperBitQuantizer
 from sbs_fx.training.settings import Training
 
 _LEAST_SHARE = 0.01  # of its first value, that a range never falls below
@@ -42,7 +42,7 @@ class Optimizers:
         self.all: list[torch.optim.Optimizer] = []
         if self.weights:
             self.all.append(_of_weights(self.weights, lr, settings))
-        ranges = [g.range for g in gates if isinstance(g, SuperBitQuantizer) and g.bits != FLOAT_BITS]
+        ranges = [g.range for g in gates if isinstance(g, SuperBitQuantizer) and not g.is_float]
         self.ranges: list[tuple[Tensor, Tensor]] = []  # and what they were at first
         self.of_ranges: torch.optim.Optimizer | None = None
         if settings.range_lr and ranges:
