@@ -7,6 +7,7 @@ left; importing this module is light, each command imports what it needs.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from json import dumps
@@ -310,15 +311,10 @@ def _finish(made: NamedModel, result: Result, report: Report, directory: str | N
 
 
 def _save(made: NamedModel, result: Result, report: Report, directory: str) -> None:
-    """What `Result.save` writes, with the accuracy in the report and the model's normalisation in the file, so that
-    `evaluate` prepares images as they were prepared here."""
-    from sbs_fx.export import save_pt2
-
-    model = os.path.join(directory, "model.pt2")
-    save_pt2(result.model, result.example_inputs, model, {k: list(v) for k, v in made.normalisation.items()})
-    result.policy.save(os.path.join(directory, "policy.json"))
-    report.save(os.path.join(directory, "report.txt"))
-    report.save(os.path.join(directory, "report.json"))
+    """What `Result.save` writes, with the accuracy in the report and in the file the normalisation that was used, so
+    that `evaluate` prepares images as they were prepared here."""
+    metadata = {k: list(v) for k, v in made.normalisation.items()}
+    dataclasses.replace(result, report=report, metadata=metadata).save(directory)
 
 
 if __name__ == "__main__":

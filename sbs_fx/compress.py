@@ -23,7 +23,7 @@ from sbs_fx.errors import FileError, GraphError, WeightsError
 from sbs_fx.export import Runner, export, runner, save_pt2
 from sbs_fx.latency import latency_model
 from sbs_fx.methods import QUICK, Traced, chosen_method, find_plan, with_norms
-from sbs_fx.models import create_model
+from sbs_fx.models import create_model, input_config
 from sbs_fx.models import example_inputs as derive_inputs
 from sbs_fx.passes import (
     ChannelGroups,
@@ -62,6 +62,7 @@ class Result:
         report: layers, groups and pins as text and as data.
         gated: the same network with fake quantisation, for further training; `finalize` turns it into `model` again.
         masked: single weights are zero, and stay so in fine-tuning; `cost` counts them as coded.
+        metadata: kept in files: "mean" and "std" of images, where the model's configuration has them.
         seconds: time spent per stage.
     """
 
@@ -73,6 +74,7 @@ class Result:
     example_inputs: tuple[torch.Tensor, ...]
     seconds: dict[str, float] = field(default_factory=dict)
     masked: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
     def baseline_cost(self) -> Cost:
@@ -86,14 +88,14 @@ class Result:
             FileError: the directory is a file or cannot be written, or the disk is full.
         """
         path = prepare_directory(directory)
-        save_pt2(self.model, self.example_inputs, os.path.join(path, "model.pt2"))
+        save_pt2(self.model, self.example_inputs, os.path.join(path, "model.pt2"), self.metadata)
         self.policy.save(os.path.join(path, "policy.json"))
         for name in ("report.txt", "report.json"):
             self.report.save(os.path.join(path, name))
 
     def export(self, format: str, path: str | os.PathLike[str], **options: Any) -> Runner:
         """Write `model` as a file of another tool; see `sbs_fx.export.export`."""
-        return export(self.model, self.example_inputs, format, path, **options)
+        return export(self.model, self.example_inputs, format, path, **{"metadata": self.metadata, **options})
 
     def compiled(self) -> Runner:
         """`model` under torch's compiler with int8 kernels; `kernels` says which layers reached one.
@@ -210,7 +212,8 @@ def _traced(
     if timed:
         job.stage("latency", 0.32)
         cost = cost_model(graph, groups, latency_model(graph, groups, cost, inputs, config.latency))
-    return Traced(graph, groups, cost, inputs)
+    known = input_config(module)
+    return Traced(graph, groups, cost, inputs, {k: list(known[k]) for k in ("mean", "std") if k in known})
 
 
 def _realise(
@@ -253,7 +256,7 @@ def _realise(
     total = searched.coded or cost.evaluate(policy.kept, weight_bits, policy.activation_bits)
     report = Report.of(groups, cost, policy, total, searched.notes)
     job.close()
-    return Result(static, policy, total, report, gated, traced.inputs, job.seconds, masked)
+    return Result(static, policy, total, report, gated, traced.inputs, job.seconds, masked, traced.metadata)
 
 
 def _integer(

@@ -6,7 +6,7 @@ In: a traced graph with its analyses, a budget, maybe data. Out: a plan, and may
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Traced:
     groups: ChannelGroups
     cost: CostModel
     inputs: tuple[torch.Tensor, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)  # mean and std of images, if the model says so
 
 
 def chosen_method(method: str, has_data: bool, epochs: int) -> str:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -27,6 +28,7 @@ from sbs_fx.errors import (
     TraceError,
     WeightsError,
 )
+from sbs_fx.export import load_saved
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -67,6 +69,13 @@ def test_saved_policy_applied_again_gives_the_same_graph(result, net, tmp_path) 
     again = sbs_fx.apply(net, policy, IMAGES[:2])
     assert torch.equal(again.model(IMAGES), result.model(IMAGES))
     assert again.cost == result.cost
+
+
+def test_files_say_how_images_are_normalised(tmp_path) -> None:
+    model = timm.create_model("test_resnet").eval()
+    result = sbs_fx.compress(model, method="uniform", budget=0.08)
+    result.save(tmp_path)
+    assert load_saved(tmp_path / "model.pt2")[0].meta["metadata"]["mean"] == list(model.pretrained_cfg["mean"])
 
 
 def test_saved_file_runs_with_torch_alone(result, tmp_path) -> None:
