@@ -19,7 +19,7 @@ import torch
 from scipy.stats import spearmanr
 
 from sbs_fx.benchmark import time_runners
-from sbs_fx.latency import Latency, latency_model, random_counts, slim_runner
+from sbs_fx.latency import Latency, latency_model, random_bits, random_counts, slim_runner
 from sbs_fx.passes import channel_groups, cost_model, trace
 
 
@@ -42,10 +42,7 @@ def main() -> int:
     cost, draw, rows = cost_model(graph, groups, found), random.Random(7), []
     for _ in range(options.policies):
         counts = random_counts(groups, draw)
-        bits = {
-            "weights": {name: draw.choice((2, 4, 8)) for name in plain.weights},
-            "activations": {name: draw.choice((2, 4, 8)) for name in plain.activations},
-        }
+        bits = random_bits(plain, draw, (2, 4, 8))
         run = slim_runner(graph, groups, plain, counts, inputs, batch, settings, bits)
         (timing,) = time_runners({"it": run}, batch, 1, rounds=5)
         predicted = cost.evaluate(counts, bits["weights"], bits["activations"]).seconds
