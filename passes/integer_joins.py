@@ -201,9 +201,8 @@ def _ceiling(node: fx.Node) -> float | None:
     """Where a function that is 0 below 0 stops to grow; None if the node is no such function."""
     if node.target is aten.relu6.default:
         return 6.0
-    if node.target in (aten.hardtanh.default, aten.clamp.default) and len(node.args) == 3 and node.args[1] == 0:
-        return float(node.args[2])
-    return None
+    bounds = node.args[1:] if node.target in (aten.hardtanh.default, aten.clamp.default) else ()
+    return float(bounds[1]) if len(bounds) == 2 and bounds[0] == 0 and bounds[1] is not None else None
 
 
 def _last_code(last: fx.Node) -> int:

@@ -187,8 +187,16 @@ def activation(name: str, channels: int) -> nn.Module:
         "sigmoid": nn.Sigmoid,
         "exp": Exp,
         "prelu": lambda: nn.PReLU(channels),
+        "floor": Floor,
     }
     return makers[name]()
+
+
+class Floor(nn.Module):
+    """A clamp with one bound."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0)
 
 
 class Exp(nn.Module):

@@ -101,7 +101,7 @@ class Norm(Block):
 @block(
     "activation",
     "image",
-    function=("relu", "relu6", "gelu", "silu", "hardswish", "sigmoid", "exp", "prelu"),
+    function=("relu", "relu6", "gelu", "silu", "hardswish", "sigmoid", "exp", "prelu", "floor"),
 )
 class Activation(Block):
     """Grouped convolution, an activation, a pointwise convolution."""

@@ -15,6 +15,7 @@ from sbs_fx.passes.insert_gates import activation_gates, apply_bits, weight_gate
 from sbs_fx.passes.integer_joins import DEQUANTIZE, QUANTIZE, quantizers
 from sbs_fx.passes.slim import attribute
 from sbs_fx.verify import count_levels
+from tests.blocks import Floor
 from tests.gated import Together, bundles, draw_bits, gate, nodes
 from tests.models import Recipe
 from tests.test_finalize import is_plain
@@ -137,6 +138,13 @@ def test_a_ceiling_below_the_codes_stays() -> None:
     result = integer_joins(static, [(IMAGES,)])
     assert nodes(result, aten.hardtanh.default, aten.clamp.default)
     assert torch.equal(result(9 * IMAGES), static(9 * IMAGES))
+
+
+def test_a_clamp_with_one_bound_is_no_ceiling() -> None:
+    gated = gate(nn.Sequential(nn.Conv2d(3, 8, 3), Floor(), nn.Conv2d(8, 4, 1)).eval(), IMAGES)
+    apply_bits(gated, dict.fromkeys(weight_gates(gated), 8), dict.fromkeys(activation_gates(gated), 8))
+    static = finalize(gated)
+    assert torch.equal(integer_joins(static, [(IMAGES,)])(IMAGES), static(IMAGES))
 
 
 def test_transformer_streams_stay_in_float() -> None:
