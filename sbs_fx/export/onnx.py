@@ -55,7 +55,7 @@ def onnx_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, low_
     assert exported is not None
     model = exported.model_proto
     _name_layers(model.graph, set(layer_names(static)))
-    _drop_zero_points(model.graph)
+    _own_zero_points(model.graph)
     _integer_biases(model.graph)
     if low_bits:
         names = {name for name, stored in static.meta["weights"].items() if _most_bits(stored.bits) <= 4}
@@ -163,15 +163,15 @@ def _name_layers(graph: Any, layers: set[str]) -> None:
             node.name = f"{_LAYER}{source}"
 
 
-def _drop_zero_points(graph: Any) -> None:
-    """Weights' zero points, all of them zero, are left out: shared by a convolution and a linear, they would keep both
-    from integer kernels in OpenVINO."""
+def _own_zero_points(graph: Any) -> None:
+    """Each weight gets zero points of its own: shared by a convolution and a linear, they would keep both from integer
+    kernels in OpenVINO; without any, ONNX Runtime has none for linears."""
     numpy_helper = require("onnx")[0].numpy_helper
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
-        is_weight = node.op_type == "DequantizeLinear" and len(node.input) > 2 and node.input[0] in tensors
-        if is_weight and not numpy_helper.to_array(tensors[node.input[2]]).any():
-            del node.input[2:]
+        if node.op_type == "DequantizeLinear" and len(node.input) > 2 and node.input[0] in tensors:
+            values, node.input[2] = numpy_helper.to_array(tensors[node.input[2]]), f"{node.input[0]}_zero_points"
+            graph.initializer.append(numpy_helper.from_array(values, node.input[2]))
     _drop_unread(graph)
 
 
