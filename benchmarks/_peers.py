@@ -45,7 +45,7 @@ def onnxruntime_static(model: nn.Module, x: Tensor, threads: int) -> Any:
         quant_pre_process(plain, prepared, skip_symbolic_shape=True)
         name = ort.InferenceSession(prepared, providers=["CPUExecutionProvider"]).get_inputs()[0].name
 
-        class Noise(CalibrationDataReader):  # type: ignore[misc]
+        class Batch(CalibrationDataReader):  # type: ignore[misc]
             def __init__(self) -> None:
                 self.waiting = [{name: x.numpy()}]
 
@@ -55,7 +55,7 @@ def onnxruntime_static(model: nn.Module, x: Tensor, threads: int) -> Any:
         quantize_static(
             prepared,
             path,
-            Noise(),
+            Batch(),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from sbs_fx.errors import BackendError
 from sbs_fx.export.formats import BACKENDS, runner
 from sbs_fx.export.inductor import compile_float
-from sbs_fx.export.runtime import Runner, has_vnni, layer_names
+from sbs_fx.export.runtime import Runner, has_vnni, layer_names, weight_name
 from sbs_fx.passes.slim import attribute
 
 FLOAT = "float"  # the name of the float model under torch.compile with freezing
@@ -221,21 +221,13 @@ def _layers(found: Runner, static: fx.GraphModule, inputs: tuple[Tensor, ...]) -
     rows = []
     nodes = {node.name: node for node in static.graph.nodes}
     for name in [name for name in layer_names(static) if name in seconds]:
-        weight = _weight(static, nodes[name])
+        weight = weight_name(nodes[name])
         stored = static.meta.get("weights", {}).get(weight)
         bits = "32" if stored is None else str(stored.bits) if isinstance(stored.bits, int) else "mixed"
         channels = len(attribute(static, weight)) if weight else 0
         label = weight.removesuffix(".weight") or name
         rows.append(LayerTime(label, seconds.pop(name), "int8" if name in integer else "float", bits, channels))
     return (*rows, LayerTime("the rest", sum(seconds.values()), "", "", 0))
-
-
-def _weight(static: fx.GraphModule, layer: fx.Node) -> str:
-    """The name of the tensor that a layer's weight is read from; "" if it is computed from several."""
-    node = layer.args[1]
-    while isinstance(node, fx.Node) and node.op == "call_function" and node.args:
-        node = node.args[0]
-    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else ""
 
 
 def of_batch(example_inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.errors import BackendError
+from sbs_fx.export.onnx import LayerMatcher
 from sbs_fx.export.program import exported_program, quiet
-from sbs_fx.export.runtime import LAYERS, Kernels, Runner, layer_names, require
+from sbs_fx.export.runtime import LAYERS, Kernels, Runner, require, weight_name
 from sbs_fx.passes.finalize import MIDDLE
 from sbs_fx.passes.integer_joins import DEQUANTIZE, QUANTIZE, quantizers
 from sbs_fx.passes.slim import attribute, copy_graph
@@ -59,9 +60,8 @@ def executorch_program(static: fx.GraphModule, example_inputs: Sequence[Tensor])
         raise BackendError(
             f"ExecuTorch fails on this graph: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
-    reached = {node.name for node in static.graph.nodes if node.target in LAYERS and _weight(node) in integer}
-    names = layer_names(static)
-    return buffer, Kernels(tuple(n for n in names if n in reached), tuple(n for n in names if n not in reached))
+    reached = (node.name for node in static.graph.nodes if node.target in LAYERS and weight_name(node) in integer)
+    return buffer, LayerMatcher(static).kernels(reached)
 
 
 def run_executorch(program: bytes, kernels: Kernels, *, threads: int = 0) -> Runner:
@@ -121,7 +121,7 @@ def _signed(static: fx.GraphModule) -> fx.GraphModule:
 
 def _clip_values(graph: fx.Graph, first: fx.Node, last: fx.Node) -> None:
     """A clip of codes between quantising and dequantising as one of the values before."""
-    value, scale, zero, low, high, kind = cast("tuple[Any, ...]", first.args)
+    value, scale, zero, low, high = cast("tuple[Any, ...]", first.args[:5])
     node: Any = last.args[0]
     while node is not first:
         if node.target is aten.clamp_max.default:
@@ -136,7 +136,7 @@ def _clip_values(graph: fx.Graph, first: fx.Node, last: fx.Node) -> None:
         elif value.target is aten.relu.default and len(value.users) == 1:
             value, bounds = value.args[0], (max(0.0, bounds[0]), bounds[1])
         clipped = graph.call_function(aten.hardtanh.default, (value, *bounds))
-        last.update_arg(0, graph.call_function(QUANTIZE, (clipped, *first.args[1:5], kind)))
+        last.update_arg(0, graph.call_function(QUANTIZE, (clipped, *first.args[1:])))
 
 
 def _is_quantized(layer: fx.Node) -> bool:
@@ -145,14 +145,6 @@ def _is_quantized(layer: fx.Node) -> bool:
     if len(users) == 1 and users[0].target in _FUSED:
         users = list(users[0].users)
     return len(users) == 1 and users[0].target is QUANTIZE
-
-
-def _weight(layer: fx.Node) -> str | None:
-    """The name of a layer's weight."""
-    source = layer.args[1]
-    if isinstance(source, fx.Node) and source.target is _WEIGHTS:
-        source = source.args[0]
-    return str(source.target) if isinstance(source, fx.Node) and source.op == "get_attr" else None
 
 
 def _integer_weights(lowered: fx.GraphModule) -> Iterator[str]:

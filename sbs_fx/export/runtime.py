@@ -88,6 +88,14 @@ def layer_names(static: fx.GraphModule) -> list[str]:
     return [node.name for node in static.graph.nodes if node.target in LAYERS]
 
 
+def weight_name(layer: fx.Node) -> str:
+    """The name of the tensor that a layer's weight is read from; "" if it is computed from several."""
+    node = layer.args[1]
+    while isinstance(node, fx.Node) and node.op == "call_function" and node.args:
+        node = node.args[0]
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else ""
+
+
 def least(profiles: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Of several profiles of the same call, the least time of each row: what else the machine did only adds to it."""
     return {name: min(profile.get(name, seconds) for profile in profiles) for name, seconds in profiles[0].items()}
