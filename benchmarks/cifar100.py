@@ -142,7 +142,7 @@ def _protocol(options: argparse.Namespace) -> Protocol:
     training = Training(
         precision="bf16", channels_last=True, compiled=not options.eager, norm_batches=50, checkpoint_every=200
     )
-    search, tune, rate = (1, 4, 0.04) if options.short else (30, 200, 0.1)
+    search, tune, rate = (2, 8, 0.02) if options.short else (30, 200, 0.1)
     return Protocol(options.search_epochs or search, options.tune_epochs or tune, rate, rate, training, options.block)
 
 

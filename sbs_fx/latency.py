@@ -7,8 +7,9 @@ measured times of slim int8 networks: each layer's row of the backend's own prof
 
 and what is no layer's to a constant, the MACs of layers without a row, and the elements that layers give out. What kept
 channels should be a multiple of is measured too, on a pair of convolutions. Measured once per model and machine and
-kept in a cache. Bitwidths below 8 run on the same kernels and cost a clip here and there: the networks measured have
-4 and 8 bits at random, so that a plan of 8 bits alone takes a little less than is said.
+kept in a cache. Each network is timed in turn with the dense one, and its ratio to that counts: speeds drift.
+Bitwidths below 8 run on the same kernels and cost a clip here and there: the networks measured have 4 and 8 bits at
+random, so that a plan of 8 bits alone takes a little less than is said.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import hashlib
 import os
 import platform
 import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ from sbs_fx.passes.cost_model import LayerExpression
 from sbs_fx.policy import current_versions, write_atomic
 from sbs_fx.search.importance import kernel_multiple
 
-FORMAT = 3
+FORMAT = 4
 _LEAST_SHARE = 0.25  # of a group's channels that a measured network keeps
 _ROUNDS = 5
 _WIDTH, _SIZE = 64, 28  # channels and pixels a side of the convolutions that multiples are measured on
@@ -78,12 +80,14 @@ class Latency(BaseModel):
 class LatencyModel(BaseModel):
     """Seconds of one call. `layers`: name -> constant and factors of MACs, outputs and inputs; `rest`: constant and
     factors of the other layers' MACs and of elements. `error`: mean relative error on the networks it was fitted to.
+    `float_seconds`, `dense_seconds`: of the float network, and of that with all channels at 8 bits.
     `multiple`: what kept channels should be a multiple of (`preferred_multiple`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = FORMAT
     float_seconds: float
+    dense_seconds: float
     layers: dict[str, tuple[float, float, float, float]]
     rest: tuple[float, float, float]
     error: float
@@ -137,17 +141,29 @@ def _measure(
     graph: fx.GraphModule, groups: ChannelGroups, cost: CostModel, inputs: Sequence[Tensor], settings: Latency
 ) -> LatencyModel:
     batch, draw, rows = of_batch(inputs, settings.batch), random.Random(0), []
+    times = []  # of the dense network
     with torch_threads(settings.threads):
         multiple = preferred_multiple(settings)
+        dense = slim_runner(graph, groups, cost, {}, inputs, batch, settings)
         for index in range(settings.samples):
             kept = random_counts(groups, draw, multiple) if index else {}
             run = slim_runner(graph, groups, cost, kept, inputs, batch, settings, random_bits(cost, draw))
-            (timing,) = time_runners({"it": run}, batch, settings.batch, _ROUNDS, settings.threads)
+            ratio, seconds = beside(run, dense, batch, settings)
             assert run.profile is not None
-            rows.append((kept, timing.seconds, dict(run.profile(*batch))))
-        reference = compile_float(graph, batch)
-        (timing,) = time_runners({"float": reference}, batch, settings.batch, _ROUNDS, settings.threads)
-    return _fit(groups, cost, rows, timing.seconds, multiple)
+            rows.append((kept, ratio, dict(run.profile(*batch))))
+            times.append(seconds)
+        whole, seconds = beside(compile_float(graph, batch), dense, batch, settings)
+    typical = statistics.median([*times, seconds])
+    rows = [(kept, ratio * typical, profile) for kept, ratio, profile in rows]
+    return _fit(groups, cost, rows, whole * typical, typical, multiple)
+
+
+def beside(
+    run: Callable[..., Any], dense: Callable[..., Any], batch: Sequence[Tensor], settings: Latency
+) -> tuple[float, float]:
+    """How many times as long one takes as the other, timed in turn; and the seconds of the other."""
+    it, other = time_runners({"it": run, "dense": dense}, batch, settings.batch, _ROUNDS, settings.threads)
+    return it.seconds / other.seconds, other.seconds
 
 
 def preferred_multiple(settings: Latency) -> int:
@@ -210,6 +226,7 @@ def _fit(
     cost: CostModel,
     rows: Sequence[tuple[dict[str, int], float, dict[str, float]]],
     whole: float,
+    dense: float,
     multiple: int,
 ) -> LatencyModel:
     """Least squares without negative factors, each network weighted alike by its own time."""
@@ -229,7 +246,9 @@ def _fit(
     predicted = design @ rest + sum(designs[name] @ np.array(layers[name]) for name in own)
     seconds = np.array([row[1] for row in rows])
     error = float(np.abs(predicted / seconds - 1).mean())
-    return LatencyModel(float_seconds=whole, layers=layers, rest=tuple(rest), error=error, multiple=multiple)
+    return LatencyModel(
+        float_seconds=whole, dense_seconds=dense, layers=layers, rest=tuple(rest), error=error, multiple=multiple
+    )
 
 
 def _positive(design: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> list[float]:

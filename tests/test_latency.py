@@ -72,7 +72,7 @@ def test_multiples_are_those_that_save_most(measured: Measured, monkeypatch: pyt
         assert latency.preferred_multiple(measured.settings) == step
     assert measured.found.multiple in (4, 8, 16, 32)
     wide = channel_groups(trace(nn.Sequential(nn.Conv2d(3, 128, 1), nn.Conv2d(128, 4, 1)), IMAGES))["0.weight:0"]
-    found = LatencyModel(float_seconds=1.0, layers={}, rest=(0.0, 0.0, 0.0), error=0.0, multiple=32)
+    found = LatencyModel(float_seconds=1.0, dense_seconds=1.0, layers={}, rest=(0.0, 0.0, 0.0), error=0.0, multiple=32)
     assert kernel_multiple(wide, None, found) == 32
     assert kernel_multiple(wide, None) == 16
     assert kernel_multiple(wide, 4, found) == 4
@@ -96,7 +96,9 @@ def test_a_damaged_cache_is_measured_again(measured: Measured, monkeypatch: pyte
 def test_a_budget_in_seconds_is_met(measured: Measured, method: str, tmp_path: Path) -> None:
     # reason: so small a network may well take as long when it is pruned; these times are written, not measured
     rows = {layer.node: (1e-6, 1e-9, 1e-8, 1e-8) for layer in measured.plain.layers}
-    known = LatencyModel(float_seconds=1e-2, layers=rows, rest=(1e-5, 0.0, 1e-9), error=0.0, multiple=16)
+    known = LatencyModel(
+        float_seconds=1e-2, dense_seconds=1e-3, layers=rows, rest=(1e-5, 0.0, 1e-9), error=0.0, multiple=16
+    )
     settings = measured.settings.model_copy(update={"cache": str(tmp_path)})
     latency._cache_path(measured.groups, settings).write_text(known.model_dump_json())
     bits = dict.fromkeys(measured.cost.weights, 8), dict.fromkeys(measured.cost.activations, 8)

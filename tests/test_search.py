@@ -94,6 +94,16 @@ def test_inner_groups_alone(analysed: Any) -> None:
     assert not none
 
 
+def test_a_search_begins_at_a_plan_within_its_budget(analysed: Any) -> None:
+    """And at a multiplier that holds it there, not one that lets all gates drift open first."""
+    seen: list[Any] = []
+    sbs(*analysed, BUDGET, digits(), inputs=(IMAGES,), search=SEARCH, progress=seen.append)
+    first = seen[0].measures
+    limit = BUDGET.limits["bops"]
+    assert 0.9 * limit <= first["bops"] <= limit
+    assert first["multiplier"]["bops"] > 0.01
+
+
 def test_gates_close_and_open_under_a_multiplier(analysed: Any) -> None:
     """A fixed multiplier is kept; a high one closes gates that a low one leaves open, and never a whole group."""
     runs = []

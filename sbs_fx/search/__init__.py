@@ -6,7 +6,8 @@ from sbs_fx.search.gate_search import Search
 from sbs_fx.search.multi_path import multi_path
 from sbs_fx.search.opq import Opq, opq
 from sbs_fx.search.prune_then_quantise import prune_then_quantise
-from sbs_fx.search.sbs import Searched, sbs
+from sbs_fx.search.sbs import sbs
+from sbs_fx.search.searched import Searched
 from sbs_fx.search.two_stage import TwoStage, two_stage
 from sbs_fx.search.uniform import uniform
 

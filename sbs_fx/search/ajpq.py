@@ -40,7 +40,7 @@ from sbs_fx.policy import Budget, Policy, Value
 from sbs_fx.search.controllers import ChannelController, Drawn, LayerController, bits_of, draw
 from sbs_fx.search.kernels import KernelBits, Kernels
 from sbs_fx.search.reward import Reward
-from sbs_fx.search.sbs import Searched
+from sbs_fx.search.searched import Searched
 from sbs_fx.search.uniform import end_bits
 from sbs_fx.training import Checkpoints
 from sbs_fx.training.progress import Observer, Progress

@@ -22,7 +22,8 @@ from sbs_fx.passes.dims import Axis
 from sbs_fx.policy import Budget
 from sbs_fx.search.gate_search import GateSearch, Search
 from sbs_fx.search.hard_concrete import HardConcreteChannelGate, HardConcreteQuantizer
-from sbs_fx.search.sbs import Searched, sbs
+from sbs_fx.search.sbs import sbs
+from sbs_fx.search.searched import Searched
 from sbs_fx.superbit import ChannelGate, SuperBitQuantizer
 from sbs_fx.training import Checkpoints, Training
 from sbs_fx.training.progress import Observer

@@ -169,7 +169,8 @@ class GateSearch(TrainingStage):
             for name, gate in self.searched[kind].items():
                 opened = torch.tensor([b <= table[name] for b in gate.candidates[1:]], device=gate.norms.device)
                 gate.threshold.copy_(torch.where(opened, gate.norms - _MARGIN, gate.norms + _MARGIN))
-        self.multipliers = dict.fromkeys(self.multipliers, min(_BOUNDS[1], max(_BOUNDS[0], draft.price)))
+        price = min(_BOUNDS[1], max(_FIRST_MULTIPLIER, draft.price))  # reason: few images price some plans at nothing
+        self.multipliers = dict.fromkeys(self.multipliers, price)
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 

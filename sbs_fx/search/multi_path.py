@@ -26,7 +26,8 @@ from sbs_fx.passes import ChannelGroups, CostModel, activation_gates, apply_bits
 from sbs_fx.passes.slim import with_tensors
 from sbs_fx.policy import Budget
 from sbs_fx.search.gate_search import Draft, GateSearch, Search, bits_of, while_searching
-from sbs_fx.search.sbs import Searched, check_training_data, policy_of
+from sbs_fx.search.sbs import check_training_data
+from sbs_fx.search.searched import Searched, policy_of
 from sbs_fx.search.settle import Space, judged_on, ranges_by_bits, settle
 from sbs_fx.search.split_paths import MARK, Fixed, PathSum, split_paths
 from sbs_fx.search.uniform import end_bits

@@ -39,7 +39,7 @@ from sbs_fx.search.gate_search import Draft
 from sbs_fx.search.importance import Norm, group_importance, kernel_multiple, most_important
 from sbs_fx.search.lagrangian import Decision, Load, Polynomial, minimise
 from sbs_fx.search.laplace import laplace_fit, least_rounding_error
-from sbs_fx.search.sbs import Searched, policy_of
+from sbs_fx.search.searched import Searched, policy_of
 from sbs_fx.search.sparse import prune_weights, weight_tensors
 from sbs_fx.search.uniform import end_bits
 from sbs_fx.superbit import max_level

@@ -15,7 +15,8 @@ from sbs_fx.passes import ChannelGroups, CostModel, channel_groups, cost_model, 
 from sbs_fx.passes.slim import attribute, scatter, with_tensors
 from sbs_fx.policy import Budget, Cost
 from sbs_fx.search.gate_search import Search
-from sbs_fx.search.sbs import Searched, sbs
+from sbs_fx.search.sbs import sbs
+from sbs_fx.search.searched import Searched
 from sbs_fx.training import Checkpoints, Training
 from sbs_fx.training.progress import Observer
 

@@ -8,7 +8,6 @@ settled just under the budget.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,32 +15,20 @@ from torch import Tensor, fx
 
 from sbs_fx.batches import read_batches, start_epoch
 from sbs_fx.calibration import calibrate
-from sbs_fx.errors import DataError
+from sbs_fx.errors import DataError, InfeasibleBudget
 from sbs_fx.passes import ChannelGroups, CostModel, insert_gates
-from sbs_fx.policy import Budget, Cost, Policy
+from sbs_fx.policy import Budget
 from sbs_fx.search.gate_search import Draft, GateSearch, Search, may_be_pruned, while_searching
 from sbs_fx.search.importance import group_importance, kernel_multiple
+from sbs_fx.search.searched import Searched, policy_of
 from sbs_fx.search.settle import Space, judged_on, ranges_by_bits, settle, use_ranges
+from sbs_fx.search.two_stage import TwoStage, two_stage
 from sbs_fx.search.uniform import end_bits
 from sbs_fx.superbit import Grid
 from sbs_fx.training import Checkpoints, Training, train
 from sbs_fx.training.evaluation import device_of
 from sbs_fx.training.progress import Observer
 from sbs_fx.training.randomness import random_state_kept, seed_everything
-
-
-@dataclass(frozen=True)
-class Searched:
-    """A plan, and the parameters and buffers that the search left, by their names in the traced graph.
-
-    `coded` is what the plan costs where single weights are masked and stored in coded form; None: none are. `notes` are
-    for the report.
-    """
-
-    policy: Policy
-    tensors: dict[str, Tensor]
-    coded: Cost | None = None
-    notes: tuple[str, ...] = ()
 
 
 def sbs(
@@ -92,11 +79,10 @@ def sbs(
     start_epoch(data, 0)
     batches = judged_on(graph, read_batches(data, max_batches=search.settle_batches))
 
-    def settled() -> Draft:
+    def settled(draft: Draft) -> Draft:
         scores = group_importance(groups, "l1", dict(network.named_parameters()))
         channels = {n: (scores[n], blocks[n]) for n in groups if may_be_pruned(groups, cost, n, search)}
         space = Space(tuple(training.searched["w"]), tuple(training.searched["a"]), channels, candidates)
-        draft = training.draft()
         with random_state_kept(device_of(network)):  # reason: data may be shuffled, and a resumed run has drawn less
             seed_everything(seed, 0, 0, 0)
             ranges = ranges_by_bits(network, space, data, inputs)
@@ -106,7 +92,7 @@ def sbs(
 
     begun = checkpoints is not None and checkpoints.existing(name) is not None
     if training.is_warm and not begun:
-        training.start_at(settled(), batches[0][0])
+        training.start_at(settled(_planned(graph, training, data, inputs, grid, candidates, seed)), batches[0][0])
     train(
         training,
         data,
@@ -118,7 +104,7 @@ def sbs(
         checkpoints=checkpoints,
         progress=progress,
     )
-    decided = settled()
+    decided = settled(training.draft())
     names = dict(graph.named_parameters()) | dict(graph.named_buffers())
     state = network.state_dict()
     return Searched(
@@ -127,18 +113,44 @@ def sbs(
     )
 
 
-def policy_of(decided: Draft, groups: ChannelGroups, method: str, seed: int, grid: Grid) -> Policy:
-    """The policy that decisions amount to."""
-    return Policy(
-        fingerprint=groups.fingerprint,
-        method=method,
-        seed=seed,
-        grid=grid,
-        kept=decided.kept,
-        sizes={g.name: g.size for g in groups.values()},
-        weight_bits=dict(decided.weight_bits),
-        activation_bits=decided.activation_bits,
+def _planned(
+    graph: fx.GraphModule,
+    training: GateSearch,
+    data: Iterable[Any],
+    inputs: Sequence[Tensor],
+    grid: Grid,
+    candidates: tuple[int, ...],
+    seed: int,
+) -> Draft:
+    """The best decisions that are found without training; all gates open where channels alone are searched, or where
+    the plan's coarser choices do not meet the budget."""
+    search = training.search
+    if search.decisions == "channels":
+        return training.draft()
+    options = TwoStage(
+        decisions=search.decisions,
+        block=search.block,
+        inner_only=search.inner_only,
+        minor_groups=search.minor_groups,
     )
+    with random_state_kept(device_of(training.network)):  # reason: as above
+        seed_everything(seed, 0, 0, 0)
+        try:
+            found = two_stage(
+                graph,
+                training.groups,
+                training.cost,
+                training.budget,
+                data,
+                inputs=inputs,
+                search=options,
+                grid=grid,
+                candidates=candidates,
+                seed=seed,
+            )
+        except InfeasibleBudget:
+            return training.draft()
+    return found.draft
 
 
 def check_training_data(data: Iterable[Any]) -> None:

@@ -130,7 +130,10 @@ def settle(
     batches: list[Batch],
     ranges: Ranges | None = None,
 ) -> Draft:
-    """Bring a draft just under its budget. The result's `price` is that of its dearest move down.
+    """Bring a draft just under its budget.
+
+    The result's `price` is that of its dearest move down; where it needed none, the lower quartile of those that follow
+    (the cheapest of many is often so by chance).
 
     A move is judged once, at the decisions of the moment, and its harm is taken to stay the same afterwards.
 
@@ -139,16 +142,12 @@ def settle(
     """
     load, harm = _Load(cost, budget), _Harm(network, batches, ranges or {})
     price = 0.0
-    while (here := load(draft)) > 1:
-        ranked: list[tuple[float, int, Move]] = []
-        for move in _moves(draft, space, down=True):
-            freed = here - load(move.applied(draft))
-            if freed > 0:
-                ranked.append((harm(draft, move) / freed, len(ranked), move))
+    while load(draft) > 1:
+        ranked = _downwards(draft, space, load, harm)
         if not ranked:
             least = budget.shares(load.cost_of(draft))
             raise InfeasibleBudget.of(budget.limits, least, "this search reaches", "more decisions")
-        for rate, _, move in sorted(ranked, key=lambda item: item[:2])[: max(1, len(ranked) // 10)]:
+        for rate, _, move in ranked[: max(1, len(ranked) // 10)]:
             draft, price = move.applied(draft), max(price, rate)
             if load(draft) <= 1:
                 break
@@ -160,7 +159,8 @@ def settle(
         if better is None:
             break
         draft = _fill(better, space, load, harm)
-    draft.price = price
+    following = [] if price else _downwards(draft, space, load, harm)
+    draft.price = max(0.0, following[len(following) // 4][0]) if following else price
     return draft
 
 
@@ -250,6 +250,16 @@ def _moves(draft: Draft, space: Space, *, down: bool) -> Iterator[Move]:
         elif not down and count > len(kept):
             gone = [i for i in range(len(scores)) if i not in set(kept)]
             yield Move("c", name, tuple(sorted([*kept, *_best(gone, scores, count - len(kept))])))
+
+
+def _downwards(draft: Draft, space: Space, load: _Load, harm: _Harm) -> list[tuple[float, int, Move]]:
+    """Moves down, the least harmful for what it frees first: (harm by share of the budget, a number, the move)."""
+    here, found = load(draft), list[tuple[float, int, Move]]()
+    for move in _moves(draft, space, down=True):
+        freed = here - load(move.applied(draft))
+        if freed > 0:
+            found.append((harm(draft, move) / freed, len(found), move))
+    return sorted(found, key=lambda item: item[:2])
 
 
 def _best(coordinates: list[int], scores: Tensor, count: int) -> tuple[int, ...]:

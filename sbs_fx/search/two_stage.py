@@ -12,7 +12,7 @@ Holds: no weight is trained; the same seed gives the same policy; the budget is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ from sbs_fx.search.allocation import Allocator, Decision, Plan
 from sbs_fx.search.dynamic_norm import Predictor
 from sbs_fx.search.gate_search import Draft, Search, may_be_pruned
 from sbs_fx.search.importance import kernel_multiple
-from sbs_fx.search.sbs import Searched, policy_of
+from sbs_fx.search.searched import Searched, policy_of
 from sbs_fx.search.sensitivity import Sensitivity, sensitivity
 from sbs_fx.search.settle import gates_by_bits
 from sbs_fx.search.uniform import end_bits
@@ -89,10 +89,11 @@ class TwoStageSearched(Searched):
     """A plan, and how it was chosen.
 
     Attributes:
-        scores: of all plans that were considered; the policy is that of least predicted loss.
+        draft: the policy's decisions. scores: of all plans that were considered; it is that of least predicted loss.
         labelled: False: the data has no labels, and the model's own predictions stood in for them.
     """
 
+    draft: Draft = field(default_factory=lambda: Draft({}, {}, {}))
     scores: tuple[Score, ...] = ()
     labelled: bool = True
 
@@ -196,6 +197,7 @@ def two_stage(
         policy_of(best.draft, groups, "two_stage", seed, grid),
         {},
         notes=tuple(notes),
+        draft=best.draft,
         scores=tuple(Score(p.name, p.loss, loss, p.gap, p.proven) for loss, p in scored),
         labelled=found.labelled,
     )

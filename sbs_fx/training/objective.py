@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
+from torch._functorch import config as partitioning
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -76,7 +77,8 @@ class Objective:
 
     def __call__(self, example: Example) -> tuple[Tensor, Tensor | None]:
         """The loss, and how many images are classified right (None without labels)."""
-        with self._autocast():
+        # reason: while compiling; else two float32 copies of each activation are kept that are cheap to compute again
+        with self._autocast(), partitioning.patch(ban_recompute_used_far_apart=False):
             logits = logits_of(self._forward(example.images)).float()
         loss, right = logits.new_zeros(()), None
         if example.labels is not None and example.targets is not None:
