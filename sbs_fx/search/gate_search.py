@@ -3,7 +3,7 @@
 In: a searchable graph (`insert_gates`), its groups and cost model, a budget. Out: the same graph, trained, and a draft
 of the decisions. Source: Single-path Bit Sharing (arXiv 2101.04935). The penalty is sum_m lambda_m log(R_m / B_m) with
 R_m the cost at the gates of the moment and B_m the limit of measure m.
-Ours are: lambda is found by multiplicative dual ascent, unless one is given; thresholds may start from measured moves
+Ours are: lambda is found by multiplicative dual ascent, unless one is given; thresholds may start at a plan
 (`start_at`), and move by gradients that are brought to a mean square of 1 per kind of gate, since their size is that
 of the loss; what the gates chose most often in the last third is the draft.
 Holds: gates are decided without random numbers, and the same way in all processes.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,8 +48,8 @@ class Search(Value):
         decisions: "joint", "bits" alone (every channel stays) or "channels" alone (bits stay at float).
         lam: a fixed multiplier, as in the paper; None: found so that the budget is met.
         threshold_lr: highest rate of the gates' thresholds; None: so that they can travel the whole way.
-        warm_start: begin at decisions that meet the budget, found by measured moves (`settle`); False: all gates open,
-            as in the paper.
+        warm_start: begin at decisions that meet the budget, those that `two_stage` finds without training (where
+            channels alone are searched, those of measured moves); False: all gates open, as in the paper.
         reach: share of the search after which the cost should be at the budget, where it begins above it.
         stiffness: how fast multipliers answer: their logarithm grows by this times log(cost / path) in a whole search
             over which that stays the same.
@@ -82,13 +82,14 @@ _STATE = ("multipliers", "first", "last", "squares", "mask_votes")
 class Draft:
     """Decisions before they are a policy: bits by weight and tensor name, kept coordinates by group name.
 
-    `price` is the loss that the last share of the budget is worth, where it was measured.
+    `price` is the loss that the last share of the budget is worth, and `loss` its own, where they were measured.
     """
 
     weight_bits: dict[str, int]
     activation_bits: dict[str, int]
     kept: dict[str, list[int]]
     price: float = 0.0
+    loss: float = math.inf
 
 
 class GateSearch(TrainingStage):
@@ -143,6 +144,7 @@ class GateSearch(TrainingStage):
         self.squares: dict[str, float] = {}  # kind of gate -> mean square of the thresholds' gradients, a running mean
         self.votes: dict[str, dict[str, dict[int, int]]] = {"w": {}, "a": {}}
         self.mask_votes: dict[str, list[int]] = {}
+        self.start: Draft | None = None
         self.done = 0.0
 
     @property
@@ -154,6 +156,7 @@ class GateSearch(TrainingStage):
     def start_at(self, draft: Draft, images: Tensor) -> None:
         """Put every threshold beside its gate's norm on these images, on the side that the draft asks for; of a group's
         blocks the largest stay, as many as the draft keeps."""
+        self.start = draft
         self._decide_channels()
         for gates in self.searched.values():
             for gate in gates.values():
@@ -255,11 +258,13 @@ class GateSearch(TrainingStage):
             kind: {n: g.norms.tolist() for n, g in gates.items() if bool(g.norms.isfinite().all())}
             for kind, gates in self.searched.items()
         }
+        plain["start"] = None if self.start is None else asdict(self.start)
         return {**plain, "votes": {k: {n: [*v.items()] for n, v in t.items()} for k, t in self.votes.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         for name in _STATE:
             setattr(self, name, state[name])
+        self.start = None if state["start"] is None else Draft(**state["start"])
         for kind, norms in state["norms"].items():
             for name, values in norms.items():
                 self.searched[kind][name].norms.copy_(torch.tensor(values))

@@ -1,8 +1,8 @@
 """`sbs`: bits and channels learned with the weights, in one training run (arXiv 2101.04935).
 
 In: a traced float model, its analyses, a budget, labelled data. Out: a policy that meets the budget, and the weights as
-the search left them. Every candidate bitwidth shares one weight and one chain of offsets; gates choose; the result is
-settled just under the budget.
+the search left them. Every candidate bitwidth shares one weight and one chain of offsets; gates choose; what they chose
+(or began with, if that is the better by then) is settled just under the budget.
 """
 
 from __future__ import annotations
@@ -79,14 +79,16 @@ def sbs(
     start_epoch(data, 0)
     batches = judged_on(graph, read_batches(data, max_batches=search.settle_batches))
 
-    def settled(draft: Draft) -> Draft:
+    def settled(*drafts: Draft) -> Draft:
+        """That of them which diverges least once it keeps the budget."""
         scores = group_importance(groups, "l1", dict(network.named_parameters()))
         channels = {n: (scores[n], blocks[n]) for n in groups if may_be_pruned(groups, cost, n, search)}
         space = Space(tuple(training.searched["w"]), tuple(training.searched["a"]), channels, candidates)
         with random_state_kept(device_of(network)):  # reason: data may be shuffled, and a resumed run has drawn less
             seed_everything(seed, 0, 0, 0)
             ranges = ranges_by_bits(network, space, data, inputs)
-        found = settle(network, cost, budget, draft, space, batches, ranges)
+        done = [settle(network, cost, budget, draft, space, batches, ranges) for draft in drafts]
+        found = min(done, key=lambda draft: draft.loss)
         use_ranges(network, found, ranges)
         return found
 
@@ -104,7 +106,7 @@ def sbs(
         checkpoints=checkpoints,
         progress=progress,
     )
-    decided = settled(training.draft())
+    decided = settled(training.draft(), *([] if training.start is None else [training.start]))
     names = dict(graph.named_parameters()) | dict(graph.named_buffers())
     state = network.state_dict()
     return Searched(

@@ -133,7 +133,7 @@ def settle(
     """Bring a draft just under its budget.
 
     The result's `price` is that of its dearest move down; where it needed none, the lower quartile of those that follow
-    (the cheapest of many is often so by chance).
+    (the cheapest of many is often so by chance). Its `loss` is the divergence from the float model.
 
     A move is judged once, at the decisions of the moment, and its harm is taken to stay the same afterwards.
 
@@ -161,6 +161,7 @@ def settle(
         draft = _fill(better, space, load, harm)
     following = [] if price else _downwards(draft, space, load, harm)
     draft.price = max(0.0, following[len(following) // 4][0]) if following else price
+    draft.loss = harm.divergence(draft)
     return draft
 
 
@@ -194,13 +195,13 @@ class _Harm:
         key, back = (move.kind, move.name, before, move.value), (move.kind, move.name, move.value, before)
         if key not in self._known:
             if self._last is None or self._last[0] is not draft:
-                self._last = draft, self._divergence(draft)
-            self._known[key] = self._divergence(move.applied(draft)) - self._last[1]
+                self._last = draft, self.divergence(draft)
+            self._known[key] = self.divergence(move.applied(draft)) - self._last[1]
             self._known.setdefault(back, -self._known[key])
         return self._known[key]
 
     @torch.no_grad()
-    def _divergence(self, draft: Draft) -> float:
+    def divergence(self, draft: Draft) -> float:
         decide(self.network, draft, self.ranges)
         total = 0.0
         with mode(self.network, training=False):
