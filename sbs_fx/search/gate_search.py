@@ -48,8 +48,8 @@ class Search(Value):
         decisions: "joint", "bits" alone (every channel stays) or "channels" alone (bits stay at float).
         lam: a fixed multiplier, as in the paper; None: found so that the budget is met.
         threshold_lr: highest rate of the gates' thresholds; None: so that they can travel the whole way.
-        warm_start: begin at decisions that meet the budget, those that `two_stage` finds without training (where
-            channels alone are searched, those of measured moves); False: all gates open, as in the paper.
+        warm_start: begin at decisions that meet the budget: at 4 bits and a few channels less, else at what `two_stage`
+            finds (where channels alone are searched, at measured moves); False: all gates open, as in the paper.
         reach: share of the search after which the cost should be at the budget, where it begins above it.
         stiffness: how fast multipliers answer: their logarithm grows by this times log(cost / path) in a whole search
             over which that stays the same.

@@ -7,7 +7,8 @@ the search left them. Every candidate bitwidth shares one weight and one chain o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,12 +24,15 @@ from sbs_fx.search.importance import group_importance, kernel_multiple
 from sbs_fx.search.searched import Searched, policy_of
 from sbs_fx.search.settle import Space, judged_on, ranges_by_bits, settle, use_ranges
 from sbs_fx.search.two_stage import TwoStage, two_stage
-from sbs_fx.search.uniform import end_bits
+from sbs_fx.search.uniform import end_bits, uniform_bits
 from sbs_fx.superbit import Grid
 from sbs_fx.training import Checkpoints, Training, train
 from sbs_fx.training.evaluation import device_of
 from sbs_fx.training.progress import Observer
 from sbs_fx.training.randomness import random_state_kept, seed_everything
+
+_EVEN_BITS = 4
+_MOST_OVER = 1.25  # cost of 4 bits and all channels over the budget, from which an even start may come down
 
 
 def sbs(
@@ -79,14 +83,15 @@ def sbs(
     start_epoch(data, 0)
     batches = judged_on(graph, read_batches(data, max_batches=search.settle_batches))
 
-    def settled(*drafts: Draft) -> Draft:
-        """That of them which diverges least once it keeps the budget."""
+    def settled(*drafts: Draft, bits: bool = True) -> Draft:
+        """That of them which diverges least once it keeps the budget; without `bits`, by moves of channels alone."""
         scores = group_importance(groups, "l1", dict(network.named_parameters()))
         channels = {n: (scores[n], blocks[n]) for n in groups if may_be_pruned(groups, cost, n, search)}
         space = Space(tuple(training.searched["w"]), tuple(training.searched["a"]), channels, candidates)
         with random_state_kept(device_of(network)):  # reason: data may be shuffled, and a resumed run has drawn less
             seed_everything(seed, 0, 0, 0)
             ranges = ranges_by_bits(network, space, data, inputs)
+        space = space if bits else replace(space, weights=(), activations=())
         done = [settle(network, cost, budget, draft, space, batches, ranges) for draft in drafts]
         found = min(done, key=lambda draft: draft.loss)
         use_ranges(network, found, ranges)
@@ -94,7 +99,12 @@ def sbs(
 
     begun = checkpoints is not None and checkpoints.existing(name) is not None
     if training.is_warm and not begun:
-        training.start_at(settled(_planned(graph, training, data, inputs, grid, candidates, seed)), batches[0][0])
+        start = _even(training, blocks, candidates)
+        if start is None:
+            start = _planned(graph, training, data, inputs, grid, candidates, seed)
+        else:
+            start = settled(start, bits=False)
+        training.start_at(settled(start), batches[0][0])
     train(
         training,
         data,
@@ -113,6 +123,26 @@ def sbs(
         policy_of(decided, groups, stage.method, seed, grid),
         {n: state[n].detach().clone() for n in names if n in state},
     )
+
+
+def _even(training: GateSearch, blocks: Mapping[str, int], candidates: tuple[int, ...]) -> Draft | None:
+    """4 bits everywhere and all channels, where pruning few of them then meets the budget.
+
+    Plans that are judged without training choose 2 bits rather than pruning; training mends a little pruning better:
+    at 66 times fewer bit operations the CIFAR-100 network of the benchmark, at 4 bits with 7 % of its MACs pruned, was
+    further from the float network than the best plan before training, and 0.3 points better after ten epochs (one run
+    each). At 100 times, where 40 % of the MACs would have to go, it was far behind.
+    """
+    search, cost, budget, groups = training.search, training.cost, training.budget, training.groups
+    bits = uniform_bits(cost, _EVEN_BITS, _EVEN_BITS)
+    fewest = {n: min(g.size, blocks[n]) for n, g in groups.items() if may_be_pruned(groups, cost, n, search)}
+    whole, least = (cost.evaluate(counts, bits.weights, bits.activations) for counts in ({}, fewest))
+    shares = budget.shares(whole)
+    over = max(shares[measure] / limit for measure, limit in budget.limits.items())
+    fits = 1 < over <= _MOST_OVER and budget.is_satisfied_by(least)
+    if search.decisions != "joint" or _EVEN_BITS not in candidates or not fits:
+        return None
+    return Draft(bits.weights, bits.activations, {n: list(range(group.size)) for n, group in groups.items()})
 
 
 def _planned(

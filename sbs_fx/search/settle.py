@@ -132,8 +132,8 @@ def settle(
 ) -> Draft:
     """Bring a draft just under its budget.
 
-    The result's `price` is that of its dearest move down; where it needed none, the lower quartile of those that follow
-    (the cheapest of many is often so by chance). Its `loss` is the divergence from the float model.
+    The result's `price` is the lower quartile of what a share of the budget costs by the moves that would follow (the
+    cheapest of many is often so by chance); its `loss` is the divergence from the float model.
 
     A move is judged once, at the decisions of the moment, and its harm is taken to stay the same afterwards.
 
@@ -141,14 +141,13 @@ def settle(
         InfeasibleBudget: the budget is not met with every move down taken.
     """
     load, harm = _Load(cost, budget), _Harm(network, batches, ranges or {})
-    price = 0.0
     while load(draft) > 1:
         ranked = _downwards(draft, space, load, harm)
         if not ranked:
             least = budget.shares(load.cost_of(draft))
             raise InfeasibleBudget.of(budget.limits, least, "this search reaches", "more decisions")
-        for rate, _, move in ranked[: max(1, len(ranked) // 10)]:
-            draft, price = move.applied(draft), max(price, rate)
+        for _, _, move in ranked[: max(1, len(ranked) // 10)]:
+            draft = move.applied(draft)
             if load(draft) <= 1:
                 break
     draft = _fill(draft, space, load, harm)
@@ -159,8 +158,8 @@ def settle(
         if better is None:
             break
         draft = _fill(better, space, load, harm)
-    following = [] if price else _downwards(draft, space, load, harm)
-    draft.price = max(0.0, following[len(following) // 4][0]) if following else price
+    following = _downwards(draft, space, load, harm)
+    draft.price = following[len(following) // 4][0] if following else 0.0
     draft.loss = harm.divergence(draft)
     return draft
 
