@@ -3,9 +3,10 @@
 In: a searchable graph (`insert_gates`), its groups and cost model, a budget. Out: the same graph, trained, and a draft
 of the decisions. Source: Single-path Bit Sharing (arXiv 2101.04935). The penalty is sum_m lambda_m log(R_m / B_m) with
 R_m the cost at the gates of the moment and B_m the limit of measure m.
-Ours are: lambda is found by multiplicative dual ascent, unless one is given; thresholds may start at a plan
-(`start_at`), and move by gradients that are brought to a mean square of 1 per kind of gate, since their size is that
-of the loss; what the gates chose most often in the last third is the draft.
+Ours are: thresholds may start at a plan (`start_at`) and then move within the budget, the part of their gradients that
+would change the cost being projected out; from open gates lambda is found by multiplicative dual ascent, unless one is
+given; gradients are brought to a mean square of 1 per kind of gate, since their size is that of the loss; what the
+gates chose most often in the last third is the draft.
 Holds: gates are decided without random numbers, and the same way in all processes.
 """
 
@@ -34,6 +35,7 @@ _UNKNOWN_STEPS = 1000  # of data without a length
 # How far steps of the mean size move a threshold in all: the norms of gates are about 0.29. From a warm start they need
 # not go far, and steps are to be small beside the margin, or noise decides.
 _TRAVEL, _WARM_TRAVEL = 1.0, 0.25
+_RETURN = 2.0  # times log(cost / path): by how many mean gradients thresholds are brought back
 _LARGEST = 10.0  # of a threshold's gradient, in mean sizes
 _MARGIN = 0.05  # between a gate's norm and its threshold at the start; a fifth of the norms of evenly spread residuals
 _VOTING = 2 / 3  # share of the search after which decisions count
@@ -51,8 +53,8 @@ class Search(Value):
         warm_start: begin at decisions that meet the budget: at 4 bits and a few channels less, else at what `two_stage`
             finds (where channels alone are searched, at measured moves); False: all gates open, as in the paper.
         reach: share of the search after which the cost should be at the budget, where it begins above it.
-        stiffness: how fast multipliers answer: their logarithm grows by this times log(cost / path) in a whole search
-            over which that stays the same.
+        stiffness: how fast multipliers answer, where there are any: their logarithm grows by this times log(cost /
+            path) in a whole search over which that stays the same.
         block: channels that are decided together; None: as many as kernels like (`kernel_multiple`).
         inner_only: prune only channels inside a residual branch, as the paper does; the stream keeps all.
         minor_groups: also prune the smaller factor of product axes (heads, group widths).
@@ -82,13 +84,12 @@ _STATE = ("multipliers", "first", "last", "squares", "mask_votes")
 class Draft:
     """Decisions before they are a policy: bits by weight and tensor name, kept coordinates by group name.
 
-    `price` is the loss that the last share of the budget is worth, and `loss` its own, where they were measured.
+    `loss` is its divergence from the float model, where it was measured.
     """
 
     weight_bits: dict[str, int]
     activation_bits: dict[str, int]
     kept: dict[str, list[int]]
-    price: float = 0.0
     loss: float = math.inf
 
 
@@ -145,6 +146,7 @@ class GateSearch(TrainingStage):
         self.votes: dict[str, dict[str, dict[int, int]]] = {"w": {}, "a": {}}
         self.mask_votes: dict[str, list[int]] = {}
         self.start: Draft | None = None
+        self.slopes: dict[str, dict[Tensor, Tensor]] = {}  # measure -> threshold -> d log(cost) by it, of this step
         self.done = 0.0
 
     @property
@@ -172,8 +174,6 @@ class GateSearch(TrainingStage):
             for name, gate in self.searched[kind].items():
                 opened = torch.tensor([b <= table[name] for b in gate.candidates[1:]], device=gate.norms.device)
                 gate.threshold.copy_(torch.where(opened, gate.norms - _MARGIN, gate.norms + _MARGIN))
-        price = min(_BOUNDS[1], max(_FIRST_MULTIPLIER, draft.price))  # reason: few images price some plans at nothing
-        self.multipliers = dict.fromkeys(self.multipliers, price)
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -207,9 +207,17 @@ class GateSearch(TrainingStage):
         for measure, excess in self._excess().items():
             self.last[measure] = float(excess.detach())
             self.first.setdefault(measure, self.last[measure])
+            if self.is_warm:
+                self.slopes[measure] = self._slopes(excess)
+                continue
             part = self.multipliers[measure] * excess
             total = part if total is None else total + part
         return total
+
+    def _slopes(self, excess: Tensor) -> dict[Tensor, Tensor]:
+        thresholds = [gate.threshold for gates in self._kinds().values() for gate in gates.values()]
+        found = torch.autograd.grad(excess, thresholds, allow_unused=True, retain_graph=True)
+        return {t: torch.zeros_like(t) if slope is None else slope for t, slope in zip(thresholds, found, strict=True)}
 
     def before_update(self, step: int) -> None:
         """Sizes of gradients are brought to 1; held gates learn nothing, from the penalty neither."""
@@ -225,11 +233,30 @@ class GateSearch(TrainingStage):
                     gate.threshold.grad = None
                 elif gate.threshold.grad is not None:
                     gate.threshold.grad.mul_(scale).clamp_(-_LARGEST, _LARGEST)
+        for measure in self.slopes:
+            self._keep_to_path(measure)
+
+    def _keep_to_path(self, measure: str) -> None:
+        """Take out of the thresholds' gradients what would change the cost, and add what brings it back to its path.
+
+        Losses have next to no slope in a gate near their minimum, however much closing it would cost: a multiplier
+        that is not exactly right moves all thresholds together, unseen until they cross their norms.
+        """
+        slopes = {t: slope for t, slope in self.slopes[measure].items() if t.grad is not None}
+        square = sum(float(slope.double().square().sum()) for slope in slopes.values())
+        if not square:
+            return
+        error = min(1.0, max(-1.0, self.last[measure] - self.path(measure)))
+        along = sum(float((t.grad.double() * slope).sum()) for t, slope in slopes.items() if t.grad is not None)
+        size = (square / sum(t.numel() for t in slopes)) ** 0.5
+        for t, slope in slopes.items():
+            assert t.grad is not None
+            t.grad.add_((_RETURN * error / size - along / square) * slope)
 
     def after_step(self, step: int) -> None:
         if self.done >= _VOTING:
             self._vote()
-        if self.search.lam is not None:
+        if self.search.lam is not None or self.is_warm:
             return
         for measure, multiplier in self.multipliers.items():
             error = min(1.0, max(-1.0, self.last[measure] - self.path(measure)))
@@ -248,7 +275,7 @@ class GateSearch(TrainingStage):
             **{m: limit * math.exp(self.last.get(m, 0.0)) for m, limit in limits.items()},
             "budget": limits,
             "pruned": closed / sum(len(m) for m in masks) if masks else 0.0,
-            "multiplier": dict(self.multipliers),
+            "multiplier": {} if self.is_warm else dict(self.multipliers),
             **histograms,
         }
 

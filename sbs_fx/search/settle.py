@@ -132,8 +132,7 @@ def settle(
 ) -> Draft:
     """Bring a draft just under its budget.
 
-    The result's `price` is the lower quartile of what a share of the budget costs by the moves that would follow (the
-    cheapest of many is often so by chance); its `loss` is the divergence from the float model.
+    The result's `loss` is its divergence from the float model.
 
     A move is judged once, at the decisions of the moment, and its harm is taken to stay the same afterwards.
 
@@ -158,8 +157,6 @@ def settle(
         if better is None:
             break
         draft = _fill(better, space, load, harm)
-    following = _downwards(draft, space, load, harm)
-    draft.price = following[len(following) // 4][0] if following else 0.0
     draft.loss = harm.divergence(draft)
     return draft
 
