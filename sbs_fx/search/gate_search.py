@@ -216,6 +216,8 @@ class GateSearch(TrainingStage):
 
     def _slopes(self, excess: Tensor) -> dict[Tensor, Tensor]:
         thresholds = [gate.threshold for gates in self._kinds().values() for gate in gates.values()]
+        if not excess.requires_grad:  # reason: a network of two layers has nothing to decide
+            return {}
         found = torch.autograd.grad(excess, thresholds, allow_unused=True, retain_graph=True)
         return {t: torch.zeros_like(t) if slope is None else slope for t, slope in zip(thresholds, found, strict=True)}
 

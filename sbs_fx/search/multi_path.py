@@ -47,6 +47,7 @@ class MultiPathSearch(GateSearch):
     """
 
     method: ClassVar[str] = "multi_path"
+    starts_warm: ClassVar[bool] = False
 
     def __init__(
         self,
