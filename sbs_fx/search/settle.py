@@ -145,7 +145,7 @@ def settle(
         if not ranked:
             least = budget.shares(load.cost_of(draft))
             raise InfeasibleBudget.of(budget.limits, least, "this search reaches", "more decisions")
-        for _, _, move in ranked[: max(1, len(ranked) // 10)]:
+        for move in ranked[: max(1, len(ranked) // 10)]:
             draft = move.applied(draft)
             if load(draft) <= 1:
                 break
@@ -249,14 +249,14 @@ def _moves(draft: Draft, space: Space, *, down: bool) -> Iterator[Move]:
             yield Move("c", name, tuple(sorted([*kept, *_best(gone, scores, count - len(kept))])))
 
 
-def _downwards(draft: Draft, space: Space, load: _Load, harm: _Harm) -> list[tuple[float, int, Move]]:
-    """Moves down, the least harmful for what it frees first: (harm by share of the budget, a number, the move)."""
-    here, found = load(draft), list[tuple[float, int, Move]]()
+def _downwards(draft: Draft, space: Space, load: _Load, harm: _Harm) -> list[Move]:
+    """Moves down that free some of the budget, the least harmful for what it frees first."""
+    here, rates = load(draft), dict[Move, float]()
     for move in _moves(draft, space, down=True):
         freed = here - load(move.applied(draft))
         if freed > 0:
-            found.append((harm(draft, move) / freed, len(found), move))
-    return sorted(found, key=lambda item: item[:2])
+            rates[move] = harm(draft, move) / freed
+    return sorted(rates, key=rates.__getitem__)
 
 
 def _best(coordinates: list[int], scores: Tensor, count: int) -> tuple[int, ...]:
