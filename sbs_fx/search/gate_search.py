@@ -241,8 +241,8 @@ class GateSearch(TrainingStage):
     def _keep_to_path(self, measure: str) -> None:
         """Take out of the thresholds' gradients what would change the cost, and add what brings it back to its path.
 
-        The cost changes only when gates do: under a multiplier nearly all thresholds were seen to rise together, the cost
-        unchanged, until several gates closed at once.
+        The cost changes only when gates do: under a multiplier nearly all thresholds were seen to rise together, at the
+        same cost, until several gates closed at once.
         """
         slopes = {t: slope for t, slope in self.slopes[measure].items() if t.grad is not None}
         square = sum(float(slope.double().square().sum()) for slope in slopes.values())
