@@ -34,7 +34,9 @@ def torchao_pt2e(model: nn.Module, x: Tensor) -> Any:
     return run
 
 
-def onnxruntime_static(model: nn.Module, x: Tensor, threads: int) -> Any:
+def onnxruntime_static(model: nn.Module, x: Tensor, threads: int, *, defaults: bool = False) -> Any:
+    """`defaults`: as `quantize_static` does it unasked; else prepared, per channel, uint8 activations, which is several
+    times faster on a convnet."""
     import onnxruntime as ort
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -52,15 +54,13 @@ def onnxruntime_static(model: nn.Module, x: Tensor, threads: int) -> Any:
             def get_next(self) -> Any:
                 return self.waiting.pop() if self.waiting else None
 
-        quantize_static(
-            prepared,
-            path,
-            Batch(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
+        chosen = {
+            "quant_format": QuantFormat.QDQ,
+            "per_channel": True,
+            "activation_type": QuantType.QUInt8,
+            "weight_type": QuantType.QInt8,
+        }
+        quantize_static(plain if defaults else prepared, path, Batch(), **({} if defaults else chosen))
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -17,6 +17,7 @@ from sbs_fx.benchmark import benchmark
 from sbs_fx.cli import main
 from sbs_fx.errors import BackendError, FileError
 from sbs_fx.export import FORMATS, formats, load_saved, runner, runtime
+from sbs_fx.export.onnx_graph import for_integer_products
 from sbs_fx.export.runtime import flat, layer_names
 
 BACKENDS = ("inductor", "onnxruntime", "openvino")
@@ -90,8 +91,9 @@ def test_executorch_holds_what_it_can_and_refuses_the_rest(small: sbs_fx.Result)
     assert torch.equal(flat(runner(plain.model, plain.example_inputs, "executorch")(images))[0], plain.model(images))
 
 
-def test_a_convolution_and_a_linear_of_one_width_are_both_integer_in_openvino() -> None:
-    class Net(nn.Module):  # tokens as in a vision transformer, the widths all alike
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_every_layer_of_a_small_transformer_reaches_an_int8_kernel(backend: str) -> None:
+    class Net(nn.Module):  # the widths all alike
         def __init__(self) -> None:
             super().__init__()
             self.patches, self.norm = nn.Conv2d(3, 32, 16, 16), nn.LayerNorm(32)
@@ -107,9 +109,15 @@ def test_a_convolution_and_a_linear_of_one_width_are_both_integer_in_openvino() 
     torch.manual_seed(0)
     config = sbs_fx.Config(weight_bits=8, activation_bits=8)
     result = sbs_fx.compress(Net().eval(), IMAGES, budget=0.2, method="uniform", config=config)
-    kernels = runner(result.model, (IMAGES,), "openvino").kernels
+    kernels = runner(result.model, (IMAGES,), backend).kernels
     assert kernels is not None
     assert kernels.floating == ()
+    assert list(kernels.integer) == layer_names(result.model)
+    rewritten = for_integer_products(result.model)
+    targets = {node.target for node in rewritten.graph.nodes}
+    assert not targets & {torch.ops.aten.conv2d.default, torch.ops.aten.scaled_dot_product_attention.default}
+    with torch.no_grad():
+        assert torch.allclose(rewritten(IMAGES), result.model(IMAGES), atol=1e-5)
 
 
 @pytest.mark.parametrize("format", FORMATS)

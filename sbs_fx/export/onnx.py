@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.errors import BackendError
+from sbs_fx.export.onnx_graph import for_integer_products
 from sbs_fx.export.program import exported_program, quiet
 from sbs_fx.export.runtime import PROFILED, Kernels, Runner, layer_names, require
 from sbs_fx.policy import write_atomic
 
 OPSET = 21  # the first with 4-bit integers
-# reason: fused to a Gemm first, a linear of three dimensions would never become an integer product
+# reason: fused to a Gemm first, what is still a product of tensors would never become an integer one
 DISABLED = ["MatMulAddFusion"]
 _INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "QLinearConvTranspose"}
 _SMALLEST, _LARGEST = -(2**31), 2**31 - 1
@@ -44,7 +45,8 @@ def onnx_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, low_
         GraphError: `torch.export` cannot capture the graph.
     """
     onnx, _ = require("onnx", "onnxscript")
-    program = exported_program(static, example_inputs)
+    program = exported_program(for_integer_products(static), example_inputs)
+    names = dict(zip(layer_names(program.graph_module), layer_names(static), strict=True))
     try:
         with quiet(), torch.no_grad():
             exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
@@ -54,7 +56,7 @@ def onnx_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, low_
         ) from error
     assert exported is not None
     model = exported.model_proto
-    _name_layers(model.graph, set(layer_names(static)))
+    _name_layers(model.graph, names)
     _own_zero_points(model.graph)
     _integer_biases(model.graph)
     if low_bits:
@@ -152,15 +154,19 @@ class LayerMatcher:
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-def _name_layers(graph: Any, layers: set[str]) -> None:
-    """Call what multiplies by a weight as our graph does, and drop the exporter's notes on where nodes came from, which
-    are half of a small file."""
+def _name_layers(graph: Any, layers: Mapping[str, str]) -> None:
+    """Call what multiplies by a weight, and its result, as our graph does (`layers`: the exporter's name -> ours), and
+    drop the exporter's notes on where nodes came from, which are half of a small file."""
     for node in graph.node:
         notes = {note.key: note.value for note in node.metadata_props}
         del node.metadata_props[:]
         source = notes.get("pkg.torch.onnx.fx_node", "").partition(" ")[0].removeprefix("%")
         if node.op_type in _PRODUCTS and source in layers:
-            node.name = f"{_LAYER}{source}"
+            node.name = f"{_LAYER}{layers[source]}"
+        for values in (node.input, node.output):
+            values[:] = [layers.get(name, name) for name in values]
+    for value in (*graph.output, *graph.value_info):
+        value.name = layers.get(value.name, value.name)
 
 
 def _own_zero_points(graph: Any) -> None:
