@@ -66,6 +66,19 @@ def test_refined_is_closer_static_and_within_a_step(pruned: bool) -> None:
     check_static(gated, data)
 
 
+def test_what_errs_by_next_to_nothing_is_left_as_it_is() -> None:
+    data = torch.randn(64, 1, 8, 8)
+    graph, groups, gated = prepared(network(), IMAGES, data, bits=8)
+    apply_bits(gated, {}, dict.fromkeys(activation_gates(gated), 8))
+    calibrate(gated, [data], inputs=(IMAGES,))
+    before = {n: t.clone() for n, t in gated.state_dict().items() if isinstance(t, Tensor)}
+    rows = refine(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=FAST)
+    assert all(row.after == row.before > 0 for row in rows)
+    assert all(torch.equal(gated.state_dict()[n], t) for n, t in before.items())
+    closer = refine(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=Refinement(steps=20, tolerance=0))
+    assert any(row.after < row.before for row in closer)
+
+
 def test_the_same_seed_gives_the_same_network() -> None:
     data = torch.randn(32, 1, 8, 8)
     results = []

@@ -121,6 +121,15 @@ def test_thresholds_move_within_the_budget(analysed: Any) -> None:
         size = sum(float((t.grad * slopes[t]).abs().sum()) for t in thresholds if t.grad is not None)
         assert size > 0
         assert abs(change) < 1e-5 * size if over == 0 else change < 0
+    training.before_step(0, 0.0)  # harm in proportion to cost, in all kinds of gates: nothing is to be gained
+    assert training.penalty() is None
+    training.first, training.last = {"bops": 0.0}, {"bops": 0.0}
+    for threshold, slope in training.slopes["bops"].items():
+        threshold.grad = 3 * slope
+    training.before_update(0)
+    moved = [t.grad.abs().max() for t in thresholds if t.grad is not None]
+    assert moved
+    assert max(moved) < 1e-4
 
 
 def test_gates_close_and_open_under_a_multiplier(analysed: Any) -> None:

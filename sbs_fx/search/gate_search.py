@@ -35,7 +35,7 @@ _UNKNOWN_STEPS = 1000  # of data without a length
 # How far steps of the mean size move a threshold in all: the norms of gates are about 0.29. From a warm start they need
 # not go far, and steps are to be small beside the margin, or noise decides.
 _TRAVEL, _WARM_TRAVEL = 1.0, 0.25
-_RETURN = 2.0  # times log(cost / path): by how many mean gradients thresholds are brought back
+_RETURN = 10.0  # times log(cost / path): by how many mean gradients thresholds are brought back
 _LARGEST = 10.0  # of a threshold's gradient, in mean sizes
 _MARGIN = 0.05  # between a gate's norm and its threshold at the start; a fifth of the norms of evenly spread residuals
 _VOTING = 2 / 3  # share of the search after which decisions count
@@ -50,8 +50,9 @@ class Search(Value):
         decisions: "joint", "bits" alone (every channel stays) or "channels" alone (bits stay at float).
         lam: a fixed multiplier, as in the paper; None: found so that the budget is met.
         threshold_lr: highest rate of the gates' thresholds; None: so that they can travel the whole way.
-        warm_start: begin at decisions that meet the budget: at 4 bits and a few channels less, else at what `two_stage`
-            finds (where channels alone are searched, at measured moves); False: all gates open, as in the paper.
+        warm_start: begin at decisions that meet the budget: at 4 bits, brought down by bits of weights and channels,
+            where that is at most half, else at what `two_stage` finds (where channels alone are searched, at measured
+            moves); False: all gates open, as in the paper.
         reach: share of the search after which the cost should be at the budget, where it begins above it.
         stiffness: how fast multipliers answer, where there are any: their logarithm grows by this times log(cost /
             path) in a whole search over which that stays the same.
@@ -223,34 +224,39 @@ class GateSearch(TrainingStage):
 
     def before_update(self, step: int) -> None:
         """Sizes of gradients are brought to 1; held gates learn nothing, from the penalty neither."""
+        scales: dict[Tensor, float] = {}
         for kind, gates in self._kinds().items():
             found = [g.threshold.grad for g in gates.values() if g.threshold.grad is not None]
             if not found:
                 continue
             square = float(torch.cat([g.flatten() for g in found]).double().square().mean())
             self.squares[kind] = 0.98 * self.squares.get(kind, square) + 0.02 * square
-            scale = max(self.squares[kind], 1e-60) ** -0.5
             for gate in gates.values():
                 if isinstance(gate, SuperBitQuantizer) and gate.held:
                     gate.threshold.grad = None
                 elif gate.threshold.grad is not None:
-                    gate.threshold.grad.mul_(scale).clamp_(-_LARGEST, _LARGEST)
+                    scales[gate.threshold] = max(self.squares[kind], 1e-60) ** -0.5
         for measure in self.slopes:
-            self._keep_to_path(measure)
+            self._keep_to_path(measure, scales)
+        for threshold, scale in scales.items():
+            assert threshold.grad is not None
+            threshold.grad.mul_(scale).clamp_(-_LARGEST, _LARGEST)
 
-    def _keep_to_path(self, measure: str) -> None:
+    def _keep_to_path(self, measure: str, scales: Mapping[Tensor, float]) -> None:
         """Take out of the thresholds' gradients what would change the cost, and add what brings it back to its path.
 
         The cost changes only when gates do: under a multiplier nearly all thresholds were seen to rise together, at the
-        same cost, until several gates closed at once.
+        same cost, until several gates closed at once. Gradients are as they come here, to be multiplied by `scales`: so
+        what is taken out is one multiplier's share in all kinds of gates, harm and cost being compared in true sizes.
         """
-        slopes = {t: slope for t, slope in self.slopes[measure].items() if t.grad is not None}
-        square = sum(float(slope.double().square().sum()) for slope in slopes.values())
+        slopes = {t: slope.double() for t, slope in self.slopes[measure].items() if t in scales}
+        square = sum(scales[t] * float(slope.square().sum()) for t, slope in slopes.items())
         if not square:
             return
         error = min(1.0, max(-1.0, self.last[measure] - self.path(measure)))
-        along = sum(float((t.grad.double() * slope).sum()) for t, slope in slopes.items() if t.grad is not None)
-        size = (square / sum(t.numel() for t in slopes)) ** 0.5
+        along = sum(scales[t] * float((t.grad * slope).sum()) for t, slope in slopes.items() if t.grad is not None)
+        total = sum(scales[t] ** 2 * float(slope.square().sum()) for t, slope in slopes.items())
+        size = (total / sum(t.numel() for t in slopes)) ** 0.5
         for t, slope in slopes.items():
             assert t.grad is not None
             t.grad.add_((_RETURN * error / size - along / square) * slope)
