@@ -2,7 +2,8 @@
 
 In: a traced float model, its analyses, a budget, labelled data. Out: a policy that meets the budget, and the weights as
 the search left them. Every candidate bitwidth shares one weight and one chain of offsets; gates choose; what they chose
-(or began with, if that is the better by then) is settled just under the budget.
+is settled just under the budget. If what they began with is better, by the divergence from the float model with weights
+from before the search times that with those from after it, that is the policy, with the better of these weights.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sbs_fx.policy import Budget
 from sbs_fx.search.gate_search import Draft, GateSearch, Search, may_be_pruned, while_searching
 from sbs_fx.search.importance import group_importance, kernel_multiple
 from sbs_fx.search.searched import Searched, policy_of
-from sbs_fx.search.settle import Space, judged_on, ranges_by_bits, settle, use_ranges
+from sbs_fx.search.settle import Ranges, Space, divergence_of, judged_on, ranges_by_bits, settle, use_ranges
 from sbs_fx.search.two_stage import TwoStage, two_stage
 from sbs_fx.search.uniform import end_bits, uniform_bits
 from sbs_fx.superbit import Grid
@@ -83,19 +84,25 @@ def sbs(
     start_epoch(data, 0)
     batches = judged_on(graph, read_batches(data, max_batches=search.settle_batches))
 
-    def settled(*drafts: Draft, activations: bool = True) -> Draft:
-        """That of them which diverges least once it keeps the budget, the bits of activations left alone or not."""
+    def ranges(space: Space) -> Ranges:
+        with random_state_kept(device_of(network)):  # reason: data may be shuffled, and a resumed run has drawn less
+            seed_everything(seed, 0, 0, 0)
+            return ranges_by_bits(network, space, data, inputs)
+
+    def settled(draft: Draft, *, activations: bool = True) -> Draft:
+        """Within the budget, the bits of activations left alone or not, and what it then diverges by."""
         scores = group_importance(groups, "l1", dict(network.named_parameters()))
         channels = {n: (scores[n], blocks[n]) for n in groups if may_be_pruned(groups, cost, n, search)}
         space = Space(tuple(training.searched["w"]), tuple(training.searched["a"]), channels, candidates)
-        with random_state_kept(device_of(network)):  # reason: data may be shuffled, and a resumed run has drawn less
-            seed_everything(seed, 0, 0, 0)
-            ranges = ranges_by_bits(network, space, data, inputs)
+        known = ranges(space)
         space = space if activations else replace(space, activations=())
-        done = [settle(network, cost, budget, draft, space, batches, ranges) for draft in drafts]
-        found = min(done, key=lambda draft: draft.loss)
-        use_ranges(network, found, ranges)
+        found = settle(network, cost, budget, draft, space, batches, known)
+        use_ranges(network, found, known)
         return found
+
+    def divergence(draft: Draft) -> float:
+        space = Space(tuple(training.searched["w"]), tuple(training.searched["a"]), {}, candidates)
+        return divergence_of(network, draft, batches, ranges(space))
 
     begun = checkpoints is not None and checkpoints.existing(name) is not None
     if training.is_warm and not begun:
@@ -116,13 +123,19 @@ def sbs(
         checkpoints=checkpoints,
         progress=progress,
     )
-    decided = settled(training.draft(), *([] if training.start is None else [training.start]))
-    names = dict(graph.named_parameters()) | dict(graph.named_buffers())
+    given = dict(graph.named_parameters()) | dict(graph.named_buffers())
     state = network.state_dict()
-    return Searched(
-        policy_of(decided, groups, stage.method, seed, grid),
-        {n: state[n].detach().clone() for n in names if n in state},
-    )
+    tensors = {n: state[n].detach().clone() for n in given if n in state}
+    decided = settled(training.draft())
+    if training.start is not None:
+        start = settled(training.start)
+        network.load_state_dict(given, strict=False)
+        before = {"decided": divergence(decided), "start": divergence(start)}
+        # reason: the weights have been trained for what the gates chose, and were not for either before
+        if start.loss * before["start"] < decided.loss * before["decided"]:
+            tensors = tensors if start.loss < before["start"] else {n: given[n].detach().clone() for n in tensors}
+            decided = start
+    return Searched(policy_of(decided, groups, stage.method, seed, grid), tensors)
 
 
 def _even(training: GateSearch, blocks: Mapping[str, int], candidates: tuple[int, ...]) -> Draft | None:

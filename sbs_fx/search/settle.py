@@ -161,6 +161,11 @@ def settle(
     return draft
 
 
+def divergence_of(network: fx.GraphModule, draft: Draft, batches: list[Batch], ranges: Ranges) -> float:
+    """KL(float model || network at a draft) on these batches, batch norms using the batch's own statistics."""
+    return _Harm(network, batches, ranges).divergence(draft)
+
+
 class _Load:
     """Cost over limit, the largest over all measures: at most 1 is within the budget."""
 
