@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -54,6 +55,27 @@ def share(analysed: Any, policy: Policy, measure: str = "bops") -> float:
 def test_the_budget_is_used_and_not_exceeded(analysed: Any, found: Any) -> None:
     # reason: a channel of this network is 3.5 to 6 % of the budget
     assert 0.965 * BUDGET.limits["bops"] <= share(analysed, found.policy) <= BUDGET.limits["bops"]
+
+
+@pytest.mark.parametrize("start_is_better", [True, False])
+def test_the_end_is_judged_with_the_weights_from_before_too(
+    analysed: Any, start_is_better: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever diverges less with the float weights wins here, the difference being large; with it go the weights."""
+    seen: list[Draft] = []
+
+    def judge(gated: Any, draft: Draft, *_: Any) -> float:
+        assert torch.equal(gated.get_parameter("0.weight"), analysed[0].get_parameter("0.weight"))
+        seen.append(draft)
+        return 1e-12 if (len(seen) == 2) == start_is_better else 1e12  # what gates chose comes first
+
+    monkeypatch.setattr(importlib.import_module("sbs_fx.search.sbs"), "divergence_of", judge)
+    result = sbs(*analysed, BUDGET, digits(), inputs=(IMAGES,), search=SEARCH)
+    chosen = seen[1] if start_is_better else seen[0]
+    assert len(seen) == 2
+    assert (dict(result.policy.weight_bits), result.policy.kept) == (chosen.weight_bits, chosen.kept)
+    weight = analysed[0].get_parameter("0.weight")
+    assert torch.equal(result.tensors["0.weight"], weight) == start_is_better
 
 
 def test_first_and_last_layer_stay_at_eight_bits(found: Any) -> None:
