@@ -55,8 +55,7 @@ def allocations() -> list[dict[str, Any]]:
         begun, used_before = time.perf_counter(), time.process_time()
         found = opq(*parts, budget, inputs=(images,), settings=Opq(prunes=prunes, shifts_norms=False))
         seconds, cpu = time.perf_counter() - begun, time.process_time() - used_before
-        shares = budget.shares(sparse_cost(parts[2], found.policy, found.tensors))
-        used = max(shares[m] / limit for m, limit in budget.limits.items())
+        used = budget.used_by(sparse_cost(parts[2], found.policy, found.tensors))
         rows.append(
             {
                 "model": "resnet50",

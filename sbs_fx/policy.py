@@ -364,6 +364,11 @@ class Budget(Value):
         found, whole = cost.by_measure, reference.by_measure
         return {m: found[m] / whole[m] if whole[m] else (math.inf if found[m] else 0.0) for m in found}
 
+    def used_by(self, cost: Cost) -> float:
+        """Share of a limit that a cost takes, the largest over all limits: above 1 it exceeds the budget."""
+        shares = self.shares(cost)
+        return max(shares[measure] / limit for measure, limit in self.limits.items())
+
     def is_satisfied_by(self, cost: Cost) -> bool:
         """True if every limit holds. Raises ValueError if the cost has no reference, or not what a limit measures."""
         shares = self.shares(cost)

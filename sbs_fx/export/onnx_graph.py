@@ -59,22 +59,21 @@ def _patches_as_linear(module: fx.GraphModule, node: fx.Node) -> None:
         return
     owner, _, name = str(stored.target).rpartition(".")
     setattr(module.get_submodule(owner), name, codes.flatten(1))
-    (high, wide), (kh, kw), out = size, kernel, codes.shape[0]
+    (high, wide), (kh, kw) = size, kernel
     whole = node.meta["val"]
     with module.graph.inserting_before(node):
         call = module.graph.call_function
         cut = call(aten.reshape.default, (x.args[0], [-1, channels, high // kh, kh, wide // kw, kw]))
         patches = call(aten.permute.default, (cut, [0, 2, 4, 1, 3, 5]))
-        rows = call(aten.reshape.default, (patches, [-1, channels * kh * kw]))
-        rows = call(DEQUANTIZE, (rows, *x.args[1:]))
+        patches = call(aten.reshape.default, (patches, [-1, high // kh, wide // kw, channels * kh * kw]))
+        patches = call(DEQUANTIZE, (patches, *x.args[1:]))
+    patches.meta["val"] = whole.new_empty((*whole.shape[:1], *whole.shape[2:], channels * kh * kw))
     with module.graph.inserting_after(node):
-        images = module.graph.call_function(aten.reshape.default, (node, [-1, high // kh, wide // kw, out]))
-    with module.graph.inserting_after(images):
-        channels_first = module.graph.call_function(aten.permute.default, (images, [0, 3, 1, 2]))
+        channels_first = module.graph.call_function(aten.permute.default, (node, [0, 3, 1, 2]))
     channels_first.meta["val"] = whole
-    node.replace_all_uses_with(channels_first, delete_user_cb=lambda user: user is not images)
-    node.target, node.args = aten.linear.default, (rows, weight, bias)
-    node.meta["val"] = whole.permute(0, 2, 3, 1).flatten(0, 2)
+    node.replace_all_uses_with(channels_first, delete_user_cb=lambda user: user is not channels_first)
+    node.target, node.args = aten.linear.default, (patches, weight, bias)
+    node.meta["val"] = whole.permute(0, 2, 3, 1)
 
 
 def _attention_as_products(graph: fx.Graph, node: fx.Node) -> None:

@@ -108,8 +108,7 @@ class Kernels:
     def load(self, bits: KernelBits) -> float:
         """Cost over limit, the largest over all measures: at most 1 is within the budget."""
         cost = self.cost_of(bits)
-        shares = self.budget.shares(cost)
-        load = max(shares[m] / limit for m, limit in self.budget.limits.items())
+        load = self.budget.used_by(cost)
         # reason: a share just above its limit may be divided down to 1
         return load if self.budget.is_satisfied_by(cost) else max(load, 1 + 1e-12)
 

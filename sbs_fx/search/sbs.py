@@ -84,34 +84,31 @@ def sbs(
     start_epoch(data, 0)
     batches = judged_on(graph, read_batches(data, max_batches=search.settle_batches))
 
-    def ranges(space: Space) -> Ranges:
+    bits = Space(tuple(training.searched["w"]), tuple(training.searched["a"]), {}, candidates)
+
+    def ranges() -> Ranges:
+        """Those that suit each bitwidth, with the weights of the moment."""
         with random_state_kept(device_of(network)):  # reason: data may be shuffled, and a resumed run has drawn less
             seed_everything(seed, 0, 0, 0)
-            return ranges_by_bits(network, space, data, inputs)
+            return ranges_by_bits(network, bits, data, inputs)
 
-    def settled(draft: Draft, *, activations: bool = True) -> Draft:
+    def settled(draft: Draft, known: Ranges, *, activations: bool = True) -> Draft:
         """Within the budget, the bits of activations left alone or not, and what it then diverges by."""
         scores = group_importance(groups, "l1", dict(network.named_parameters()))
         channels = {n: (scores[n], blocks[n]) for n in groups if may_be_pruned(groups, cost, n, search)}
-        space = Space(tuple(training.searched["w"]), tuple(training.searched["a"]), channels, candidates)
-        known = ranges(space)
-        space = space if activations else replace(space, activations=())
-        found = settle(network, cost, budget, draft, space, batches, known)
-        use_ranges(network, found, known)
-        return found
-
-    def divergence(draft: Draft) -> float:
-        space = Space(tuple(training.searched["w"]), tuple(training.searched["a"]), {}, candidates)
-        return divergence_of(network, draft, batches, ranges(space))
+        space = replace(bits, channels=channels, activations=bits.activations if activations else ())
+        return settle(network, cost, budget, draft, space, batches, known)
 
     begun = checkpoints is not None and checkpoints.existing(name) is not None
     if training.is_warm and not begun:
-        start = _even(training, blocks, candidates)
-        if start is None:
+        known, even = ranges(), _even(training, blocks, candidates)
+        if even is None:
             start = _planned(graph, training, data, inputs, grid, candidates, seed)
         else:
-            start = settled(start, activations=False)
-        training.start_at(settled(start), batches[0][0])
+            start = settled(even, known, activations=False)
+        start = settled(start, known)
+        use_ranges(network, start, known)
+        training.start_at(start, batches[0][0])
     train(
         training,
         data,
@@ -126,14 +123,16 @@ def sbs(
     given = dict(graph.named_parameters()) | dict(graph.named_buffers())
     state = network.state_dict()
     tensors = {n: state[n].detach().clone() for n in given if n in state}
-    decided = settled(training.draft())
+    known = ranges()
+    decided = settled(training.draft(), known)
     if training.start is not None:
-        start = settled(training.start)
+        start = settled(training.start, known)
         network.load_state_dict(given, strict=False)
-        before = {"decided": divergence(decided), "start": divergence(start)}
+        known = ranges()
+        decided_before, start_before = (divergence_of(network, draft, batches, known) for draft in (decided, start))
         # reason: the weights have been trained for what the gates chose, and were not for either before
-        if start.loss * before["start"] < decided.loss * before["decided"]:
-            tensors = tensors if start.loss < before["start"] else {n: given[n].detach().clone() for n in tensors}
+        if start.loss * start_before < decided.loss * decided_before:
+            tensors = tensors if start.loss < start_before else {n: given[n].detach().clone() for n in tensors}
             decided = start
     return Searched(policy_of(decided, groups, stage.method, seed, grid), tensors)
 
@@ -154,9 +153,7 @@ def _even(training: GateSearch, blocks: Mapping[str, int], candidates: tuple[int
     fewest = {n: min(g.size, blocks[n]) for n, g in groups.items() if may_be_pruned(groups, cost, n, search)}
     whole = cost.evaluate({}, bits.weights, bits.activations)
     least = cost.evaluate(fewest, fewer.weights, fewer.activations)
-    shares = budget.shares(whole)
-    over = max(shares[measure] / limit for measure, limit in budget.limits.items())
-    if not 1 < over <= _MOST_OVER or not budget.is_satisfied_by(least):
+    if not 1 < budget.used_by(whole) <= _MOST_OVER or not budget.is_satisfied_by(least):
         return None
     return Draft(bits.weights, bits.activations, {n: list(range(group.size)) for n, group in groups.items()})
 

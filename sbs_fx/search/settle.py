@@ -176,8 +176,7 @@ class _Load:
         return self.cost.evaluate(draft.kept, draft.weight_bits, draft.activation_bits)
 
     def __call__(self, draft: Draft) -> float:
-        shares = self.budget.shares(self.cost_of(draft))
-        return max(shares[m] / limit for m, limit in self.budget.limits.items())
+        return self.budget.used_by(self.cost_of(draft))
 
 
 class _Harm:
