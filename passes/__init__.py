@@ -2,6 +2,7 @@
 
 from sbs_fx.passes.channel_groups import ChannelGroup, ChannelGroups, channel_groups
 from sbs_fx.passes.cost_model import CostModel, cost_model
+from sbs_fx.passes.devices import on_device
 from sbs_fx.passes.finalize import finalize
 from sbs_fx.passes.insert_gates import (
     activation_gates,
@@ -30,6 +31,7 @@ __all__ = [
     "insert_gates",
     "integer_grid",
     "integer_joins",
+    "on_device",
     "slim",
     "trace",
     "weight_gates",

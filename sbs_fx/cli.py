@@ -23,6 +23,7 @@ from sbs_fx.cli_options import (
     Checkpoint,
     Data,
     DataDir,
+    Device,
     Epochs,
     InChans,
     InputSize,
@@ -109,6 +110,7 @@ def compress(
     data: Data = None,
     data_dir: DataDir = None,
     batch_size: BatchSize = 64,
+    device: Device = "cpu",
     method: Annotated[str, typer.Option(help="auto, opq, two_stage, ajpq, sbs, uniform, or a baseline")] = "auto",
     search_epochs: Annotated[int | None, typer.Option(help="epochs of a search that trains")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16")] = None,
@@ -156,7 +158,7 @@ def compress(
         ],
     )
     _check_output(out)
-    made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans)
+    made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans, device)
     train, test = both_splits(made, data, data_dir, batch_size, seed)
     with show_progress() as progress, show_steps(out, restart) as observer:
         result = run(
@@ -183,6 +185,7 @@ def apply(
     data: Data = None,
     data_dir: DataDir = None,
     batch_size: BatchSize = 64,
+    device: Device = "cpu",
     epochs: Epochs = 0,
     lr: Rate = None,
     ranges: Ranges = "mse",
@@ -204,7 +207,7 @@ def apply(
     plan = Policy.load(policy)
     config = make_config(ranges=ranges, epochs=epochs, learning_rate=lr, seed=seed, overrides=settings or [])
     _check_output(out)
-    made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans)
+    made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans, device)
     train, test = both_splits(made, data, data_dir, batch_size, seed)
     with show_progress() as progress, show_steps(None, False) as observer:
         result = run(
@@ -227,6 +230,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="'digits', a folder, or a timm data set such as torch/cifar100")],
     data_dir: DataDir = None,
     batch_size: BatchSize = 64,
+    device: Device = "cpu",
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = False,
     input_size: InputSize = None,
@@ -239,9 +243,11 @@ def evaluate(
     from sbs_fx.training import evaluate as run
 
     if model.endswith(".pt2"):
+        if device != "cpu":
+            raise typer.BadParameter(f"--device {device}: a saved result runs on the CPU")
         made = load_saved(model)
     else:
-        made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans)
+        made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans, device)
     accuracy = run(made.module, open_split(made, data, data_dir, "test", batch_size, 0))
     typer.echo(dumps({"model": model, "accuracy": accuracy}) if json else f"{model}: {accuracy:.2f} % top-1")
 

@@ -33,11 +33,13 @@ def make_model(
     input_size: str | None,
     num_classes: int | None,
     in_chans: int | None,
+    device: str = "cpu",
 ) -> NamedModel:
     """A timm model and example inputs, shape (2, channels, height, width), of the size that it is to run at.
 
     Args:
         input_size: "channels,height,width"; None: as the model's own configuration says.
+        device: as torch names it; "cuda" is the GPU that belongs to this process.
 
     Raises:
         InputError: an unknown name, a size that makes no sense, weights that do not fit. FileError: no checkpoint.
@@ -75,7 +77,21 @@ def make_model(
             raise InputError(f"{name!r} does not say which images it takes; give --input-size C,H,W")
         size = (in_chans or known["input_size"][0], *known["input_size"][1:])
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    return NamedModel(module, images, {k: known[k] for k in ("mean", "std") if k in known})
+    place = _device(device)
+    return NamedModel(module.to(place), images.to(place), {k: known[k] for k in ("mean", "std") if k in known})
+
+
+def _device(name: str) -> torch.device:
+    if name == "cpu":
+        return torch.device(name)
+    from sbs_fx.training.processes import Processes
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # reason: torch asserts that it was built for the device
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}; expected cpu, or a GPU") from error
+    return Processes().device if name == "cuda" else device
 
 
 def _parse_size(text: str | None) -> tuple[int, int, int] | None:

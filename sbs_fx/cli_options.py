@@ -23,6 +23,7 @@ InChans = Annotated[int | None, typer.Option(help="input channels; default: the 
 Data = Annotated[str | None, typer.Option(help="'digits', a folder, or a timm data set such as torch/cifar100")]
 DataDir = Annotated[str | None, typer.Option(help="where data sets are kept")]
 BatchSize = Annotated[int, typer.Option(min=1)]
+Device = Annotated[str, typer.Option(help="cpu, or cuda: of several processes, each takes its own GPU")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Epochs = Annotated[int, typer.Option(help="epochs of fine-tuning with the gates fixed")]
 Rate = Annotated[float | None, typer.Option(help="learning rate of fine-tuning")]

@@ -35,6 +35,7 @@ from sbs_fx.passes import (
     insert_gates,
     integer_grid,
     integer_joins,
+    on_device,
     slim,
     trace,
 )
@@ -57,7 +58,8 @@ class Result:
     """What `compress` gives back.
 
     Attributes:
-        model: the static quantised graph, eval mode, plain ATen and `quantized_decomposed` operators.
+        model: the static quantised graph, eval mode, plain ATen and `quantized_decomposed` operators, on the device of
+            the float model; what is saved, exported, compiled or timed is on the CPU.
         policy: the plan it was made from. cost, baseline_cost: of the graph and of the float model.
         report: layers, groups and pins as text and as data.
         gated: the same network with fake quantisation, for further training; `finalize` turns it into `model` again.
@@ -88,14 +90,14 @@ class Result:
             FileError: the directory is a file or cannot be written, or the disk is full.
         """
         path = prepare_directory(directory)
-        save_pt2(self.model, self.example_inputs, os.path.join(path, "model.pt2"), self.metadata)
+        save_pt2(*self._on_cpu(), os.path.join(path, "model.pt2"), self.metadata)
         self.policy.save(os.path.join(path, "policy.json"))
         for name in ("report.txt", "report.json"):
             self.report.save(os.path.join(path, name))
 
     def export(self, format: str, path: str | os.PathLike[str], **options: Any) -> Runner:
         """Write `model` as a file of another tool; see `sbs_fx.export.export`."""
-        return export(self.model, self.example_inputs, format, path, **{"metadata": self.metadata, **options})
+        return export(*self._on_cpu(), format, path, **{"metadata": self.metadata, **options})
 
     def compiled(self) -> Runner:
         """`model` under torch's compiler with int8 kernels; `kernels` says which layers reached one.
@@ -103,11 +105,16 @@ class Result:
         Raises:
             BackendError: torchao is not installed, or the compiler fails or computes something else.
         """
-        return runner(self.model, self.example_inputs, "inductor")
+        return runner(*self._on_cpu(), "inductor")
 
     def benchmark(self, **options: Any) -> Benchmark:
         """Latency on the backends at hand and the fastest of them; see `sbs_fx.benchmark.benchmark`."""
-        return benchmark(self.model, self.example_inputs, **options)
+        return benchmark(*self._on_cpu(), **options)
+
+    def _on_cpu(self) -> tuple[fx.GraphModule, tuple[torch.Tensor, ...]]:
+        if all(x.device.type == "cpu" for x in self.example_inputs):
+            return self.model, self.example_inputs
+        return on_device(self.model, "cpu"), tuple(x.cpu() for x in self.example_inputs)
 
     def __str__(self) -> str:
         return str(self.report)

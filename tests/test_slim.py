@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
+from torch.utils import _pytree as pytree
 
 from sbs_fx.errors import GraphError, PolicyError
-from sbs_fx.passes import channel_groups, insert_gates, slim, trace
+from sbs_fx.passes import channel_groups, insert_gates, on_device, slim, trace
 from sbs_fx.passes import dims as d
 from sbs_fx.passes.pass_manager import as_pass
 from sbs_fx.passes.slim import Slices, attribute
@@ -239,3 +240,24 @@ def test_adapters_shrink_with_the_channels_and_shrink_again() -> None:
     twice = slim(once, again, {"stem.weight:0": [1, 2, 6]})
     with torch.no_grad():
         assert torch.equal(twice(x), slim(graph, groups, {"stem.weight:0": [1, 4, 11]})(x))
+
+
+# Devices
+
+
+@pytest.mark.parametrize("name", list(SMALLEST_RECIPES)[::4])
+def test_all_of_a_graph_moves_to_another_device(name: str) -> None:
+    """The meta device stands for a GPU: what stays behind on the CPU cannot be mixed with it."""
+    case = case_of(name)
+    images = case.images(2)
+    moved = on_device(case.graph, "meta")(images.to("meta"))
+    here = on_device(case.graph, "cpu")(images)
+    expected = case.graph(images)
+    for there, again, value in zip(_tensors(moved), _tensors(here), _tensors(expected), strict=True):
+        assert there.device.type == "meta"
+        assert there.shape == value.shape
+        assert torch.equal(again, value)
+
+
+def _tensors(output: object) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]

@@ -27,6 +27,11 @@ class Processes:
         self.rank, self.count = self._state.process_index, self._state.num_processes
 
     @property
+    def device(self) -> torch.device:
+        """This process's GPU, or the CPU where there is none."""
+        return self._state.device
+
+    @property
     def is_first(self) -> bool:
         return self.rank == 0
 
