@@ -19,8 +19,8 @@ class Config(BaseModel):
         weight_bits, activation_bits: 2, 4 or 8; None lets the method choose. These and the next three are for "uniform"
             and "opq"; the others have settings of their own.
         importance: norm that ranks the channels of a group.
-        round_to: kept channels are a multiple of this; None: 16, 8 where the group is small, and
-            under a latency budget what was measured; 1: any number.
+        round_to: kept channels are a multiple of this; None: 16, half of that where the group is small ("uniform" under
+            budgets of MACs or latency: there too), and under a latency budget what was measured; 1: any number.
         minor_groups: also prune the smaller factor of product axes (heads, group widths).
         keep_outputs: False lets the output features of a headless model shrink.
         ranges: how activation and weight ranges are chosen: "mse", "percentile" or "minmax".

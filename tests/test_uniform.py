@@ -62,10 +62,13 @@ def test_out_of_reach_says_what_is_reachable(resnet) -> None:
 
 
 def test_kept_channels_are_multiples_that_kernels_like(resnet) -> None:
+    """Under a budget of time or MACs 16 in small groups as well, unless it cannot be met then."""
     groups, cost = resnet
-    policy = uniform(groups, cost, Budget(macs=0.5))
-    assert all(len(kept) % (16 if policy.sizes[n] >= 64 else 8) == 0 for n, kept in policy.kept.items())
-    assert any(len(kept) < policy.sizes[n] for n, kept in policy.kept.items())
+    for budget, small in ((Budget(bops=0.05), 8), (Budget(macs=0.5), 16), (Budget(macs=0.3), 8)):
+        policy = uniform(groups, cost, budget)
+        assert all(len(kept) % (16 if policy.sizes[n] >= 64 else small) == 0 for n, kept in policy.kept.items())
+        assert any(len(kept) < policy.sizes[n] for n, kept in policy.kept.items())
+        assert budget.is_satisfied_by(cost.evaluate(policy.kept, policy.weight_bits, policy.activation_bits))
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])

@@ -47,17 +47,22 @@ def uniform(
         weight_bits, activation_bits: fixed bitwidths; None tries `BIT_PAIRS` in order and takes the first that lets
             each group keep `comfortable_share` of its channels, else the one that lets it keep most.
         importance: norm by which the channels of a group are ranked.
-        round_to: kept channels are a multiple of this; None: see `kernel_multiple`; 1: any number.
+        round_to: kept channels are a multiple of this; None: see `kernel_multiple`, which is to be fast if the budget
+            is one of MACs or latency that can so be met; 1: any number.
         minor_groups: also prune the smaller factor of product axes (heads, group widths).
 
     Raises:
         InfeasibleBudget: even the smallest policy is over the budget; `least` has the shares it reaches.
     """
     prunable = [g for g in groups.values() if g.primary or minor_groups]
-    steps = {g.name: kernel_multiple(g, round_to, cost.timing) for g in prunable}
     pairs = [(w, a) for w, a in BIT_PAIRS if weight_bits in (None, w) and activation_bits in (None, a)]
     if not pairs:
         pairs = [(weight_bits or 8, activation_bits or 8)]
+    steps = {g.name: kernel_multiple(g, round_to, cost.timing, fast=True) for g in prunable}
+    fewest = uniform_bits(cost, *pairs[-1])
+    least_cost = cost.evaluate(_counts(prunable, steps, 0.0), fewest.weights, fewest.activations)
+    if not budget.limits.keys() & {"macs", "latency"} or not budget.is_satisfied_by(least_cost):
+        steps = {g.name: kernel_multiple(g, round_to, cost.timing) for g in prunable}
     best: tuple[float, dict[str, int], Bits] | None = None
     least: Cost | None = None
     for w, a in pairs:
