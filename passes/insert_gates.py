@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sbs_fx.channel_gate import ChannelGate
 from sbs_fx.errors import GraphError
 from sbs_fx.passes import dims as d
 from sbs_fx.passes import masked
@@ -21,7 +22,7 @@ from sbs_fx.passes.channel_groups import ChannelGroups
 from sbs_fx.passes.dims import Axis, Dim
 from sbs_fx.passes.inference import Layer, Path, Statistic, operand
 from sbs_fx.passes.slim import attribute, copy_graph
-from sbs_fx.superbit import ChannelGate, SuperBitQuantizer
+from sbs_fx.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
 FLOAT_BITS = 32

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sbs_fx.channel_gate import ChannelGate
 from sbs_fx.errors import InputError, PolicyError
-from sbs_fx.superbit import ChannelGate, Grid, SuperBitQuantizer, level, max_level
+from sbs_fx.superbit import Grid, SuperBitQuantizer, level, max_level
 
 GRIDS: list[tuple[bool, Grid]] = [(True, "symmetric"), (False, "symmetric"), (True, "paper"), (False, "paper")]
 CANDIDATES = st.sampled_from([(2, 4, 8), (2, 4), (4, 8), (2, 8), (3, 6), (8,)])

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from sbs_fx.channel_gate import ChannelGate
 from sbs_fx.passes import ChannelGroups, CostModel
 from sbs_fx.passes.dims import Axis
 from sbs_fx.policy import Budget
@@ -24,7 +25,7 @@ from sbs_fx.search.gate_search import GateSearch, Search
 from sbs_fx.search.hard_concrete import HardConcreteChannelGate, HardConcreteQuantizer
 from sbs_fx.search.sbs import sbs
 from sbs_fx.search.searched import Searched
-from sbs_fx.superbit import ChannelGate, SuperBitQuantizer
+from sbs_fx.superbit import SuperBitQuantizer
 from sbs_fx.training import Checkpoints, Training
 from sbs_fx.training.progress import Observer
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sbs_fx.superbit import ChannelGate, Level, SuperBitQuantizer, _chain, _inside, _ranges, _straight_through, level
+from sbs_fx.channel_gate import ChannelGate
+from sbs_fx.superbit import Level, SuperBitQuantizer, _chain, _inside, _ranges, _straight_through, level
 
 BETA, ZETA, GAMMA = 2 / 3, 1.1, -0.1
 FIRST_PHI = 6.0
