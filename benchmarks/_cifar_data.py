@@ -19,13 +19,13 @@ PAD = 4
 
 
 class CifarBatches:
-    """(images float32 (batch, 3, 32, 32), labels int64 (batch,)); the passes follow from their number."""
+    """(images float32 (batch, 3, 32, 32), labels int64 (batch,)); the passes follow from `seed` and their number."""
 
     def __init__(self, images: Tensor, labels: Tensor, batch_size: int, train: bool) -> None:
         self.images, self.labels, self.batch_size, self.train = images, labels, batch_size, train
         mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
         self.scale, self.shift = 1 / (255 * std), mean / std
-        self.epoch = 0
+        self.seed = self.epoch = 0
 
     def __len__(self) -> int:
         count = len(self.labels)
@@ -35,7 +35,7 @@ class CifarBatches:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.epoch)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         self.epoch += 1
         count = len(self.labels)
         order = torch.randperm(count, generator=generator) if self.train else torch.arange(count)

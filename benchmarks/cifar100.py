@@ -45,6 +45,7 @@ def main() -> int:
     named = {row.name: row for row in ROWS}
     chosen = [named[name] for name in options.rows or named]
     for seed in range(options.first_seed, options.first_seed + options.seeds):
+        data["train"].seed = seed
         key = {"depth": options.depth, "seed": seed, "protocol": "short" if options.short else "full"}
         model = _float_model(options, protocol, data, device, seed, key, rows)
         for row in chosen:
