@@ -1,7 +1,7 @@
 """`on_device`: a graph on another device, whatever its nodes say.
 
-In: any graph of ours. Out: a copy whose tensors, and the devices that its nodes name, are elsewhere; a graph that was
-traced on a GPU and trained there can so be saved for processors. Holds: nodes keep their names and metadata.
+In: a traced, slim or static graph. Out: a copy whose tensors, and the devices that its nodes name, are elsewhere; what
+was traced and trained on a GPU can so be saved for processors. Holds: nodes keep their names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sbs_fx.passes.slim import copy_graph
 
 
 def on_device(graph_module: fx.GraphModule, device: torch.device | str) -> fx.GraphModule:
-    """A copy of a graph without modules (traced, slim or static) on `device`; shapes stay as they are."""
+    """A copy on `device` of a graph that calls no modules; shapes stay as they are."""
     place = torch.device(device)
 
     def moved(value: Any) -> Any:

@@ -44,6 +44,7 @@ def make_model(
     Raises:
         InputError: an unknown name, a size that makes no sense, weights that do not fit. FileError: no checkpoint.
     """
+    place = _device(device)
     options = {k: v for k, v in (("num_classes", num_classes), ("in_chans", in_chans)) if v is not None}
     size = _parse_size(input_size)
     if size is not None:
@@ -77,21 +78,20 @@ def make_model(
             raise InputError(f"{name!r} does not say which images it takes; give --input-size C,H,W")
         size = (in_chans or known["input_size"][0], *known["input_size"][1:])
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    place = _device(device)
     return NamedModel(module.to(place), images.to(place), {k: known[k] for k in ("mean", "std") if k in known})
 
 
 def _device(name: str) -> torch.device:
-    if name == "cpu":
-        return torch.device(name)
-    from sbs_fx.training.processes import Processes
-
     try:
         device = torch.device(name)
+        if name == "cuda" and torch.cuda.is_available():
+            from sbs_fx.training.processes import Processes
+
+            device = Processes().device  # reason: asked for first, or every process would hold a part of the first GPU
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # reason: torch asserts that it was built for the device
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}; expected cpu, or a GPU") from error
-    return Processes().device if name == "cuda" else device
+    return device
 
 
 def _parse_size(text: str | None) -> tuple[int, int, int] | None:

@@ -58,11 +58,12 @@ def uniform(
     pairs = [(w, a) for w, a in BIT_PAIRS if weight_bits in (None, w) and activation_bits in (None, a)]
     if not pairs:
         pairs = [(weight_bits or 8, activation_bits or 8)]
-    steps = {g.name: kernel_multiple(g, round_to, cost.timing, fast=True) for g in prunable}
-    fewest = uniform_bits(cost, *pairs[-1])
-    least_cost = cost.evaluate(_counts(prunable, steps, 0.0), fewest.weights, fewest.activations)
-    if not budget.limits.keys() & {"macs", "latency"} or not budget.is_satisfied_by(least_cost):
-        steps = {g.name: kernel_multiple(g, round_to, cost.timing) for g in prunable}
+    steps = {g.name: kernel_multiple(g, round_to, cost.timing) for g in prunable}
+    if budget.limits.keys() & {"macs", "latency"}:
+        wide = {g.name: kernel_multiple(g, round_to, cost.timing, fast=True) for g in prunable}
+        fewest = uniform_bits(cost, *pairs[-1])
+        if budget.is_satisfied_by(cost.evaluate(_counts(prunable, wide, 0.0), fewest.weights, fewest.activations)):
+            steps = wide
     best: tuple[float, dict[str, int], Bits] | None = None
     least: Cost | None = None
     for w, a in pairs:
