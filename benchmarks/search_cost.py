@@ -25,9 +25,18 @@ import torch
 from _coverage_workers import Failed, run_tasks
 from _search_cost_steps import METHODS, MODELS, Setting, measure_memory, time_pair
 
-PAIRS = (("sbs", "float"), ("sbs", "uniform"), ("multi_path", "sbs"), ("bayesian_bits", "sbs"))
+PAIRS = (
+    ("sbs", "float"),
+    ("sbs", "uniform"),
+    ("multi_path", "sbs"),
+    ("multi_path", "uniform"),
+    ("bayesian_bits", "sbs"),
+)
 RESULTS = Path(__file__).parent / "results" / "search_cost.json"
-# reason: glibc then gives a tensor's memory back when it is freed, so that the resident set is what is in use
+# reason: glibc then keeps freed memory, as allocators made for tensors do; where it gives it back, an eager step takes
+# up to 2.5 times as long, more for methods with more tensors
+_KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
+# reason: and then gives a tensor's memory back when it is freed, so that the resident set is what is in use
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
@@ -59,9 +68,11 @@ def _settings(options: argparse.Namespace) -> list[Setting]:
 def _rows(settings: Sequence[Setting], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     pairs = [(setting, pair, options.repeats, options.steps) for setting in settings for pair in PAIRS]
     single = [(setting, method) for setting in settings for method in METHODS]
+    os.environ |= _KEEP  # for the processes that start from now on
     for (setting, pair, *_), result in run_tasks(time_pair, pairs, jobs=1, timeout=options.timeout):
         yield {"kind": "time", **_of(setting), "pair": list(pair), **_result(result)}
-    os.environ |= _GIVE_BACK  # for the processes that start from now on
+    os.environ.pop("MALLOC_TOP_PAD_")
+    os.environ |= _GIVE_BACK
     for (setting, method), result in run_tasks(measure_memory, single, jobs=1, timeout=options.timeout):
         yield {"kind": "memory", **_of(setting), "method": method, **_result(result)}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sbs_fx.passes import dims as d
 from sbs_fx.passes.dims import Axis, Dim
@@ -82,7 +83,11 @@ def moments(target: Callable[..., Any], dims: Sequence[int], masks: Sequence[Ten
     live = torch.ones([1] * x.ndim, dtype=x.dtype, device=x.device)
     for dim, mask in zip(dims, masks, strict=True):
         live = live * along(mask, dim, x.ndim).to(x.dtype)
-    return _MOMENTS[target](live, *args, **kwargs)
+    if not torch.is_grad_enabled():
+        return _MOMENTS[target](live, *args, **kwargs)
+    # reason: what these steps would keep for the backward pass is several times their input, an operator's own nothing
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    return checkpoint(_MOMENTS[target], live, *args, **options, **kwargs)
 
 
 def _mean(live: Tensor, x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:

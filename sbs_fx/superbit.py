@@ -12,6 +12,7 @@ half step to spare at either end, and for s_b = v/(2^b - 1) on an unsigned one, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -76,13 +77,17 @@ def _chain(x: Tensor, width: Tensor, levels: Sequence[Level]) -> Iterator[Tensor
         yield _rounded(x, width, *each)
 
 
-def _chosen(opened: Sequence[Tensor], levels: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:
-    """Low, high and divisor of the last level that every gate before it lets through; each of shape ()."""
+def _chosen(opened: Tensor, levels: Sequence[Level]) -> Bounds:
+    """Low, high and divisor of the last level that every gate before it lets through; each of shape (), or a number
+    where gates can be looked at for nothing (reason: an eager step is a tenth faster with bounds that are numbers)."""
+    if opened.device.type == "cpu" and not torch.compiler.is_compiling():
+        passed = itertools.takewhile(bool, opened.tolist())
+        return levels[len(list(passed))][:3]
     chosen: list[Any] = [float(number) for number in levels[0][:3]]
-    passed: Any = True
+    through: Any = True
     for gate, level_ in zip(opened, levels[1:], strict=True):
-        passed = gate & passed
-        chosen = [torch.where(passed, float(new), old) for new, old in zip(level_[:3], chosen, strict=True)]
+        through = gate & through
+        chosen = [torch.where(through, float(new), old) for new, old in zip(level_[:3], chosen, strict=True)]
     return tuple(torch.as_tensor(number) for number in chosen)  # type: ignore[return-value]
 
 
@@ -155,7 +160,7 @@ class _Search(torch.autograd.Function):
         for index, z in enumerate(_chain(value, width, levels[:-1])):
             steps = z.sub_(clipped).mul_(levels[index].divisor / levels[index].stride / width)
             norms[index] = _mean(steps.square_(), shared).sqrt().to(norms.dtype)
-        y = _rounded(value, width, *_chosen(tuple(norms > threshold), levels), levels[0].stride)
+        y = _rounded(value, width, *_chosen(norms > threshold, levels), levels[0].stride)
         ctx.save_for_backward(x, range_, threshold, norms)
         ctx.levels, ctx.signed = levels, signed
         ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
@@ -175,7 +180,7 @@ class _Search(torch.autograd.Function):
             if previous is not None:
                 offsets.append(-previous.sub_(z).mul_(grad).sum())
             previous = z
-        y = _rounded(x, width, *_chosen(tuple(opened), ctx.levels), ctx.levels[0].stride)
+        y = _rounded(x, width, *_chosen(opened, ctx.levels), ctx.levels[0].stride)
         grad_x, grad_range = _straight_through(grad, y, x, width, _inside(x, width, ctx.signed), ctx)
         # dy/dg_j = (product of the gates before it) * (eps_j + g_{j+1}(eps_{j+1} + ...))
         gates = opened.to(x.dtype)
@@ -335,7 +340,7 @@ class SuperBitQuantizer(nn.Module):
         if self.bits is None:
             levels = tuple(level(bits, self.signed, self.grid) for bits in self.candidates)
             if self.held:
-                bounds = _chosen(tuple(self.norms > self.threshold.detach()), levels)
+                bounds = _chosen(self.norms > self.threshold.detach(), levels)
                 return _Fixed.apply(x, range_, *bounds, self._stride, self.signed)
             y, norms = _Search.apply(x, range_, self.threshold, levels, self.signed, self.across_processes)
             self.norms.copy_(norms)

@@ -29,6 +29,7 @@ from sbs_fx.errors import (
     WeightsError,
 )
 from sbs_fx.export import load_saved
+from sbs_fx.passes import on_device
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -69,6 +70,12 @@ def test_saved_policy_applied_again_gives_the_same_graph(result, net, tmp_path) 
     again = sbs_fx.apply(net, policy, IMAGES[:2])
     assert torch.equal(again.model(IMAGES), result.model(IMAGES))
     assert again.cost == result.cost
+
+
+def test_a_static_graph_moves_with_all_its_constants(result) -> None:
+    """Tensors on the meta device do not mix with others, so that one left behind is an error."""
+    assert on_device(result.model, "meta")(IMAGES.to("meta")).shape == (4, 10)
+    assert torch.equal(on_device(result.model, "cpu")(IMAGES), result.model(IMAGES))
 
 
 def test_files_say_how_images_are_normalised(tmp_path) -> None:

@@ -206,3 +206,18 @@ def test_a_loss_that_is_not_finite_names_the_last_good_state(gated: fx.GraphModu
     assert all(
         bool(torch.isfinite(v).all()) for n, v in kept.items() if n.startswith("network/") and math.prod(v.shape)
     )
+
+
+def test_out_of_memory_names_the_knobs_and_the_last_state(gated: fx.GraphModule, tmp_path: Path) -> None:
+    calls = []
+
+    def exhaust(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+
+    gated.register_forward_pre_hook(exhaust)
+    with Checkpoints(tmp_path, {}) as checkpoints, pytest.raises(TrainingError, match="the batch size") as error:
+        tune(gated, checkpoint_every=1, checkpoints=checkpoints)
+    assert error.value.step == 2
+    assert error.value.checkpoint == checkpoints.path("fine-tune")
