@@ -35,7 +35,7 @@ PAIRS = (
 RESULTS = Path(__file__).parent / "results" / "search_cost.json"
 # reason: glibc then keeps freed memory, as allocators made for tensors do; where it gives it back, an eager step takes
 # up to 2.5 times as long, more for methods with more tensors
-_KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
+_KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 # reason: and then gives a tensor's memory back when it is freed, so that the resident set is what is in use
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
@@ -71,7 +71,8 @@ def _rows(settings: Sequence[Setting], options: argparse.Namespace) -> Iterator[
     os.environ |= _KEEP  # for the processes that start from now on
     for (setting, pair, *_), result in run_tasks(time_pair, pairs, jobs=1, timeout=options.timeout):
         yield {"kind": "time", **_of(setting), "pair": list(pair), **_result(result)}
-    os.environ.pop("MALLOC_TOP_PAD_")
+    for name in _KEEP:
+        del os.environ[name]
     os.environ |= _GIVE_BACK
     for (setting, method), result in run_tasks(measure_memory, single, jobs=1, timeout=options.timeout):
         yield {"kind": "memory", **_of(setting), "method": method, **_result(result)}

@@ -77,19 +77,12 @@ def _chain(x: Tensor, width: Tensor, levels: Sequence[Level]) -> Iterator[Tensor
         yield _rounded(x, width, *each)
 
 
-def _passed(opened: Tensor) -> int | None:
-    """How many gates are open before the first closed one; None where to look at them would cost time (reason: an eager
-    step on a CPU is a tenth faster where the level that counts is known)."""
-    if opened.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    return len(list(itertools.takewhile(bool, opened.tolist())))
-
-
 def _chosen(opened: Tensor, levels: Sequence[Level]) -> Bounds:
-    """Low, high and divisor of the last level that every gate before it lets through: numbers, or of shape ()."""
-    passed = _passed(opened)
-    if passed is not None:
-        return levels[passed][:3]
+    """Low, high and divisor of the last level that every gate before it lets through; each of shape (), or a number
+    where gates can be looked at for nothing (reason: an eager step is a tenth faster with bounds that are numbers)."""
+    if opened.device.type == "cpu" and not torch.compiler.is_compiling():
+        passed = itertools.takewhile(bool, opened.tolist())
+        return levels[len(list(passed))][:3]
     chosen: list[Any] = [float(number) for number in levels[0][:3]]
     through: Any = True
     for gate, level_ in zip(opened, levels[1:], strict=True):
@@ -163,15 +156,11 @@ class _Search(torch.autograd.Function):
     ) -> Any:
         value, width = _ranges(x, range_)
         clipped = value.clamp(-width if signed else torch.zeros_like(width), width)
-        norms = torch.zeros_like(threshold)
-        y = None
+        norms = threshold.new_empty(threshold.shape)
         for index, z in enumerate(_chain(value, width, levels[:-1])):
-            steps = (z - clipped).mul_(levels[index].divisor / levels[index].stride / width)
+            steps = z.sub_(clipped).mul_(levels[index].divisor / levels[index].stride / width)
             norms[index] = _mean(steps.square_(), shared).sqrt().to(norms.dtype)
-            if _passed(norms > threshold) == index:
-                y = z
-        if y is None:
-            y = _rounded(value, width, *_chosen(norms > threshold, levels), levels[0].stride)
+        y = _rounded(value, width, *_chosen(norms > threshold, levels), levels[0].stride)
         ctx.save_for_backward(x, range_, threshold, norms)
         ctx.levels, ctx.signed = levels, signed
         ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
@@ -186,15 +175,12 @@ class _Search(torch.autograd.Function):
         grad = grad.to(x.dtype)
         opened = norms > threshold
         offsets = []  # <grad, eps_b>, one number a gate
-        previous = y = None
-        for index, z in enumerate(_chain(x, width, ctx.levels)):
+        previous = None
+        for z in _chain(x, width, ctx.levels):
             if previous is not None:
-                offsets.append((z - previous).mul_(grad).sum())
+                offsets.append(-previous.sub_(z).mul_(grad).sum())
             previous = z
-            if _passed(opened) == index:
-                y = z
-        if y is None:
-            y = _rounded(x, width, *_chosen(opened, ctx.levels), ctx.levels[0].stride)
+        y = _rounded(x, width, *_chosen(opened, ctx.levels), ctx.levels[0].stride)
         grad_x, grad_range = _straight_through(grad, y, x, width, _inside(x, width, ctx.signed), ctx)
         # dy/dg_j = (product of the gates before it) * (eps_j + g_{j+1}(eps_{j+1} + ...))
         gates = opened.to(x.dtype)
