@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-# reason: glibc would keep large blocks that were freed, more or fewer by chance; what a model needs is what is measured
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 18))
 _CONTEXT = multiprocessing.get_context("spawn")  # reason: a forked torch shares locks and memory with its parent
 
 

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 from typing import Any
 
 from _coverage_models import Task, all_models, smallest_models
 from _coverage_workers import Failed, run_tasks
+
+# reason: glibc would keep large blocks that were freed, more or fewer by chance; what a model needs is what is measured
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 18))  # for the processes that start from now on
 
 
 def main() -> int:

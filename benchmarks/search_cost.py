@@ -34,7 +34,7 @@ PAIRS = (
 )
 RESULTS = Path(__file__).parent / "results" / "search_cost.json"
 # reason: glibc then keeps freed memory, as allocators made for tensors do; where it gives it back, an eager step takes
-# up to 2.5 times as long, more for methods with more tensors
+# two to three times as long, more for methods with more tensors
 _KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 # reason: and then gives a tensor's memory back when it is freed, so that the resident set is what is in use
 _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}

@@ -83,8 +83,6 @@ def moments(target: Callable[..., Any], dims: Sequence[int], masks: Sequence[Ten
     live = torch.ones([1] * x.ndim, dtype=x.dtype, device=x.device)
     for dim, mask in zip(dims, masks, strict=True):
         live = live * along(mask, dim, x.ndim).to(x.dtype)
-    if not torch.is_grad_enabled():
-        return _MOMENTS[target](live, *args, **kwargs)
     # reason: what these steps would keep for the backward pass is several times their input, an operator's own nothing
     options = {"use_reentrant": False, "preserve_rng_state": False}
     return checkpoint(_MOMENTS[target], live, *args, **options, **kwargs)

@@ -12,7 +12,6 @@ half step to spare at either end, and for s_b = v/(2^b - 1) on an unsigned one, 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -79,15 +78,14 @@ def _chain(x: Tensor, width: Tensor, levels: Sequence[Level]) -> Iterator[Tensor
 
 def _chosen(opened: Tensor, levels: Sequence[Level]) -> Bounds:
     """Low, high and divisor of the last level that every gate before it lets through; each of shape (), or a number
-    where gates can be looked at for nothing (reason: an eager step is a tenth faster with bounds that are numbers)."""
+    where gates can be looked at for nothing (reason: an eager step is 3 to 7 % faster with bounds that are numbers)."""
     if opened.device.type == "cpu" and not torch.compiler.is_compiling():
-        passed = itertools.takewhile(bool, opened.tolist())
-        return levels[len(list(passed))][:3]
+        return levels[[*opened.tolist(), False].index(False)][:3]
     chosen: list[Any] = [float(number) for number in levels[0][:3]]
-    through: Any = True
+    passed: Any = True
     for gate, level_ in zip(opened, levels[1:], strict=True):
-        through = gate & through
-        chosen = [torch.where(through, float(new), old) for new, old in zip(level_[:3], chosen, strict=True)]
+        passed = gate & passed
+        chosen = [torch.where(passed, float(new), old) for new, old in zip(level_[:3], chosen, strict=True)]
     return tuple(torch.as_tensor(number) for number in chosen)  # type: ignore[return-value]
 
 
