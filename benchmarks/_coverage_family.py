@@ -24,15 +24,15 @@ from _coverage_weights import randomise
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from sbs_fx.calibration import calibrate
+from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.compress import compress
 from sbs_fx.export import load_pt2
 from sbs_fx.models import create_model, example_inputs
 from sbs_fx.passes import channel_groups, cost_model, finalize, insert_gates, slim, trace
-from sbs_fx.passes.insert_gates import apply_bits
-from sbs_fx.passes.verify import compare_slim
-from sbs_fx.policy import Budget
-from sbs_fx.verify import compare_static, count_levels
+from sbs_fx.passes.gates.insertion import apply_bits
+from sbs_fx.passes.oracles.slimming import compare_slim
+from sbs_fx.passes.oracles.static import compare_static, count_levels
+from sbs_fx.plan import Budget
 
 BUDGET = Budget(bops=0.10)
 RUN_BATCH = 3  # not the batch that is exported

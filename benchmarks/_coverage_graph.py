@@ -18,11 +18,11 @@ from _coverage_models import Task, meta_model
 from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from sbs_fx.errors import TraceError
 from sbs_fx.models import create_model, input_config
 from sbs_fx.passes import ChannelGroups, CostModel, channel_groups, cost_model, slim, trace
-from sbs_fx.passes.slim import Slices
-from sbs_fx.policy import Cost
+from sbs_fx.passes.channels.slim import Slices
+from sbs_fx.plan import Cost
+from sbs_fx.plan.errors import TraceError
 
 KEPT_SHARE = 0.7
 RUN_BATCH = 3  # not the batch that was exported

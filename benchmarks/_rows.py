@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 import sbs_fx
-from sbs_fx.calibration import calibrate
+from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.passes import activation_gates, apply_bits, channel_groups, cost_model, insert_gates, trace, weight_gates
 from sbs_fx.search import Search
 from sbs_fx.search.uniform import uniform_bits

@@ -18,14 +18,14 @@ import torch
 from _cifar_models import CifarResNet
 from torch import Tensor, nn
 
-from sbs_fx.batches import Batch
-from sbs_fx.calibration import calibrate
+from sbs_fx.calibration.calibrate import calibrate
+from sbs_fx.data.batches import Batch
 from sbs_fx.passes import activation_gates, apply_bits, channel_groups, cost_model, insert_gates, trace, weight_gates
-from sbs_fx.policy import Budget
-from sbs_fx.search.bayesian_bits import BayesianSearch
+from sbs_fx.passes.channels.importance import kernel_multiple
+from sbs_fx.plan import Budget
+from sbs_fx.search.baselines.bayesian_bits import BayesianSearch
+from sbs_fx.search.baselines.multi_path import MultiPathSearch
 from sbs_fx.search.gate_search import GateSearch, Search
-from sbs_fx.search.importance import kernel_multiple
-from sbs_fx.search.multi_path import MultiPathSearch
 from sbs_fx.search.uniform import uniform_bits
 from sbs_fx.training import Training, TrainingStage
 from sbs_fx.training.objective import Objective

@@ -21,7 +21,7 @@ from _cifar_data import CifarBatches, batches
 from _cifar_models import CIFAR10, cifar10, cifar10_parser, padded_resnet20
 
 from sbs_fx.passes import channel_groups, cost_model, trace
-from sbs_fx.policy import Budget
+from sbs_fx.plan import Budget
 from sbs_fx.search.ajpq import Agent, Ajpq, Trial, kernels_of
 from sbs_fx.search.reward import Reward
 from sbs_fx.training.evaluation import evaluate

@@ -17,13 +17,13 @@ from _cifar_models import cifar10, cifar10_parser, padded_resnet20
 from torch import Tensor, fx
 
 import sbs_fx
-from sbs_fx.errors import BackendError
 from sbs_fx.export import runner
 from sbs_fx.export.onnx import onnx_model, run_onnx
 from sbs_fx.export.openvino import openvino_model, run_openvino
 from sbs_fx.export.runtime import flat
-from sbs_fx.passes.integer_joins import quantizers
-from sbs_fx.passes.slim import copy_graph
+from sbs_fx.passes.graph import copy_graph
+from sbs_fx.passes.static.integer_joins import quantizers
+from sbs_fx.plan.errors import BackendError
 
 PLANS = [(8, 1 / 16), (4, 1 / 60), (2, 1 / 150)]  # bits and the budget that they alone meet
 BACKENDS = ("inductor", "onnxruntime", "openvino", "executorch")

@@ -72,8 +72,8 @@ def _row(name: str, batch: int, threads: int, rounds: int) -> dict[str, Any]:
     from _peers import onnxruntime_static, openvino_nncf, torchao_pt2e
 
     from sbs_fx import Budget
-    from sbs_fx.benchmark import time_runners
     from sbs_fx.export import runner
+    from sbs_fx.export.benchmark import time_runners
     from sbs_fx.export.inductor import compile_float
 
     torch.set_num_threads(threads)

@@ -19,7 +19,7 @@ import timm
 import torch
 from scipy.stats import spearmanr
 
-from sbs_fx.latency import Latency, beside, latency_model, random_bits, random_counts, slim_runner
+from sbs_fx.export.latency import Latency, beside, latency_model, random_bits, random_counts, slim_runner
 from sbs_fx.passes import channel_groups, cost_model, trace
 
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 import sbs_fx
 from sbs_fx import demo
-from sbs_fx.methods import METHODS
 from sbs_fx.passes import channel_groups, cost_model, trace
 from sbs_fx.search import Search
+from sbs_fx.search.methods import METHODS
 from sbs_fx.search.uniform import uniform_bits
 from sbs_fx.training import Training, evaluate, fine_tune
 

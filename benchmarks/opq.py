@@ -20,10 +20,10 @@ import torch
 from _cifar_models import cifar10, cifar10_parser, padded_resnet20
 from torch import fx, nn
 
-from sbs_fx.calibration import calibrate
+from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
-from sbs_fx.passes.slim import with_tensors
-from sbs_fx.policy import Budget
+from sbs_fx.passes.graph import with_tensors
+from sbs_fx.plan import Budget
 from sbs_fx.search import uniform
 from sbs_fx.search.opq import Opq, opq
 from sbs_fx.search.sbs import Searched

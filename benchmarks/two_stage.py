@@ -23,13 +23,13 @@ from _cifar_models import cifar10, cifar10_parser, padded_resnet20
 from scipy.stats import kendalltau
 from torch.nn import functional as F
 
-from sbs_fx.calibration import calibrate
+from sbs_fx.calibration.calibrate import calibrate
+from sbs_fx.calibration.reconstruction import Refinement, refine
 from sbs_fx.compress import kept_bits
 from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
-from sbs_fx.policy import Budget, Policy
-from sbs_fx.refine import Refinement, refine
+from sbs_fx.passes.channels.importance import group_importance, kernel_multiple
+from sbs_fx.plan import Budget, Policy
 from sbs_fx.search.gate_search import Draft
-from sbs_fx.search.importance import group_importance, kernel_multiple
 from sbs_fx.search.sbs import policy_of
 from sbs_fx.search.two_stage import TwoStage, evidence, two_stage
 from sbs_fx.search.uniform import end_bits, uniform_bits

@@ -1,21 +1,15 @@
 """Graph passes, each a callable that can be used alone or inside torch's `PassManager` (see `as_pass`)."""
 
-from sbs_fx.passes.channel_groups import ChannelGroup, ChannelGroups, channel_groups
-from sbs_fx.passes.cost_model import CostModel, cost_model
-from sbs_fx.passes.devices import on_device
-from sbs_fx.passes.finalize import finalize
-from sbs_fx.passes.insert_gates import (
-    activation_gates,
-    apply_bits,
-    channel_gates,
-    insert_gates,
-    weight_gates,
-)
-from sbs_fx.passes.integer_grid import integer_grid
-from sbs_fx.passes.integer_joins import integer_joins
+from sbs_fx.passes.capture.trace import trace
+from sbs_fx.passes.channels.groups import ChannelGroup, ChannelGroups, channel_groups
+from sbs_fx.passes.channels.slim import slim
+from sbs_fx.passes.cost.model import CostModel, cost_model
+from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, channel_gates, insert_gates, weight_gates
+from sbs_fx.passes.graph import on_device
 from sbs_fx.passes.pass_manager import as_pass
-from sbs_fx.passes.slim import slim
-from sbs_fx.passes.trace import trace
+from sbs_fx.passes.static.finalize import finalize
+from sbs_fx.passes.static.integer_grid import integer_grid
+from sbs_fx.passes.static.integer_joins import integer_joins
 
 __all__ = [
     "ChannelGroup",

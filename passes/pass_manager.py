@@ -13,8 +13,8 @@ from typing import Any
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from sbs_fx.passes.channel_groups import ChannelGroups, channel_groups
-from sbs_fx.passes.cost_model import CostModel
+from sbs_fx.passes.channels.groups import ChannelGroups, channel_groups
+from sbs_fx.passes.cost.model import CostModel
 
 
 def as_pass(function: Callable[..., Any], **options: Any) -> Callable[[fx.GraphModule], PassResult]:

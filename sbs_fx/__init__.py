@@ -3,8 +3,8 @@
 from sbs_fx.compare import compare
 from sbs_fx.compress import Result, apply, compress
 from sbs_fx.config import Config
-from sbs_fx.errors import SbsError
 from sbs_fx.export import load_pt2 as load
-from sbs_fx.policy import Budget, Cost, Policy
+from sbs_fx.plan import Budget, Cost, Policy
+from sbs_fx.plan.errors import SbsError
 
 __all__ = ["Budget", "Config", "Cost", "Policy", "Result", "SbsError", "apply", "compare", "compress", "load"]

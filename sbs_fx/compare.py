@@ -22,12 +22,12 @@ from torch import nn
 
 from sbs_fx.compress import Data, Progress, Result, compress, prepare_directory, tune
 from sbs_fx.config import Config
-from sbs_fx.errors import Interrupted, MethodError, SbsError
-from sbs_fx.methods import METHODS
 from sbs_fx.models import create_model
 from sbs_fx.passes import finalize
-from sbs_fx.policy import Budget, current_versions, write_atomic
+from sbs_fx.plan import Budget, current_versions, write_atomic
+from sbs_fx.plan.errors import Interrupted, MethodError, SbsError
 from sbs_fx.report.comparison import Comparison, Point
+from sbs_fx.search.methods import METHODS
 from sbs_fx.training import Checkpoints, evaluate
 from sbs_fx.training.progress import Observer
 

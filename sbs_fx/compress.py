@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sbs_fx.benchmark import Benchmark, benchmark
-from sbs_fx.calibration import calibrate, calibration_batches
+from sbs_fx.calibration.calibrate import calibrate, calibration_batches
+from sbs_fx.calibration.reconstruction import refine
 from sbs_fx.config import Config
-from sbs_fx.errors import FileError, GraphError, WeightsError
 from sbs_fx.export import Runner, export, runner, save_pt2
-from sbs_fx.latency import latency_model
-from sbs_fx.methods import QUICK, Traced, chosen_method, find_plan, with_norms
+from sbs_fx.export.benchmark import Benchmark, benchmark
+from sbs_fx.export.latency import latency_model
 from sbs_fx.models import create_model, input_config
 from sbs_fx.models import example_inputs as derive_inputs
 from sbs_fx.passes import (
@@ -39,11 +38,13 @@ from sbs_fx.passes import (
     slim,
     trace,
 )
-from sbs_fx.passes.slim import Slices, with_tensors
-from sbs_fx.policy import Budget, Cost, Policy, current_versions
-from sbs_fx.refine import refine
+from sbs_fx.passes.channels.slim import Slices
+from sbs_fx.passes.graph import with_tensors
+from sbs_fx.plan import Budget, Cost, Policy, current_versions
+from sbs_fx.plan.errors import FileError, GraphError, WeightsError
 from sbs_fx.report import Report
 from sbs_fx.search import Searched
+from sbs_fx.search.methods import QUICK, Traced, chosen_method, find_plan, with_norms
 from sbs_fx.training import Checkpoints, TrainingStage, fine_tune
 from sbs_fx.training.frozen import FrozenMasks
 from sbs_fx.training.processes import Processes
@@ -108,7 +109,7 @@ class Result:
         return runner(*self._on_cpu(), "inductor")
 
     def benchmark(self, **options: Any) -> Benchmark:
-        """Latency on the backends at hand and the fastest of them; see `sbs_fx.benchmark.benchmark`."""
+        """Latency on the backends at hand and the fastest of them; see `sbs_fx.export.benchmark.benchmark`."""
         return benchmark(*self._on_cpu(), **options)
 
     def _on_cpu(self) -> tuple[fx.GraphModule, tuple[torch.Tensor, ...]]:
@@ -154,7 +155,7 @@ def compress(
         observer: called after each training step.
 
     Raises:
-        SbsError: any of `sbs_fx.errors`; nothing is written in that case.
+        SbsError: any of `sbs_fx.plan.errors`; nothing is written in that case.
     """
     config = config or Config()
     method = chosen_method(method, data is not None, config.epochs)

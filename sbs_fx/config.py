@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sbs_fx.latency import Latency
-from sbs_fx.refine import Refinement
+from sbs_fx.calibration.reconstruction import Refinement
+from sbs_fx.export.latency import Latency
 from sbs_fx.search import Ajpq, Opq, Search, TwoStage
 from sbs_fx.training import Training
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from sbs_fx.models import SMALL_MODEL
 
 if TYPE_CHECKING:
-    from sbs_fx.data import Batches
+    from sbs_fx.data.datasets import Batches
 
 IMAGE_SIZE = 32
 LEAST_RATIO = 30.0
@@ -89,7 +89,7 @@ def run(directory: str) -> int:
 
 def digits(split: str, augment: bool = False) -> Batches:
     """Scans of digits, (images (batch, 1, 32, 32), labels); the same ones each time."""
-    from sbs_fx.data import open_data
+    from sbs_fx.data.datasets import open_data
 
     return open_data(
         "digits",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sbs_fx.errors import InputError
+from sbs_fx.plan.errors import InputError
 
 SMALL_MODEL = "test_resnet"  # what the demo trains: 16 convolutions, 0.5 M parameters
 

@@ -7,36 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import sbs_fx
 from sbs_fx.compare import compare
-from sbs_fx.errors import MethodError
+from sbs_fx.plan.errors import MethodError
 from sbs_fx.report.comparison import Comparison, Point
 from sbs_fx.search import Opq, Search
 from sbs_fx.training import evaluate
-
-EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(32, 4),
-    ).eval()
-
-
-def batches(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(16, 3, 8, 8, generator=generator), torch.arange(16) % 4) for _ in range(count)]
+from tests.networks.small import EXAMPLE, batches, net
 
 
 def test_a_point_is_what_compress_gives(tmp_path: Path) -> None:
@@ -82,7 +60,13 @@ def test_a_method_that_fails_is_a_point() -> None:
     unlabelled = [x for x, _ in batches()]
     config = sbs_fx.Config(search=Search(epochs=1))
     found = compare(
-        net(), unlabelled, 0.05, methods=["sbs", "uniform"], example_inputs=EXAMPLE, validation=batches(), config=config
+        net(),
+        unlabelled,
+        0.05,
+        methods=["sbs", "uniform"],
+        example_inputs=EXAMPLE,
+        validation=batches(),
+        config=config,
     )
     assert found.points[0].outcome.startswith("DataError")
     assert found.points[1].outcome == "ok"

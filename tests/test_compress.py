@@ -15,7 +15,9 @@ from torch import nn
 
 import sbs_fx
 from benchmarks._cifar_models import CifarResNet
-from sbs_fx.errors import (
+from sbs_fx.export import load_saved
+from sbs_fx.passes import on_device
+from sbs_fx.plan.errors import (
     BudgetError,
     DataError,
     FileError,
@@ -28,8 +30,6 @@ from sbs_fx.errors import (
     TraceError,
     WeightsError,
 )
-from sbs_fx.export import load_saved
-from sbs_fx.passes import on_device
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 

@@ -13,7 +13,7 @@ from torch import nn
 import sbs_fx
 
 # The timm adapter and data loading, which exist to know such names.
-ALLOWED = {"models.py", "data.py"}
+ALLOWED = {"models.py", "datasets.py"}
 # Words of the field that are also the name of some class.
 GENERIC = {"Attention", "Pooling", "nest"}
 

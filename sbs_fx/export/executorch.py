@@ -19,13 +19,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.errors import BackendError
 from sbs_fx.export.onnx import LayerMatcher
 from sbs_fx.export.program import exported_program, quiet
 from sbs_fx.export.runtime import LAYERS, Kernels, Runner, require, weight_name
-from sbs_fx.passes.finalize import MIDDLE
-from sbs_fx.passes.integer_joins import DEQUANTIZE, QUANTIZE, quantizers
-from sbs_fx.passes.slim import attribute, copy_graph
+from sbs_fx.passes.graph import attribute, copy_graph
+from sbs_fx.passes.static.finalize import MIDDLE
+from sbs_fx.passes.static.integer_joins import DEQUANTIZE, QUANTIZE, quantizers
+from sbs_fx.plan.errors import BackendError
 
 aten = torch.ops.aten
 BATCH = 8  # images at once, at most: the program's memory is planned for them

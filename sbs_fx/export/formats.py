@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.errors import BackendError, FileError
 from sbs_fx.export.executorch import executorch_program, run_executorch
 from sbs_fx.export.inductor import run_aoti, run_inductor, save_aoti
 from sbs_fx.export.onnx import onnx_model, run_onnx, save_onnx
 from sbs_fx.export.openvino import openvino_model, read_openvino, run_openvino, save_openvino
 from sbs_fx.export.pt2 import load_pt2, save_pt2
 from sbs_fx.export.runtime import Runner, check
-from sbs_fx.policy import write_atomic
+from sbs_fx.plan import write_atomic
+from sbs_fx.plan.errors import BackendError, FileError
 
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "openvino": ".xml", "aoti": ".pt2", "executorch": ".pte"}
 FORMATS = tuple(SUFFIXES)

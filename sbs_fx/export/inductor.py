@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sbs_fx.errors import BackendError
 from sbs_fx.export.program import exported_program, quiet
 from sbs_fx.export.runtime import PROFILED, Kernels, Runner, check_shapes, layer_names, least, require
+from sbs_fx.plan.errors import BackendError
 
 # reason: importing it registers the patterns by which the compiler finds integer layers
 _PATTERNS = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.errors import BackendError
 from sbs_fx.export.onnx_graph import for_integer_products
 from sbs_fx.export.program import exported_program, quiet
 from sbs_fx.export.runtime import PROFILED, Kernels, Runner, layer_names, require
-from sbs_fx.policy import write_atomic
+from sbs_fx.plan import write_atomic
+from sbs_fx.plan.errors import BackendError
 
 OPSET = 21  # the first with 4-bit integers
 # reason: fused to a Gemm first, what is still a product of tensors would never become an integer one

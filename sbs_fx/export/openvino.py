@@ -21,9 +21,9 @@ from torch import Tensor, fx
 
 from sbs_fx.export.onnx import LayerMatcher, onnx_model
 from sbs_fx.export.runtime import PROFILED, Runner, least, require
-from sbs_fx.passes.finalize import MAX_CODE, MIDDLE
-from sbs_fx.passes.integer_joins import quantizers
-from sbs_fx.passes.slim import copy_graph
+from sbs_fx.passes.graph import copy_graph
+from sbs_fx.passes.static.finalize import MAX_CODE, MIDDLE
+from sbs_fx.passes.static.integer_joins import quantizers
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default}

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.passes.finalize import StoredWeight
-from sbs_fx.passes.fold import Constants
-from sbs_fx.passes.slim import attribute, copy_with
-from sbs_fx.superbit import max_level
+from sbs_fx.passes.graph import attribute, copy_with
+from sbs_fx.passes.static.finalize import StoredWeight
+from sbs_fx.passes.static.fold import Constants
+from sbs_fx.quantizer.superbit import max_level
 
 aten = torch.ops.aten
 

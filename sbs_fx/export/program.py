@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim
 
-from sbs_fx.errors import GraphError
+from sbs_fx.plan.errors import GraphError
 
 _DESCRIPTIONS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 

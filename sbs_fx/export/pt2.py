@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.errors import FileError
 from sbs_fx.export.packing import pack, unpack
 from sbs_fx.export.program import exported_program, quiet
-from sbs_fx.passes.canonical import canonicalise
-from sbs_fx.passes.finalize import StaticActivation, StoredWeight
-from sbs_fx.policy import write_atomic
+from sbs_fx.passes.capture.canonical import canonicalise
+from sbs_fx.passes.static.finalize import StaticActivation, StoredWeight
+from sbs_fx.plan import write_atomic
+from sbs_fx.plan.errors import FileError
 
 FORMAT = 1
 INFORMATION = "extra/sbs_fx.json"  # what we know beside the graph, with a digest of all other members

@@ -10,7 +10,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-from sbs_fx.policy import write_atomic
+from sbs_fx.plan import write_atomic
 from sbs_fx.report.text import columns
 
 

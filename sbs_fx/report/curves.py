@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sbs_fx.policy import MEASURES
+from sbs_fx.plan import MEASURES
 from sbs_fx.report.text import columns
 
 _BAR_WIDTH = 24  # characters of a histogram bar that stands for all weights, or all activations

@@ -23,8 +23,8 @@ from typing import Any, Final
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from sbs_fx.errors import FileError
-from sbs_fx.policy import MEASURES
+from sbs_fx.plan import MEASURES
+from sbs_fx.plan.errors import FileError
 from sbs_fx.report.curves import clock, panel, percent
 from sbs_fx.training.progress import Observer, Progress
 

@@ -13,12 +13,12 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sbs_fx.errors import FileError
 from sbs_fx.passes import ChannelGroups, CostModel
-from sbs_fx.passes import dims as d
-from sbs_fx.passes.cost_model import LayerExpression
-from sbs_fx.passes.dims import Axis, Dim
-from sbs_fx.policy import Cost, Policy, write_atomic
+from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.dims import Axis, Dim
+from sbs_fx.passes.cost.model import LayerExpression
+from sbs_fx.plan import Cost, Policy, write_atomic
+from sbs_fx.plan.errors import FileError
 
 _NAMED_ENDS = ("model input", "model output")
 

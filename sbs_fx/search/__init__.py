@@ -1,11 +1,11 @@
 """Searchers: each turns (groups, cost model, budget, maybe data) into a policy; one method a file."""
 
 from sbs_fx.search.ajpq import Ajpq, ajpq
-from sbs_fx.search.bayesian_bits import bayesian_bits
+from sbs_fx.search.baselines.bayesian_bits import bayesian_bits
+from sbs_fx.search.baselines.multi_path import multi_path
+from sbs_fx.search.baselines.prune_then_quantise import prune_then_quantise
 from sbs_fx.search.gate_search import Search
-from sbs_fx.search.multi_path import multi_path
 from sbs_fx.search.opq import Opq, opq
-from sbs_fx.search.prune_then_quantise import prune_then_quantise
 from sbs_fx.search.sbs import sbs
 from sbs_fx.search.searched import Searched
 from sbs_fx.search.two_stage import TwoStage, two_stage

@@ -31,12 +31,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
 
-from sbs_fx.errors import InfeasibleBudget, InputError, SbsError
 from sbs_fx.passes import (
     ChannelGroups,
     CostModel,
 )
-from sbs_fx.policy import Budget, Policy, Value
+from sbs_fx.plan import Budget, Policy, Value
+from sbs_fx.plan.errors import InfeasibleBudget, InputError, SbsError
 from sbs_fx.search.controllers import ChannelController, Drawn, LayerController, bits_of, draw
 from sbs_fx.search.kernels import KernelBits, Kernels
 from sbs_fx.search.reward import Reward

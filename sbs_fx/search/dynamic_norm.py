@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from sbs_fx.calibration.rounding import weight_parameters
 from sbs_fx.passes import activation_gates, channel_gates, weight_gates
-from sbs_fx.passes.insert_gates import BatchNorm
-from sbs_fx.rounding import weight_parameters
+from sbs_fx.passes.gates.insertion import BatchNorm
+from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.search.gate_search import Draft
 from sbs_fx.search.settle import Ranges, decide
-from sbs_fx.superbit import FLOAT_BITS
 from sbs_fx.training.evaluation import device_of, logits_of, mode
 
 _FEW = 8  # images that are too few for statistics

@@ -21,13 +21,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from sbs_fx.channel_gate import ChannelGate
-from sbs_fx.errors import InputError, SbsError
 from sbs_fx.passes import ChannelGroups, CostModel, activation_gates, channel_gates, weight_gates
-from sbs_fx.passes import dims as d
-from sbs_fx.policy import Budget, Value
-from sbs_fx.search.importance import group_importance
-from sbs_fx.superbit import FLOAT_BITS, SuperBitQuantizer
+from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.importance import group_importance
+from sbs_fx.plan import Budget, Value
+from sbs_fx.plan.bits import FLOAT_BITS
+from sbs_fx.plan.errors import InputError, SbsError
+from sbs_fx.quantizer.channel_gate import ChannelGate
+from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.training import Training, TrainingStage
 
 _FIRST_MULTIPLIER = 0.1

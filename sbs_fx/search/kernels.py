@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.passes import ChannelGroups, CostModel, insert_gates
-from sbs_fx.passes import dims as d
-from sbs_fx.passes.dims import Axis, Dim
-from sbs_fx.passes.fold import TRANSPOSED, Constants, batch_norm_folds
-from sbs_fx.passes.inference import operand
-from sbs_fx.passes.slim import Slices
-from sbs_fx.policy import Budget, Cost
+from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.dims import Axis, Dim
+from sbs_fx.passes.channels.inference import operand
+from sbs_fx.passes.channels.slim import Slices
+from sbs_fx.passes.static.fold import TRANSPOSED, Constants, batch_norm_folds
+from sbs_fx.plan import Budget, Cost
 from sbs_fx.search.uniform import end_bits
 
 KernelBits = dict[str, list[int]]

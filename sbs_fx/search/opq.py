@@ -28,22 +28,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from sbs_fx.calibration import calibrate
-from sbs_fx.errors import InfeasibleBudget, InputError, SbsError, WeightsError
+from sbs_fx.calibration.calibrate import calibrate
+from sbs_fx.calibration.norm_shift import NormShift
 from sbs_fx.passes import ChannelGroup, ChannelGroups, CostModel, apply_bits, channel_gates, insert_gates
-from sbs_fx.passes import dims as d
-from sbs_fx.passes.insert_gates import non_negative
-from sbs_fx.passes.slim import attribute
-from sbs_fx.policy import Budget, Policy, Value
+from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.importance import Norm, group_importance, kernel_multiple, most_important
+from sbs_fx.passes.gates.insertion import non_negative
+from sbs_fx.passes.graph import attribute
+from sbs_fx.plan import Budget, Policy, Value
+from sbs_fx.plan.errors import InfeasibleBudget, InputError, SbsError, WeightsError
+from sbs_fx.quantizer.superbit import max_level
 from sbs_fx.search.gate_search import Draft
-from sbs_fx.search.importance import Norm, group_importance, kernel_multiple, most_important
-from sbs_fx.search.lagrangian import Decision, Load, Polynomial, minimise
-from sbs_fx.search.laplace import laplace_fit, least_rounding_error
 from sbs_fx.search.searched import Searched, policy_of
+from sbs_fx.search.solvers.lagrangian import Decision, Load, Polynomial, minimise
+from sbs_fx.search.solvers.laplace import laplace_fit, least_rounding_error
 from sbs_fx.search.sparse import prune_weights, weight_tensors
 from sbs_fx.search.uniform import end_bits
-from sbs_fx.superbit import max_level
-from sbs_fx.training.norm_shift import NormShift
 
 
 class Opq(Value):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from sbs_fx.batches import check_labels, read_batches, start_epoch
-from sbs_fx.calibration import calibrate
+from sbs_fx.calibration.calibrate import calibrate
+from sbs_fx.calibration.norm_shift import NormShift
+from sbs_fx.data.batches import check_labels, read_batches, start_epoch
 from sbs_fx.passes import ChannelGroups, apply_bits, channel_gates, insert_gates, weight_gates
 from sbs_fx.search.kernels import KernelBits, Kernels
 from sbs_fx.training.evaluation import logits_of, mode
-from sbs_fx.training.norm_shift import NormShift
 
 _LIKELIHOOD = 0.1  # weight of the log-likelihood beside accuracy, both as numbers near 1
 

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.batches import read_batches, start_epoch
-from sbs_fx.calibration import calibrate
-from sbs_fx.errors import DataError, InfeasibleBudget
+from sbs_fx.calibration.calibrate import calibrate
+from sbs_fx.data.batches import read_batches, start_epoch
 from sbs_fx.passes import ChannelGroups, CostModel, insert_gates
-from sbs_fx.policy import Budget
+from sbs_fx.passes.channels.importance import group_importance, kernel_multiple
+from sbs_fx.plan import Budget
+from sbs_fx.plan.errors import DataError, InfeasibleBudget
+from sbs_fx.quantizer.superbit import Grid
 from sbs_fx.search.gate_search import Draft, GateSearch, Search, may_be_pruned, while_searching
-from sbs_fx.search.importance import group_importance, kernel_multiple
 from sbs_fx.search.searched import Searched, policy_of
 from sbs_fx.search.settle import Ranges, Space, divergence_of, judged_on, ranges_by_bits, settle, use_ranges
 from sbs_fx.search.two_stage import TwoStage, two_stage
 from sbs_fx.search.uniform import end_bits, uniform_bits
-from sbs_fx.superbit import Grid
 from sbs_fx.training import Checkpoints, Training, train
 from sbs_fx.training.evaluation import device_of
 from sbs_fx.training.progress import Observer
@@ -63,7 +63,7 @@ def sbs(
         grid: of the quantisers; "paper" is the zero-free one.
         seed: of everything random.
         checkpoints, progress: of the training; see `train`. name: of the stage in them.
-        stage: what is trained; another kind brings gates of its own (`sbs_fx.search.bayesian_bits`).
+        stage: what is trained; another kind brings gates of its own (`sbs_fx.search.baselines.bayesian_bits`).
 
     Raises:
         DataError: data that is unlabelled, of one class alone, or not as the graph takes it.

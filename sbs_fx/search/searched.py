@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sbs_fx.passes import ChannelGroups
-from sbs_fx.policy import Cost, Policy
+from sbs_fx.plan import Cost, Policy
+from sbs_fx.quantizer.superbit import Grid
 from sbs_fx.search.gate_search import Draft
-from sbs_fx.superbit import Grid
 
 
 @dataclass(frozen=True)

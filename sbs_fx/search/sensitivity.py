@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from sbs_fx.batches import check_labels
-from sbs_fx.errors import DataError, WeightsError
+from sbs_fx.data.batches import check_labels
 from sbs_fx.passes import ChannelGroups, activation_gates, weight_gates
-from sbs_fx.passes import dims as d
-from sbs_fx.passes.dims import Axis, Dim
+from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.dims import Axis, Dim
+from sbs_fx.plan.errors import DataError, WeightsError
 from sbs_fx.training.evaluation import logits_of, mode
 
 Forms = Mapping[int, Callable[[Tensor], Tensor]]  # bits -> the tensor as that many bits have it

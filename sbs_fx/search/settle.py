@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sbs_fx.calibration import calibrate
-from sbs_fx.errors import InfeasibleBudget
+from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.passes import CostModel, activation_gates, apply_bits, channel_gates, weight_gates
-from sbs_fx.passes.insert_gates import BatchNorm
-from sbs_fx.policy import Budget, Cost
+from sbs_fx.passes.gates.insertion import BatchNorm
+from sbs_fx.plan import Budget, Cost
+from sbs_fx.plan.errors import InfeasibleBudget
+from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.search.gate_search import Draft
-from sbs_fx.superbit import SuperBitQuantizer
 from sbs_fx.training.evaluation import device_of, logits_of, mode
 
 Batch = tuple[Tensor, Tensor]  # images, and the float model's log-probabilities

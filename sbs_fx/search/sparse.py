@@ -11,12 +11,12 @@ import math
 
 from torch import Tensor, fx
 
-from sbs_fx.errors import InfeasibleBudget
 from sbs_fx.passes import CostModel
-from sbs_fx.passes.inference import operand
-from sbs_fx.passes.slim import attribute
-from sbs_fx.policy import Cost, Policy
-from sbs_fx.search.laplace import RUN_BITS, Choices, allocate, choices, laplace_fit, pruned_share
+from sbs_fx.passes.channels.inference import operand
+from sbs_fx.passes.graph import attribute
+from sbs_fx.plan import Cost, Policy
+from sbs_fx.plan.errors import InfeasibleBudget
+from sbs_fx.search.solvers.laplace import RUN_BITS, Choices, allocate, choices, laplace_fit, pruned_share
 from sbs_fx.search.uniform import end_bits
 
 FORM_BITS = 8  # which of the forms a weight has, once a weight

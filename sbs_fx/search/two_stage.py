@@ -4,7 +4,7 @@ In: a traced float model, its analyses, a budget, images with or without labels.
 Source: Unified two-stage framework (Pattern Recognition 140, 2023) and MPQCO (arXiv 2110.06554): second-order estimates
 of what each decision costs, a knapsack over them, and Dynamic BN to judge what comes out. Ours are: weights are rounded
 in closed form before they are judged, so that what `refine` will mend is not counted; estimates are brought to the
-scale of losses measured with Dynamic BN; channels and bits meet by decomposition (`sbs_fx.search.allocation`); from
+scale of losses measured with Dynamic BN; channels and bits meet by decomposition (`solvers.allocation`); from
 the best plan on, losses are measured around it, as those of several decisions together are far more than their sum.
 Holds: no weight is trained; the same seed gives the same policy; the budget is met.
 """
@@ -19,20 +19,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from sbs_fx.batches import read_batches, start_epoch
-from sbs_fx.errors import InputError
+from sbs_fx.calibration.rounding import compensated, input_moments, weight_parameters
+from sbs_fx.data.batches import read_batches, start_epoch
 from sbs_fx.passes import ChannelGroups, CostModel, activation_gates, apply_bits, insert_gates, weight_gates
-from sbs_fx.policy import Budget, Value
-from sbs_fx.rounding import compensated, input_moments, weight_parameters
-from sbs_fx.search.allocation import Allocator, Decision, Plan
+from sbs_fx.passes.channels.importance import kernel_multiple
+from sbs_fx.plan import Budget, Value
+from sbs_fx.plan.bits import FLOAT_BITS
+from sbs_fx.plan.errors import InputError
+from sbs_fx.quantizer.superbit import Grid, SuperBitQuantizer
 from sbs_fx.search.dynamic_norm import Predictor
 from sbs_fx.search.gate_search import Draft, Search, may_be_pruned
-from sbs_fx.search.importance import kernel_multiple
 from sbs_fx.search.searched import Searched, policy_of
 from sbs_fx.search.sensitivity import Sensitivity, sensitivity
 from sbs_fx.search.settle import gates_by_bits
+from sbs_fx.search.solvers.allocation import Allocator, Decision, Plan
 from sbs_fx.search.uniform import end_bits
-from sbs_fx.superbit import FLOAT_BITS, Grid, SuperBitQuantizer
 
 _MOVES = (2, 4, 8, 16)  # decisions that change at once
 _NOTHING = 1e-3  # nats an image: so near the float model that there is nothing to gain

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sbs_fx.errors import InfeasibleBudget
 from sbs_fx.passes import ChannelGroup, ChannelGroups, CostModel
-from sbs_fx.passes.insert_gates import Readers
-from sbs_fx.policy import Budget, Cost, Policy
-from sbs_fx.search.importance import Norm, group_importance, kernel_multiple, most_important
+from sbs_fx.passes.channels.groups import Readers
+from sbs_fx.passes.channels.importance import Norm, group_importance, kernel_multiple, most_important
+from sbs_fx.plan import Budget, Cost, Policy
+from sbs_fx.plan.errors import InfeasibleBudget
 
 # (weight bits, activation bits), from harmless to harsh
 BIT_PAIRS = ((8, 8), (4, 8), (4, 4), (2, 4), (2, 2))

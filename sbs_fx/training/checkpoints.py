@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sbs_fx.errors import CheckpointMismatch, FileError
-from sbs_fx.policy import write_atomic
+from sbs_fx.plan import write_atomic
+from sbs_fx.plan.errors import CheckpointMismatch, FileError
 
 
 class Saved(NamedTuple):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbs_fx.batches import check_labels, read_batches
-from sbs_fx.errors import InputError
+from sbs_fx.data.batches import check_labels, read_batches
+from sbs_fx.plan.errors import InputError
 
 
 def evaluate(module: nn.Module, data: Iterable[Any], max_batches: int | None = None) -> float:

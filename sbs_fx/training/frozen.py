@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.passes import weight_gates
-from sbs_fx.passes.slim import attribute
+from sbs_fx.passes.graph import attribute
 from sbs_fx.training.stage import TrainingStage
 
 

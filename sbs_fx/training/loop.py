@@ -19,9 +19,9 @@ import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, fx, nn
 
-from sbs_fx.batches import Batch, read_batches, start_epoch
-from sbs_fx.errors import DataError, InputError, Interrupted, TrainingError
-from sbs_fx.passes.insert_gates import BatchNorm
+from sbs_fx.data.batches import Batch, read_batches, start_epoch
+from sbs_fx.passes.gates.insertion import BatchNorm
+from sbs_fx.plan.errors import DataError, InputError, Interrupted, TrainingError
 from sbs_fx.training.checkpoints import Checkpoints
 from sbs_fx.training.evaluation import device_of, evaluate, mode
 from sbs_fx.training.norms import estimate_norms
@@ -82,7 +82,7 @@ def train(
 
     The loss is cross-entropy; with a teacher, the divergence KL(teacher || graph) of the class probabilities is added,
     and takes its place where the data has no labels. Gradients go through rounding as if it were not there
-    (`sbs_fx.superbit`).
+    (`sbs_fx.quantizer.superbit`).
 
     Args:
         data: yields (images, labels), iterable once an epoch; `set_epoch(number)` is called on it if it has that.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sbs_fx.batches import read_batches
-from sbs_fx.passes.insert_gates import BatchNorm
+from sbs_fx.data.batches import read_batches
+from sbs_fx.passes.gates.insertion import BatchNorm
 from sbs_fx.training.evaluation import device_of, mode
 
 

@@ -16,8 +16,8 @@ from torch._functorch import config as partitioning
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from sbs_fx.batches import Batch, check_labels
-from sbs_fx.passes.insert_gates import BatchNorm
+from sbs_fx.data.batches import Batch, check_labels
+from sbs_fx.passes.gates.insertion import BatchNorm
 from sbs_fx.training.evaluation import device_of, logits_of, mode
 from sbs_fx.training.processes import Processes
 from sbs_fx.training.settings import Training

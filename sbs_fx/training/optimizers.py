@@ -16,9 +16,9 @@ from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, fx
 
-from sbs_fx.channel_gate import ChannelGate
-from sbs_fx.errors import InputError
-from sbs_fx.superbit import SuperBitQuantizer
+from sbs_fx.plan.errors import InputError
+from sbs_fx.quantizer.channel_gate import ChannelGate
+from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.training.settings import Training
 
 _LEAST_SHARE = 0.01  # of its first value, that a range never falls below

@@ -15,8 +15,8 @@ from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from sbs_fx.errors import DataError
-from sbs_fx.superbit import SuperBitQuantizer
+from sbs_fx.plan.errors import DataError
+from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 
 class Processes:

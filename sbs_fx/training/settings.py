@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from sbs_fx.errors import InputError, SbsError
-from sbs_fx.policy import Value
+from sbs_fx.plan import Value
+from sbs_fx.plan.errors import InputError, SbsError
 
 
 class Training(Value):

@@ -1,0 +1,1 @@
+"""A channel is a value: types of dimensions, the rules that unify them, groups, slimming."""

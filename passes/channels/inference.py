@@ -1,0 +1,307 @@
+"""Dim-type inference: one forward pass over a traced graph that gives every dimension of every tensor its type.
+
+In: a graph from `trace`. Out: an `Inference` that holds, per node, the types of its dimensions and what a rewriter must
+know: which integer arguments follow which types (`edits`), where a statistic runs over an axis (`statistics`), where an
+operator mixes neighbouring channels (`adapters`) and which nodes multiply (`layers`). Rules live in `passes/rules`, one
+short function per operator; an operator without a rule pins all that it touches and is named.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.dims import Const, Dim
+from sbs_fx.plan.errors import GraphError
+
+Dims = tuple[Dim, ...]
+Rule = Callable[["Inference", fx.Node], Any]
+RULES: dict[Any, Rule] = {}
+Path = tuple[int, ...]  # place of a tensor among a node's arguments
+
+# reason: a prime that no layer has as a width, so that a symbolic size never looks like a channel count
+_FIRST_HINT = 10007
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for operators; a name without overload stands for all its overloads."""
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            if isinstance(target, torch._ops.OpOverloadPacket):
+                for overload in target.overloads():
+                    RULES[getattr(target, overload)] = function
+            else:
+                RULES[target] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An integer argument that follows a type: the argument at `path` of a node becomes the size of `dim`."""
+
+    path: tuple[int, ...]
+    dim: Dim
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A reduction over channel axes. `kind` says how a masked reference treats the coordinates that are gone:
+
+    "zero": multiply them by 0 before the operator; "lowest" / "highest": replace them by -inf / +inf;
+    "moments": the operator itself must leave them out (means, variances, normalisation).
+    """
+
+    kind: str
+    arg: Path
+    dims: tuple[tuple[int, Dim], ...]  # (dimension of the argument, its type)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An operator across channels, to be run at full width: scatter, run, gather along `dim` of argument 0."""
+
+    dim: int
+    type: Dim
+
+
+@dataclass(frozen=True)
+class Term:
+    """One product of a layer: MACs = the product of `sizes`, each a type beside its symbolic size at trace time.
+
+    `operands` are the two tensors that are multiplied; None stands for one that exists only inside the operator
+    (attention probabilities, a hidden state), which stays in float.
+    """
+
+    sizes: tuple[tuple[Dim, Any], ...]
+    operands: tuple[Path | None, Path | None]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node that multiplies and accumulates. Operands that depend on a model input are `inputs`, others `weights`.
+
+    `outputs` is the dimension of a weight that carries the output channels (0; 1 for transposed convolutions).
+    """
+
+    name: str
+    kind: str
+    terms: tuple[Term, ...]
+    inputs: tuple[Path, ...]
+    weights: tuple[Path, ...]
+    outputs: int = 0
+
+
+def operand(node: fx.Node, path: Path) -> fx.Node:
+    """The tensor at `path` among a node's arguments."""
+    value: Any = node.args
+    for step in path:
+        value = value[step]
+    return value
+
+
+@dataclass
+class Inference:
+    """The state that rules read and write. `dims[node]` is a tuple of types, or a tuple of such tuples."""
+
+    graph_module: fx.GraphModule
+    symbol_sizes: dict[str, int] = field(default_factory=dict)
+    dims: dict[fx.Node, Any] = field(default_factory=dict)
+    edits: dict[str, list[Edit]] = field(default_factory=dict)
+    statistics: dict[str, list[Statistic]] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)  # node -> operator without a rule
+    conflicts: dict[str, str] = field(default_factory=dict)  # node -> why its types could not agree
+    tensors: dict[str, Dims] = field(default_factory=dict)  # parameter or buffer -> types
+    live: set[fx.Node] = field(default_factory=set)  # nodes that depend on a model input
+    pin_outputs: bool = True
+    _sizes: dict[Any, int] = field(default_factory=dict)
+    _parameters: set[str] = field(default_factory=set)
+
+    # -- what rules read ------------------------------------------------------------------------------------------
+
+    def __getitem__(self, arg: Any) -> Dims:
+        """Types of a tensor argument; a scalar has none."""
+        return self.dims[arg] if isinstance(arg, fx.Node) and arg in self.dims else ()
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        return tuple(self.size(s) for s in node.meta["val"].shape)
+
+    def size(self, value: Any) -> int:
+        """An integer, symbolic size or node as an integer, each symbol replaced by its hint."""
+        if isinstance(value, int):
+            return value
+        if isinstance(value, fx.Node):
+            return self.size(value.meta["val"])
+        expr = value.node.expr if isinstance(value, torch.SymInt) else sympy.sympify(value)
+        if expr not in self._sizes:
+            for symbol in sorted(expr.free_symbols, key=str):
+                if str(symbol) not in self.symbol_sizes:
+                    self.symbol_sizes[str(symbol)] = sympy.nextprime(_FIRST_HINT - 1 + 2 * len(self.symbol_sizes))
+            hints = {s: self.symbol_sizes[str(s)] for s in expr.free_symbols}
+            self._sizes[expr] = int(expr.subs(hints))
+        return self._sizes[expr]
+
+    def constant(self, node: fx.Node) -> Dims:
+        """Types of an output whose coordinates all stay."""
+        return tuple(Const(s) for s in self.shape(node))
+
+    def is_masked(self, node: fx.Node) -> bool:
+        """Whether coordinates that go are zero in the masked graph: in a parameter, but not in a buffer."""
+        return node.op == "get_attr" and str(node.target) in self._parameters
+
+    # -- what rules write -----------------------------------------------------------------------------------------
+
+    def unify(self, node: fx.Node, a: Dim, b: Dim) -> None:
+        try:
+            d.unify(a, b)
+        except d.Conflict as conflict:
+            self.pin(node, f"types disagree: {conflict}", a, b)
+            self.conflicts[node.name] = str(conflict)
+
+    def factor(self, node: fx.Node, dim: Dim, size: int) -> tuple[Dim, Dim]:
+        try:
+            return d.factor(dim, size)
+        except d.Conflict as conflict:
+            self.pin(node, f"cannot be factored: {conflict}", dim)
+            self.conflicts[node.name] = str(conflict)
+            whole = d.resolve(dim).size
+            return (Const(whole // size), Const(size)) if whole % size == 0 else (Const(whole), d.ONE)
+
+    def split(self, node: fx.Node, dim: Dim, size: int) -> tuple[Dim, Dim]:
+        try:
+            return d.split(dim, size)
+        except d.Conflict as conflict:
+            self.pin(node, f"cannot be split: {conflict}", dim)
+            self.conflicts[node.name] = str(conflict)
+            return Const(size), Const(d.resolve(dim).size - size)
+
+    def pin(self, node: fx.Node, why: str, *dims: Dim) -> None:
+        cause = f"{node.name} ({_operator_name(node)}): {why}"
+        for dim in dims:
+            d.pin(dim, cause)
+
+    def edit(self, node: fx.Node, *path: int, to: Dim) -> None:
+        """The integer at `path` of the node's arguments follows the size of type `to`."""
+        if not isinstance(to, Const):
+            self.edits.setdefault(node.name, []).append(Edit(path, to))
+
+    def statistic(self, node: fx.Node, kind: str, positions: Sequence[int], *arg: int) -> None:
+        """A reduction over dimensions `positions` of the argument at `arg` (default: the first); recorded if any of
+        them has a free axis."""
+        arg = arg or (0,)
+        types = self[operand(node, arg)]
+        over = tuple((p % len(types), types[p]) for p in positions if d.axes(types[p]))
+        if over:
+            self.statistics.setdefault(node.name, []).append(Statistic(kind, arg, over))
+
+    def adapter(self, node: fx.Node, dim: int) -> None:
+        self.adapters[node.name] = Adapter(dim, self[node.args[0]][dim])
+
+    def layer(self, node: fx.Node, kind: str, *terms: Term, outputs: int = 0) -> None:
+        """Record a node that multiplies. Its first operand counts as an activation whatever it is computed from."""
+        paths = dict.fromkeys(p for term in terms for p in term.operands if p is not None)
+        first = next(iter(paths), None)
+        inputs = tuple(p for p in paths if p == first or operand(node, p) in self.live)
+        weights = tuple(p for p in paths if p not in inputs)
+        self.layers[node.name] = Layer(node.name, kind, terms, inputs, weights, outputs)
+
+    # -- the pass --------------------------------------------------------------------------------------------------
+
+    def run(self, *, pin_outputs: bool = True) -> Inference:
+        import sbs_fx.passes.channels.rules  # noqa: F401  reason: fills RULES; the rules import this module
+
+        self.pin_outputs = pin_outputs
+        self._parameters = {name for name, _ in self.graph_module.named_parameters(remove_duplicate=False)}
+        for node in self.graph_module.graph.nodes:
+            if node.op == "output":
+                self._output(node, pin_outputs)
+                continue
+            if node.op == "placeholder" or any(n in self.live for n in node.all_input_nodes):
+                self.live.add(node)
+            types = self._infer(node)
+            if types is not None:
+                self.dims[node] = types
+                self._check(node, types)
+        return self
+
+    def _infer(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            if not isinstance(node.meta.get("val"), torch.Tensor):
+                return None
+            return tuple(
+                Const(self.size(s), ("model input",) if i == 1 else ()) for i, s in enumerate(node.meta["val"].shape)
+            )
+        if node.op == "get_attr":
+            if node.target not in self.tensors:
+                self.tensors[node.target] = tuple(d.fresh(s) for s in self.shape(node))
+            return self.tensors[node.target]
+        value = node.meta.get("val")
+        if not isinstance(value, (torch.Tensor, tuple, list)):
+            return None  # a size: carries no coordinates
+        function = RULES.get(node.target)
+        if (
+            function is None
+            and isinstance(node.target, torch._ops.OpOverload)
+            and torch.Tag.pointwise in node.target.tags
+        ):
+            function = RULES["pointwise"]
+        if function is None:
+            self.unknown[node.name] = str(node.target)
+            function = RULES["unknown"]
+        return function(self, node)
+
+    def _output(self, node: fx.Node, pin_outputs: bool) -> None:
+        for leaf in node.all_input_nodes:
+            types = self[leaf]
+            for group in types if types and isinstance(types[0], tuple) else (types,):
+                for dim in group:
+                    if pin_outputs:
+                        d.pin(dim, "model output")
+
+    def _check(self, node: fx.Node, types: Any) -> None:
+        value = node.meta["val"]
+        pairs = [(types, value)] if isinstance(value, torch.Tensor) else list(zip(types, value, strict=True))
+        for dims, tensor in pairs:
+            if isinstance(tensor, torch.Tensor):
+                sizes, shape = tuple(x.size for x in dims), tuple(self.size(s) for s in tensor.shape)
+                if sizes != shape:
+                    raise GraphError(
+                        f"({_operator_name(node)}) types "
+                        f"{[str(x) for x in dims]} have sizes {sizes}, its shape is {shape}: "
+                        "the operator's rule is wrong",
+                        pass_name="channel_groups",
+                        node=node.name,
+                    )
+
+
+def _operator_name(node: fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").removesuffix(".default")
+
+
+@rule(operator.getitem)
+def _getitem(t: Inference, node: fx.Node) -> Any:
+    return t.dims[node.args[0]][node.args[1]]
+
+
+@rule("unknown")
+def _unknown(t: Inference, node: fx.Node) -> Any:
+    """No rule: nothing is assumed, everything it touches stays."""
+    for source in node.all_input_nodes:
+        types = t[source]
+        flat = [x for g in types for x in g] if types and isinstance(types[0], tuple) else types
+        t.pin(node, "operator without a rule", *flat)
+    value = node.meta["val"]
+    if isinstance(value, torch.Tensor):
+        return t.constant(node)
+    return tuple(tuple(Const(t.size(s)) for s in v.shape) if isinstance(v, torch.Tensor) else () for v in value)

@@ -1,0 +1,1 @@
+"""A cost is a polynomial in kept channels and bitwidths."""

@@ -1,0 +1,1 @@
+"""Decisions as nodes of the graph."""

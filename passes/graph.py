@@ -1,0 +1,83 @@
+"""Copies of graphs: with other tensors, or on another device.
+
+In: any graph of ours. Out: a copy that shares nothing with it but what is said. Holds: nodes keep their names and
+metadata; the structure of inputs and outputs stays.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def attribute(graph_module: torch.nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer of that dotted name."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(graph_module.get_submodule(owner), leaf)
+
+
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that owns its own tensors; nodes keep their names and metadata."""
+    names = dict.fromkeys(str(n.target) for n in graph_module.graph.find_nodes(op="get_attr"))
+    tensors = {}
+    for name in names:
+        old = attribute(graph_module, name)
+        new = old.detach().clone()
+        tensors[name] = torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+    return copy_with(graph_module, tensors)
+
+
+def with_tensors(graph_module: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """A copy whose parameters and buffers of these names have these values."""
+    result = copy_graph(graph_module)
+    with torch.no_grad():
+        for name, value in tensors.items():
+            attribute(result, name).copy_(value)
+    return result
+
+
+def copy_with(graph_module: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """A copy of the graph that owns `tensors` and shares nothing with the original."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        owner: torch.nn.Module = root
+        *path, leaf = name.split(".")
+        for step in path:
+            if step not in owner._modules:
+                owner.add_module(step, torch.nn.Module())
+            owner = owner.get_submodule(step)
+        if isinstance(tensor, torch.nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor)
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(graph_module.graph, mapping))
+    for old, new in mapping.items():
+        new.meta = copy.copy(old.meta)
+        new.name = old.name
+    result = fx.GraphModule(root, graph)
+    result.graph._codegen = copy.deepcopy(graph_module.graph._codegen)
+    result.meta = dict(graph_module.meta)
+    return result
+
+
+def on_device(graph_module: fx.GraphModule, device: torch.device | str) -> fx.GraphModule:
+    """A copy on `device` of a graph that calls no modules; shapes stay as they are."""
+    place = torch.device(device)
+
+    def moved(value: Any) -> Any:
+        return place if isinstance(value, torch.device) else value
+
+    result = copy_graph(graph_module).to(place)
+    for node in result.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, moved)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            node.meta["val"] = node.meta["val"].to(place)
+    result.recompile()
+    return result

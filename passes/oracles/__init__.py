@@ -1,0 +1,1 @@
+"""Two independent ways to the same answer, for tests and for users."""

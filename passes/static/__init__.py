@@ -1,0 +1,1 @@
+"""From a gated graph to a static one."""

@@ -1,0 +1,249 @@
+"""`integer_joins`: no tensor of a convolutional block leaves its codes where streams join.
+
+In: a static graph from `finalize` and batches. Out: a copy in which the operands of residual adds, products and
+concatenations that come from convolutions, and the inputs and outputs of pools, are 8-bit codes as well, one
+quantisation a tensor, shared by its readers: so compilers for integer kernels keep a block in integers from end to end.
+Holds: a tensor that already has 8-bit codes is not quantised again; streams that no convolution writes, as in
+transformers, stay in float, where they err less and cost little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sbs_fx.passes.gates.insertion import non_negative
+from sbs_fx.passes.graph import copy_graph
+from sbs_fx.passes.static.finalize import MAX_CODE, MIDDLE, StaticActivation
+from sbs_fx.passes.static.fold import CONVOLUTIONS
+from sbs_fx.quantizer.ranges import Histogram, set_range
+from sbs_fx.quantizer.superbit import SuperBitQuantizer
+
+aten = torch.ops.aten
+decomposed = torch.ops.quantized_decomposed
+
+BITS = 8
+QUANTIZE = decomposed.quantize_per_tensor.default
+DEQUANTIZE = decomposed.dequantize_per_tensor.default
+JOINS = {aten.add.Tensor, aten.mul.Tensor, aten.cat.default}
+# Operators that only pick values: their result has the codes of their input.
+PICKING = {aten.max_pool2d.default, aten.upsample_nearest2d.vec}
+MEANS = {aten.mean.dim, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
+
+
+def integer_joins(
+    static: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]], *, method: str = "mse", percentile: float = 99.99
+) -> fx.GraphModule:
+    """A copy of a static graph with integer joins, their ranges taken from what the graph computes on `batches`.
+
+    Args:
+        static: from `finalize`.
+        batches: tuples of inputs as the graph takes them; memory does not grow with their number.
+        method, percentile: as in `sbs_fx.calibration.calibrate.calibrate`, for 8 bits.
+
+    `meta["activations"]` of the result has the new tensors too, as "<tensor>_joined".
+    """
+    result = copy_graph(static)
+    result.meta["activations"] = dict(static.meta["activations"])
+    _use_all_codes(result)
+    sites = _sites(result.graph)
+    if sites:
+        gates = _ranges(result, sites, batches, method, percentile)
+        for tensor, readers in sites.items():
+            _quantize(result, tensor, readers, gates[tensor])
+        _share_codes_of_pools(result)
+    _drop_ceilings(result)
+    _list_in_order(result)
+    result.graph.lint()
+    result.recompile()
+    return result.eval()
+
+
+def quantizers(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(quantise, dequantise) node of every quantised activation, in graph order."""
+    for last in graph.find_nodes(op="call_function", target=DEQUANTIZE):
+        first = last.args[0]
+        while first.target in (aten.clamp_max.default, aten.clamp_min.default):
+            first = first.args[0]
+        yield first, last
+
+
+# -- where -------------------------------------------------------------------------------------------------------------
+
+
+def _sites(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Tensor -> the joins, pools and means that are to read its codes."""
+    stream: set[fx.Node] = set()  # values that a convolution, or a join of such values, has made
+    sites: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        operands = [n for n in node.all_input_nodes if n in stream]
+        if node.target in CONVOLUTIONS:
+            stream.add(node)
+        elif node.target in JOINS | PICKING | MEANS and operands:
+            # reason: the other operand of an add may be a stream that only normalised layers have written so far
+            read = node.all_input_nodes if node.target is aten.add.Tensor and _alike(node) else operands
+            for tensor in read:
+                sites.setdefault(tensor, []).append(node)
+            if node.target not in MEANS:
+                stream.add(node)
+        elif operands and _is_pointwise(node):
+            stream.add(node)
+    return sites
+
+
+def _alike(node: fx.Node) -> bool:
+    """Whether all operands are tensors of the result's shape that the input determines."""
+    shape = node.meta["val"].shape
+    return all(n.op == "call_function" and n.meta["val"].shape == shape for n in node.all_input_nodes)
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    """A function of one tensor, value by value, such as an activation."""
+    return len(node.all_input_nodes) == 1 and torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+# -- ranges ------------------------------------------------------------------------------------------------------------
+
+
+class _Observer(fx.Interpreter):
+    """Keeps a histogram of some nodes' values."""
+
+    def __init__(self, module: fx.GraphModule, wanted: Iterable[fx.Node]) -> None:
+        super().__init__(module)
+        self.histograms = {node: Histogram() for node in wanted}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.histograms:
+            self.histograms[n].add(value)
+        return value
+
+
+def _ranges(
+    module: fx.GraphModule,
+    sites: Iterable[fx.Node],
+    batches: Iterable[tuple[Tensor, ...]],
+    method: str,
+    percentile: float,
+) -> dict[fx.Node, SuperBitQuantizer]:
+    observer = _Observer(module, sites)
+    with torch.no_grad():
+        for batch in batches:
+            for half in zip(*(x.chunk(2) for x in batch), strict=True):  # reason: half the memory
+                observer.run(*half)
+    unsigned = non_negative(module.graph.nodes)
+    gates = {}
+    for node, histogram in observer.histograms.items():
+        gates[node] = SuperBitQuantizer(signed=node not in unsigned)
+        gates[node].fix(BITS)
+        set_range(gates[node], histogram.top(gates[node], method, percentile))
+    return gates
+
+
+# -- nodes -------------------------------------------------------------------------------------------------------------
+
+
+def _quantize(module: fx.GraphModule, tensor: fx.Node, readers: list[fx.Node], gate: SuperBitQuantizer) -> None:
+    """Let the readers read 8-bit codes of the tensor: those it has, or new ones."""
+    values = _full_quantizer(tensor)
+    if values is None:
+        values = _new_quantizer(module, tensor, float(gate.scale()), MIDDLE if gate.signed else 0)
+    for reader in readers:
+        reader.replace_input_with(tensor, values)
+
+
+def _new_quantizer(module: fx.GraphModule, tensor: fx.Node, scale: float, zero: int) -> fx.Node:
+    """8-bit codes of a tensor; the node that holds their values.
+
+    A quantiser of fewer bits then reads these values. Its step is made an odd number of theirs, so that it rounds as it
+    did before: its boundaries lie between two fine codes, never on one.
+    """
+    coarse = [user for user in tensor.users if user.target is QUANTIZE and user.args[2] == zero]
+    steps = int(coarse[0].args[1] / scale) if coarse else 0
+    if steps:
+        scale = coarse[0].args[1] / (steps - 1 + steps % 2)
+    name, values = f"{tensor.name}_joined", tensor
+    for target, suffix, dtype in ((QUANTIZE, "quantized", torch.uint8), (DEQUANTIZE, "dequantized", torch.float32)):
+        arguments = (values, scale, zero, 0, MAX_CODE, torch.uint8)
+        with module.graph.inserting_after(values):
+            values = module.graph.create_node("call_function", target, arguments, name=f"{name}_{suffix}")
+        values.meta["val"] = tensor.meta["val"].to(dtype)
+    for user in coarse if steps else ():
+        user.replace_input_with(tensor, values)
+    module.meta["activations"][name] = StaticActivation(BITS, zero, values.args[0].name, values.name)
+    return values
+
+
+def _full_quantizer(tensor: fx.Node) -> fx.Node | None:
+    """The node that holds the values of a tensor's 8-bit codes, if it has any."""
+    codes = (user for user in tensor.users if user.target is QUANTIZE)
+    return next((values for q in codes for values in q.users if values.target is DEQUANTIZE), None)
+
+
+def _drop_ceilings(module: fx.GraphModule) -> None:
+    """What cuts values off above (relu6, hardtanh from 0) where all readers' codes end there anyway becomes a relu:
+    kernels have one, and every code stays."""
+    ends = {first: _last_code(last) for first, last in quantizers(module.graph)}
+    for node in module.graph.nodes:
+        top = _ceiling(node)
+        if (
+            top is not None
+            and node.users
+            and all(user in ends and user.args[2] == 0 and top / user.args[1] > ends[user] - 0.5 for user in node.users)
+        ):
+            node.target, node.args, node.kwargs = aten.relu.default, node.args[:1], {}
+
+
+def _ceiling(node: fx.Node) -> float | None:
+    """Where a function that is 0 below 0 stops to grow; None if the node is no such function."""
+    if node.target is aten.relu6.default:
+        return 6.0
+    bounds = node.args[1:] if node.target in (aten.hardtanh.default, aten.clamp.default) else ()
+    return float(bounds[1]) if len(bounds) == 2 and bounds[0] == 0 and bounds[1] is not None else None
+
+
+def _last_code(last: fx.Node) -> int:
+    """The largest code that a quantiser lets through."""
+    node = last.args[0]
+    while node.target is aten.clamp_min.default:
+        node = node.args[0]
+    return node.args[1] if node.target is aten.clamp_max.default else MAX_CODE
+
+
+def _share_codes_of_pools(module: fx.GraphModule) -> None:
+    """What a pool gives has the codes of what it takes: rounding commutes with picking, so one scale serves both."""
+    for pool in [n for n in module.graph.nodes if n.target in PICKING]:
+        before = pool.args[0]
+        if before.target is not DEQUANTIZE or before.args[0].target is not QUANTIZE:
+            continue
+        after = _full_quantizer(pool)
+        if after is None:
+            users = list(pool.users)
+            after = _new_quantizer(module, pool, *before.args[1:3])
+            for user in users:
+                user.replace_input_with(pool, after)
+        if len(before.users) == len(before.args[0].users) == 1:
+            for node in (before, before.args[0]):
+                node.args = (node.args[0], *after.args[1:])
+
+
+def _use_all_codes(module: fx.GraphModule) -> None:
+    """Signed 8-bit codes may reach -128, one step below the symmetric grid, which saves a clip that no kernel has."""
+    for first, last in list(quantizers(module.graph)):
+        low = last.args[0]
+        if low.target is aten.clamp_min.default and low.args == (first, 1):
+            low.replace_all_uses_with(first)
+            module.graph.erase_node(low)
+
+
+def _list_in_order(module: fx.GraphModule) -> None:
+    """`meta["activations"]` as the graph now is: in its order, with the nodes that hold codes and values."""
+    known = {activation.values: (name, activation) for name, activation in module.meta["activations"].items()}
+    found = {}
+    for _, last in quantizers(module.graph):
+        name, activation = known[last.name]
+        found[name] = activation._replace(codes=last.args[0].name)
+    module.meta["activations"] = found

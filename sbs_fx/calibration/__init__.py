@@ -1,0 +1,1 @@
+"""Ranges, rounding and reconstruction of gated graphs, without training."""

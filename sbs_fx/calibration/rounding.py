@@ -1,0 +1,159 @@
+"""Rounding in closed form: each column's error is passed on to the columns that are still to be rounded.
+
+In: a weight, its quantiser, second moments of what the layer reads. Out: the weight on its grid, of less error at the
+layer's output than rounding to the nearest level gives. Source: GPTQ (arXiv 2210.17323), in the order of the moments'
+diagonal. Holds: every value is a level of the quantiser, so rounding again changes nothing; no output has a larger
+error than by rounding to the nearest level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from sbs_fx.passes import weight_gates
+from sbs_fx.passes.gates.masked import silence
+from sbs_fx.passes.graph import attribute
+from sbs_fx.passes.static.fold import CONVOLUTIONS, GROUPS
+from sbs_fx.quantizer.superbit import SuperBitQuantizer
+from sbs_fx.training.evaluation import mode
+
+aten = torch.ops.aten
+_DAMPING = 0.01  # of the mean of the diagonal, as in the paper
+_ROWS = 4  # samples of a layer's input for each of its columns, about
+_LEAST_ROWS = 4096
+_BLOCK = 64  # columns whose error is passed on within the block first
+
+
+def input_moments(network: fx.GraphModule, batches: Iterable[Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Weight name -> E[x x^T] of the columns (groups, columns, columns) that the weight is multiplied with, for weights
+    of a convolution (1d or 2d) or a linear alone; other weights are left out.
+
+    Args:
+        network: gated, all gates open.
+    """
+    found = _Moments(network, set(names))
+    batches = list(batches)
+    with mode(network, training=False), torch.no_grad():
+        for x in batches:
+            found.share = len(x) / sum(len(b) for b in batches)
+            found.run(x)
+    return found.sums
+
+
+class _Moments(fx.Interpreter):
+    def __init__(self, network: fx.GraphModule, names: set[str]) -> None:
+        super().__init__(network)
+        gates = {id(gate): name for name, gate in weight_gates(network).items() if name in names}
+        self.read: dict[fx.Node, str] = {}
+        for node in network.graph.find_nodes(op="call_module"):
+            name = gates.get(id(network.get_submodule(str(node.target))))
+            if name is not None and len(node.users) == 1:
+                reader = next(iter(node.users))
+                if (reader.target in CONVOLUTIONS or reader.target is aten.linear.default) and reader.args[1] is node:
+                    self.read[reader] = name
+        self.sums: dict[str, Tensor] = {}
+        self.share = 1.0
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.read:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            columns = _columns(n.target, args)
+            if columns is not None:
+                rows = max(_LEAST_ROWS, _ROWS * columns.shape[2]) * self.share
+                columns = columns[:, :: max(1, int(columns.shape[1] / max(1, rows)))]
+                moments = columns.mT @ columns / columns.shape[1] * self.share
+                self.sums[self.read[n]] = self.sums.get(self.read[n], 0) + moments
+        return result
+
+
+def _columns(target: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """What a layer reads, (groups, positions, columns)."""
+    x, weight = args[:2]
+    if target is aten.linear.default:
+        return x.reshape(1, -1, x.shape[-1])
+    stride, padding, dilation = args[3:6]
+    if weight.ndim > 4 or isinstance(padding, str):
+        return None
+    flat = weight.ndim == 3
+    sizes = [(1, *s) if flat else tuple(s) for s in (weight.shape[2:], stride, padding, dilation)]
+    if flat:
+        sizes[2] = (0, *padding)
+        x = x.unsqueeze(2)
+    kernel, stride, padding, dilation = sizes
+    rows = F.unfold(x, kernel, dilation, padding, stride)  # (batch, inputs * kernel, positions)
+    return rows.unflatten(1, (args[GROUPS], -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+@torch.no_grad()
+def compensated(weight: Tensor, gate: SuperBitQuantizer, moments: Tensor) -> Tensor:
+    """The weight (outputs, inputs / groups, ...) rounded by a gate with fixed bits; moments (groups, columns, columns).
+
+    The ranges are those of the gate. Rounding is done in float32.
+    """
+    groups, columns = moments.shape[:2]
+    weights = weight.detach().float().reshape(groups, -1, columns)
+    scale = gate.scale().float().expand(len(weight)).reshape(groups, -1, 1)
+    low, high = (float(v) for v in gate._bounds(torch.float32)[:2])
+
+    def nearest(values: Tensor) -> Tensor:
+        return (values / scale).round().clamp(low, high) * scale
+
+    order = moments.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True, stable=True)
+    rest, factor = weights[:, :, order], _factor(moments[:, order][:, :, order])
+    result = torch.empty_like(rest)
+    for start in range(0, columns, _BLOCK):
+        stop = min(columns, start + _BLOCK)
+        part, own = rest[:, :, start:stop], factor[:, start:stop, start:stop]
+        errors = torch.empty_like(part)
+        for i in range(stop - start):
+            rounded = nearest(part[:, :, i : i + 1])
+            result[:, :, start + i : start + i + 1] = rounded
+            errors[:, :, i : i + 1] = (part[:, :, i : i + 1] - rounded) / own[:, i, i][:, None, None]
+            part[:, :, i:] -= errors[:, :, i : i + 1] * own[:, None, i, i:]
+        rest[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
+    result, plain = result[:, :, order.argsort()], nearest(weights)
+
+    def error(values: Tensor) -> Tensor:
+        off = values - weights
+        return ((off @ moments.float()) * off).sum(2, keepdim=True)
+
+    result = torch.where(error(result) < error(plain), result, plain)
+    return result.reshape(weight.shape).to(weight.dtype)
+
+
+def _factor(moments: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse, (groups, columns, columns)."""
+    moments = moments.double()
+    damping = _DAMPING * moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    moments = moments + damping[:, None, None] * torch.eye(moments.shape[1]).to(moments)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True).float()
+
+
+def weight_parameters(network: fx.GraphModule) -> dict[str, nn.Parameter]:
+    """Weight name -> the parameter that its gate quantises, where the gate is all that reads it; a weight that is
+    computed, or read past its gate, has none. Masks between the two do not count."""
+    readers: dict[str, list[fx.Node]] = {}
+    for node in network.graph.find_nodes(op="get_attr"):
+        readers.setdefault(str(node.target), []).extend(node.users)
+    gates = {id(gate): name for name, gate in weight_gates(network).items()}
+    found = {}
+    for target, users in readers.items():
+        names = {gates.get(id(gate)) for user in users for gate in _behind_masks(network, user)}
+        parameter = attribute(network, target)
+        if len(names) == 1 and (name := names.pop()) is not None and isinstance(parameter, nn.Parameter):
+            found[name] = parameter
+    return found
+
+
+def _behind_masks(network: fx.GraphModule, node: fx.Node) -> Iterable[Any]:
+    if node.target is silence:
+        for user in node.users:
+            yield from _behind_masks(network, user)
+    else:
+        yield network.get_submodule(str(node.target)) if node.op == "call_module" else node

@@ -1,0 +1,78 @@
+"""The commands `export` and `bench`: a saved result as a file of another tool, and how fast it is.
+
+In: a `model.pt2` and options as they were typed. Out: a file, or tables of times (JSON with `--json`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sbs_fx.cli.options import Checkpoint, Json
+
+Saved = Annotated[str, typer.Argument(metavar="MODEL.pt2", help="what `sbs-fx compress --out` has saved")]
+
+
+def export(
+    model: Saved,
+    out: Annotated[str, typer.Option(help="the file: .onnx, .xml (openvino), .pte (executorch) or .pt2")],
+    format: Annotated[str, typer.Option(help="onnx, openvino, aoti, executorch or pt2")] = "onnx",
+    low_bits: Annotated[bool, typer.Option("--low-bits", help="onnx: weights of 2 and 4 bits as int4")] = False,
+) -> None:
+    """Write a saved result as a file of another tool, run it there and compare."""
+    from sbs_fx.export import export as run
+    from sbs_fx.export import load_saved
+
+    static, inputs = load_saved(model)
+    found = run(static, inputs, format, out, metadata=static.meta["metadata"], low_bits=low_bits)
+    exactly = "bit for bit" if static.meta["exact"] else "up to rounding ties"
+    typer.echo(f"{out}: computes what torch computes, {exactly}")
+    if found.kernels is not None:
+        typer.echo(f"{found.name}: {found.kernels}")
+
+
+def bench(
+    model: Saved,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="timm model to time beside it, in float")] = None,
+    checkpoint: Checkpoint = None,
+    backends: Annotated[str | None, typer.Option(help="by comma; default: all that are installed")] = None,
+    batch_sizes: Annotated[str, typer.Option(help="by comma")] = "1,8",
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    rounds: Annotated[int, typer.Option(min=2, help="samples of each")] = 15,
+    layers: Annotated[bool, typer.Option(help="also show where the time goes")] = True,
+    json: Json = False,
+) -> None:
+    """Latency of a saved result on the backends at hand, side by side, and where the time goes."""
+    from sbs_fx.export import load_saved
+    from sbs_fx.export.benchmark import benchmark
+    from sbs_fx.models import create_model
+    from sbs_fx.plan.errors import InputError
+
+    static, inputs = load_saved(model)
+    try:
+        sizes = [int(size) for size in batch_sizes.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise InputError(f"--batch-sizes {batch_sizes!r}; expected whole numbers by comma, such as 1,8")
+    found = benchmark(
+        static,
+        inputs,
+        float_model=create_model(against, checkpoint=checkpoint).eval() if against else None,
+        backends=backends.split(",") if backends else None,
+        batch_sizes=sizes,
+        threads=threads,
+        rounds=rounds,
+        layers=layers,
+    )
+    if json:
+        typer.echo(found.to_json())
+        return
+    for table in found.tables():
+        Console().print(table)
+    for batch, backend in found.best.items():
+        typer.echo(f"fastest at batch {batch}: {backend}")
+    for name, reason in found.refused.items():
+        typer.echo(f"not run: {name}: {reason}")

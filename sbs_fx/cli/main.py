@@ -1,0 +1,327 @@
+"""The command line: `sbs-fx inspect | compress | apply | compare | sweep | evaluate | export | bench | report`.
+
+In: a timm model name (and maybe weights), a budget or a policy, maybe data. Out: text or, with `--json`, JSON on
+stdout; progress and errors on stderr. Holds: an error of ours is one line and exit code 2, with nothing half-written
+left; importing this module is light, each command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from json import dumps
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from sbs_fx.cli.comparing import compare, sweep
+from sbs_fx.cli.exporting import bench, export
+from sbs_fx.cli.options import (
+    BatchSize,
+    Checkpoint,
+    Data,
+    DataDir,
+    Device,
+    Epochs,
+    InChans,
+    InputSize,
+    Json,
+    Model,
+    NumClasses,
+    Overrides,
+    Pretrained,
+    Ranges,
+    Rate,
+    Seed,
+    make_config,
+)
+from sbs_fx.cli.progress import METRICS, errors, show_progress, show_steps
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sbs_fx.cli.models import NamedModel
+    from sbs_fx.compress import Result
+    from sbs_fx.data.datasets import Batches
+    from sbs_fx.report import Report
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Prune and quantise timm models together, under a budget that is met.",
+)
+
+
+for command in (compare, sweep, export, bench):
+    app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; always ends in SystemExit: 0, 2 for an error of ours or a wrong option, 130 when interrupted."""
+    from sbs_fx.plan.errors import Interrupted, SbsError
+
+    try:
+        app(list(arguments) if arguments is not None else None)
+    except Interrupted as error:
+        errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(130) from None
+    except SbsError as error:
+        message = " ".join(str(error).split())
+        errors.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        raise SystemExit(130) from None
+
+
+@app.command()
+def inspect(
+    model: Model,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    in_chans: InChans = None,
+    json: Json = False,
+) -> None:
+    """Layers, channel groups, pins with their causes, and costs of a float model."""
+    from sbs_fx.cli.models import make_model
+    from sbs_fx.passes import channel_groups, cost_model, trace
+    from sbs_fx.report import Report
+
+    made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans)
+    with show_progress() as progress:
+        progress("trace", 0.0)
+        graph = trace(made.module, made.example_inputs)
+        progress("channel groups", 0.8)
+        groups = channel_groups(graph)
+        cost = cost_model(graph, groups)
+        report = Report.of(groups, cost, None, cost.reference)
+    typer.echo(report.to_json() if json else str(report), nl=json)
+
+
+@app.command()
+def compress(
+    model: Model,
+    budget: Annotated[str, typer.Option(help="share of the float model: 5%, or bops=5%,size=20%")] = "5%",
+    data: Data = None,
+    data_dir: DataDir = None,
+    batch_size: BatchSize = 64,
+    device: Device = "cpu",
+    method: Annotated[str, typer.Option(help="auto, opq, two_stage, ajpq, sbs, uniform, or a baseline")] = "auto",
+    search_epochs: Annotated[int | None, typer.Option(help="epochs of a search that trains")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="train through torch.compile")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="forget the checkpoints in --out")] = False,
+    settings: Overrides = None,
+    weight_bits: Annotated[int | None, typer.Option(help="2, 4 or 8; default: the method chooses")] = None,
+    activation_bits: Annotated[int | None, typer.Option(help="2, 4 or 8; default: the method chooses")] = None,
+    epochs: Epochs = 0,
+    lr: Rate = None,
+    ranges: Ranges = "mse",
+    importance: Annotated[str, typer.Option(help="norm that ranks channels: l1 or l2")] = "l2",
+    round_to: Annotated[int | None, typer.Option(help="keep multiples of this many channels; 1: any number")] = None,
+    minor_groups: Annotated[bool, typer.Option(help="also prune heads and group widths")] = False,
+    seed: Seed = 0,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    in_chans: InChans = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="where policy, model and report go")] = None,
+    json: Json = False,
+) -> None:
+    """Prune and quantise a model under a budget."""
+    from sbs_fx.cli.models import both_splits, make_model
+    from sbs_fx.compress import compress as run
+    from sbs_fx.plan import Budget
+
+    limits = Budget.parse(budget)
+    config = make_config(
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        importance=importance,
+        round_to=round_to,
+        minor_groups=minor_groups,
+        ranges=ranges,
+        epochs=epochs,
+        learning_rate=lr,
+        seed=seed,
+        overrides=[
+            *([f"search.epochs={search_epochs}"] if search_epochs is not None else []),
+            *([f"training.precision={precision}"] if precision is not None else []),
+            *(["training.compiled=true"] if compiled else []),
+            *(settings or []),
+        ],
+    )
+    _check_output(out)
+    made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans, device)
+    train, test = both_splits(made, data, data_dir, batch_size, seed)
+    with show_progress() as progress, show_steps(out, restart) as observer:
+        result = run(
+            made.module,
+            made.example_inputs,
+            budget=limits,
+            data=train,
+            method=method,
+            config=config,
+            output_dir=out,
+            validation=test,
+            restart=restart,
+            progress=progress,
+            observer=observer,
+        )
+        report = _measured(made.module, result, test, progress)
+    _finish(made, result, report, out, json)
+
+
+@app.command()
+def apply(
+    model: Model,
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="policy.json of an earlier run")],
+    data: Data = None,
+    data_dir: DataDir = None,
+    batch_size: BatchSize = 64,
+    device: Device = "cpu",
+    epochs: Epochs = 0,
+    lr: Rate = None,
+    ranges: Ranges = "mse",
+    seed: Seed = 0,
+    settings: Overrides = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    in_chans: InChans = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="where policy, model and report go")] = None,
+    json: Json = False,
+) -> None:
+    """Apply a saved policy to the float model again."""
+    from sbs_fx.cli.models import both_splits, make_model
+    from sbs_fx.compress import apply as run
+    from sbs_fx.plan import Policy
+
+    plan = Policy.load(policy)
+    config = make_config(ranges=ranges, epochs=epochs, learning_rate=lr, seed=seed, overrides=settings or [])
+    _check_output(out)
+    made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans, device)
+    train, test = both_splits(made, data, data_dir, batch_size, seed)
+    with show_progress() as progress, show_steps(None, False) as observer:
+        result = run(
+            made.module,
+            plan,
+            made.example_inputs,
+            data=train,
+            config=config,
+            validation=test,
+            progress=progress,
+            observer=observer,
+        )
+        report = _measured(made.module, result, test, progress)
+    _finish(made, result, report, out, json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="timm model name, or a model.pt2")],
+    data: Annotated[str, typer.Option(help="'digits', a folder, or a timm data set such as torch/cifar100")],
+    data_dir: DataDir = None,
+    batch_size: BatchSize = 64,
+    device: Device = "cpu",
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = False,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    in_chans: InChans = None,
+    json: Json = False,
+) -> None:
+    """Top-1 accuracy of a model or of a saved result on the held-out part of the data."""
+    from sbs_fx.cli.models import load_saved, make_model, open_split
+    from sbs_fx.training import evaluate as run
+
+    if model.endswith(".pt2"):
+        if device != "cpu":
+            raise typer.BadParameter(f"--device {device}: a saved result runs on the CPU")
+        made = load_saved(model)
+    else:
+        made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans, device)
+    accuracy = run(made.module, open_split(made, data, data_dir, "test", batch_size, 0))
+    typer.echo(dumps({"model": model, "accuracy": accuracy}) if json else f"{model}: {accuracy:.2f} % top-1")
+
+
+@app.command()
+def report(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="the --out of an earlier run")], json: Json = False
+) -> None:
+    """Show the report of an earlier run."""
+    from sbs_fx.plan.errors import FileError
+    from sbs_fx.report import Report
+
+    path = os.path.join(directory, "report.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"cannot read {path!r}: {error}; expected the --out directory of `sbs-fx compress`") from error
+    found = Report.from_json(text)
+    typer.echo(found.to_json() if json else str(found), nl=json)
+    metrics = os.path.join(directory, METRICS)
+    if not json and os.path.exists(metrics):
+        from sbs_fx.report.curves import training_lines
+        from sbs_fx.report.monitor import read_metrics
+
+        typer.echo("\n".join(["Training", *training_lines(read_metrics(metrics))]))
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def _check_output(directory: str | None) -> None:
+    """An output directory that cannot be written is known before anything is computed."""
+    if directory is not None:
+        from sbs_fx.compress import prepare_directory
+
+        prepare_directory(directory)
+
+
+def _measured(
+    module: nn.Module, result: Result, test: Batches | None, progress: Callable[[str, float], None]
+) -> Report:
+    if test is None:
+        return result.report
+    from sbs_fx.training import evaluate
+
+    progress("evaluate", 0.95)
+    return result.report.with_accuracy(evaluate(module, test), evaluate(result.model, test))
+
+
+def _finish(made: NamedModel, result: Result, report: Report, directory: str | None, json: bool) -> None:
+    """Save, and print the closing table."""
+    from sbs_fx.training.processes import Processes
+
+    if directory is not None and Processes().is_first:
+        _save(made, result, report, directory)
+    if json:
+        typer.echo(report.to_json())
+        return
+    from sbs_fx.report.text import closing_table
+
+    Console().print(closing_table(report))
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    if directory is not None:
+        typer.echo(f"policy.json, model.pt2 and the report are in {directory}")
+
+
+def _save(made: NamedModel, result: Result, report: Report, directory: str) -> None:
+    """What `Result.save` writes, with the accuracy in the report and in the file the normalisation that was used, so
+    that `evaluate` prepares images as they were prepared here."""
+    metadata = {k: list(v) for k, v in made.normalisation.items()}
+    dataclasses.replace(result, report=report, metadata=metadata).save(directory)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What the options of the command line stand for: a model with inputs for it, and data that fits it.
+
+In: names, numbers and paths as they were typed. Out: a module, example inputs and batches of the same size and
+normalisation. Holds: whatever does not fit together is an `SbsError` before anything long is begun.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sbs_fx.data.datasets import Batches, open_data
+from sbs_fx.export import load_saved as load_static
+from sbs_fx.models import create_model, input_config
+from sbs_fx.plan.errors import FileError, InputError
+
+
+class NamedModel(NamedTuple):
+    """A model, what it takes, and how images are normalised for it."""
+
+    module: nn.Module
+    example_inputs: Tensor
+    normalisation: dict[str, Any]
+
+
+def make_model(
+    name: str,
+    checkpoint: str | None,
+    pretrained: bool,
+    input_size: str | None,
+    num_classes: int | None,
+    in_chans: int | None,
+    device: str = "cpu",
+) -> NamedModel:
+    """A timm model and example inputs, shape (2, channels, height, width), of the size that it is to run at.
+
+    Args:
+        input_size: "channels,height,width"; None: as the model's own configuration says.
+        device: as torch names it; "cuda" is the GPU that belongs to this process.
+
+    Raises:
+        InputError: an unknown name, a size that makes no sense, weights that do not fit. FileError: no checkpoint.
+    """
+    place = _device(device)
+    options = {k: v for k, v in (("num_classes", num_classes), ("in_chans", in_chans)) if v is not None}
+    size = _parse_size(input_size)
+    if size is not None:
+        options["in_chans"] = size[0]
+        if in_chans not in (None, size[0]):
+            raise InputError(f"--in-chans {in_chans} and --input-size {input_size} disagree; give one of them")
+    if checkpoint is not None and not os.path.isfile(checkpoint):
+        raise FileError(f"there is no checkpoint {checkpoint!r}; expected a file of weights")
+
+    def create(**more: Any) -> nn.Module:
+        try:
+            return create_model(name, pretrained=pretrained, checkpoint=checkpoint, **options, **more)
+        except RuntimeError as error:
+            if checkpoint is None:
+                raise
+            raise InputError(
+                f"the weights in {checkpoint!r} do not fit {name!r}: {str(error).splitlines()[0]}; check "
+                "--num-classes, --in-chans and the model's name"
+            ) from error
+
+    if size is None:
+        module = create()
+    else:
+        try:
+            module = create(img_size=size[1:])  # reason: tables of positions have the size of the image
+        except TypeError:
+            module = create()
+    known = input_config(module)
+    if size is None:
+        if "input_size" not in known:
+            raise InputError(f"{name!r} does not say which images it takes; give --input-size C,H,W")
+        size = (in_chans or known["input_size"][0], *known["input_size"][1:])
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    return NamedModel(module.to(place), images.to(place), {k: known[k] for k in ("mean", "std") if k in known})
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        if name == "cuda" and torch.cuda.is_available():
+            from sbs_fx.training.processes import Processes
+
+            device = Processes().device  # reason: asked for first, or every process would hold a part of the first GPU
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # reason: torch asserts that it was built for the device
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}; expected cpu, or a GPU") from error
+    return device
+
+
+def _parse_size(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    try:
+        channels, height, width = (int(part) for part in text.split(","))
+    except ValueError:
+        channels = height = width = 0
+    if min(channels, height, width) < 1:
+        raise InputError(f"--input-size {text!r}; expected channels, height and width, such as 3,224,224")
+    return channels, height, width
+
+
+def load_saved(path: str) -> NamedModel:
+    """A saved result; its file says which images it takes."""
+    module, inputs = load_static(path)
+    known = module.meta["metadata"]
+    normalisation = {k: known[k] for k in ("mean", "std") if k in known}
+    return NamedModel(module, inputs[0], normalisation)
+
+
+def open_split(made: NamedModel, spec: str, data_dir: str | None, split: str, batch_size: int, seed: int) -> Batches:
+    """Batches of one split, of the size that the model takes. Raises DataError."""
+    channels, height, width = made.example_inputs.shape[1:]
+    return open_data(
+        spec,
+        split=split,
+        batch_size=batch_size,
+        image_size=(height, width),
+        channels=channels,
+        shuffle=split == "train",
+        seed=seed,
+        data_dir=data_dir,
+        **made.normalisation,
+    )
+
+
+def both_splits(
+    made: NamedModel, spec: str | None, data_dir: str | None, batch_size: int, seed: int
+) -> tuple[Batches | None, Batches | None]:
+    """Training data to calibrate and fine-tune on, held-out data to measure accuracy on."""
+    if spec is None:
+        return None, None
+    train, test = (open_split(made, spec, data_dir, split, batch_size, seed) for split in ("train", "test"))
+    return train, test

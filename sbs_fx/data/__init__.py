@@ -1,0 +1,1 @@
+"""Batches as they come, and data sets by name."""

@@ -1,0 +1,99 @@
+"""`Budget`: how much of the float model may be left, as shares; frozen, read from text."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Self
+
+from pydantic import ConfigDict, field_validator, model_validator
+
+from sbs_fx.plan.cost import Cost
+from sbs_fx.plan.errors import BudgetError, SbsError
+from sbs_fx.plan.value import Value
+
+MEASURES = ("bops", "size", "macs", "latency")
+
+
+class Budget(Value):
+    """How much of the float model may be left; every limit that is given must hold.
+
+    | usage                            | meaning                                                        |
+    |----------------------------------|----------------------------------------------------------------|
+    | `Budget(bops=0.05)`              | at most 5 % of the bit operations                              |
+    | `Budget(size=0.1)`               | at most a tenth of the stored bits                             |
+    | `Budget(macs=0.5)`               | at most half the multiply-accumulates                          |
+    | `Budget(latency=0.25)`           | at most a quarter of the float model's time on this machine    |
+    | `Budget(bops=0.05, size=0.2)`    | both                                                           |
+    | `Budget.parse("5%")`             | `Budget(bops=0.05)`; so is `"0.05"`                            |
+    | `Budget.parse("bops=5%,size=.2")`| `Budget(bops=0.05, size=0.2)`                                  |
+    | `budget.is_satisfied_by(cost)`   | does the cost keep every limit?                                |
+    | `budget.shares(cost)`            | `{"bops": 0.049, "size": 0.13, "macs": 0.6}`, limited or not   |
+    | `budget.limits`                  | `{"bops": 0.05}`, the limits that were given                   |
+
+    Raises:
+        BudgetError: no limit, or one that is NaN, zero, negative, above 1 or no number.
+    """
+
+    model_config = ConfigDict(strict=True)
+    _error: ClassVar[type[SbsError]] = BudgetError
+
+    bops: float | None = None
+    size: float | None = None
+    macs: float | None = None
+    latency: float | None = None
+
+    @field_validator(*MEASURES)
+    @classmethod
+    def _is_share(cls, share: float | None) -> float | None:
+        if share is not None and not 0 < share <= 1:  # NaN fails both comparisons
+            raise ValueError("expected a share of the float model, above 0 and at most 1, such as 0.05 for 5 %")
+        return share
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.limits:
+            raise ValueError(
+                "no limit given; expected at least one of bops, size, macs, latency, such as Budget(bops=0.05)"
+            )
+        return self
+
+    @property
+    def limits(self) -> dict[str, float]:
+        return {name: share for name in MEASURES if (share := getattr(self, name)) is not None}
+
+    def shares(self, cost: Cost) -> dict[str, float]:
+        """Measure -> share of `cost.reference`, for all measures. Raises ValueError if there is no reference."""
+        reference = cost.reference
+        if reference is None:
+            raise ValueError("this cost has no reference; compare with Cost(..., reference=cost_of_the_float_model)")
+        found, whole = cost.by_measure, reference.by_measure
+        return {m: found[m] / whole[m] if whole[m] else (math.inf if found[m] else 0.0) for m in found}
+
+    def used_by(self, cost: Cost) -> float:
+        """Share of a limit that a cost takes, the largest over all limits: above 1 it exceeds the budget."""
+        shares = self.shares(cost)
+        return max(shares[measure] / limit for measure, limit in self.limits.items())
+
+    def is_satisfied_by(self, cost: Cost) -> bool:
+        """True if every limit holds. Raises ValueError if the cost has no reference, or not what a limit measures."""
+        shares = self.shares(cost)
+        missing = sorted(self.limits.keys() - shares.keys())
+        if missing:
+            raise ValueError(f"this cost has no {missing[0]}; give the cost model one, see sbs_fx.export.latency")
+        return all(shares[name] <= limit for name, limit in self.limits.items())
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a budget from text; see the table above. Raises BudgetError."""
+        limits: dict[str, float] = {}
+        for part in text.split(","):
+            name, separator, number = (piece.strip() for piece in part.rpartition("="))
+            name = name if separator else "bops"
+            if name not in MEASURES or name in limits:
+                problem = "more than once" if name in limits else f"is unknown; expected one of {MEASURES}"
+                raise BudgetError(f"budget {text!r}: measure {name!r} {problem}. Write it like bops=5%,size=20%.")
+            try:
+                limits[name] = float(number[:-1]) / 100 if number.endswith("%") else float(number)
+            except ValueError:
+                raise BudgetError(f"budget {text!r}: {number!r} is no share; expected one like 5% or 0.05") from None
+        return cls(**limits)

@@ -1,0 +1,64 @@
+"""Files of plain values: written whole or not at all, read with every doubt named.
+
+In: bytes or text. Out: a file, or the JSON object that it holds. Holds: a name has all of what was written or what it
+held before; what was cut short or repeats a name is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from sbs_fx.plan.errors import FileError
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path` so that the final name holds either all of it or what it held before.
+
+    Raises:
+        FileError: the directory is missing or not writable, `path` is a directory, the disk is full.
+    """
+    path = os.fspath(path)
+    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FileError(
+            f"cannot write {path!r}: {error.strerror or error}; expected a writable path in an existing directory with "
+            f"{len(data)} bytes free. Nothing was written under that name."
+        ) from error
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def checksum_of(fields: Mapping[str, Any]) -> str:
+    """sha256 (hex) of the canonical JSON of all fields."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def parse_object(text: str, what: str) -> dict[str, Any]:
+    """A JSON object as a dict; FileError if it is cut short, is no object, or repeats a name."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(name for name, _ in pairs)
+        if len(counts) < len(pairs):
+            raise ValueError(f"names {[n for n, c in counts.items() if c > 1]} occur more than once")
+        return dict(pairs)
+
+    try:
+        fields = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{what} is not whole JSON ({error}): it was truncated or altered; write it again") from None
+    if not isinstance(fields, dict):
+        raise FileError(f"{what} is a JSON {type(fields).__name__}, expected an object; write it again")
+    return fields

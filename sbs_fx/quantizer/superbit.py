@@ -1,0 +1,386 @@
+"""The super-bit quantiser: one float tensor, every bitwidth, decisions that gradients can move.
+
+In: a weight or an activation. Out: the same tensor on the grid of the bitwidth that is fixed or that the gates choose.
+Source: Single-path Bit Sharing (arXiv 2101.04935), its nested chain z_2 + g_4(eps_4 + g_8 eps_8).
+Holds: every value is an integer level times `scale()`; open at float precision the very same tensor comes back; what is
+kept for the backward pass is the input, the ranges and a few numbers per gate, and no tensor per candidate.
+
+One *range* v serves all bitwidths, so the step sizes nest: s_4 = s_2/5, s_8 = s_4/17, and a coarse value is a whole
+number of fine steps. That asks for s_b = 2v/(2^b - 1) on a signed grid, whose outer levels are +-1, +-7, +-127 with a
+half step to spare at either end, and for s_b = v/(2^b - 1) on an unsigned one, with levels 0 to 3, 15, 255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sbs_fx.plan.bits import FLOAT_BITS
+from sbs_fx.plan.errors import InputError, PolicyError
+
+Grid = Literal["symmetric", "paper"]
+Bounds = tuple[Any, Any, Any]  # low, high, divisor: three numbers, or three tensors that broadcast over the input
+SEARCHING = -1  # how a searching quantiser is written in a state dict
+LEAST_RANGE = 2.0**-40  # reason: a channel of zeros has range 0; below this, a range acts as if it were this wide
+
+
+class Level(NamedTuple):
+    """Integer grid of one bitwidth: values are code * range / divisor, codes from low to high in steps of stride."""
+
+    low: int
+    high: int
+    divisor: float
+    stride: int
+
+
+def max_level(bits: int, signed: bool) -> int:
+    """Outermost integer level of the symmetric grid: 1, 7, 127 signed and 3, 15, 255 unsigned for 2, 4, 8 bits."""
+    return (1 << bits - signed) - 1
+
+
+def level(bits: int, signed: bool, grid: Grid = "symmetric") -> Level:
+    """The grid of a bitwidth; of 0 bits, zero alone. The signed paper grid has the odd integers to 2^b - 1."""
+    steps = 2**bits - 1
+    if bits == 0:
+        return Level(0, 0, 1.0, 1)
+    if signed and grid == "paper":
+        return Level(-steps, steps, steps, 2)
+    high = max_level(bits, signed)
+    return Level(-high, high, steps / 2, 1) if signed else Level(0, high, steps, 1)
+
+
+def _encode(x: Tensor, scale: Tensor, low: Any, high: Any, stride: int) -> Tensor:
+    """clamp(round(x * (1/s)), low, high), as the static graph does it; for stride 2, the nearest odd integer. A new
+    tensor; what is in between is not kept (reason: on a CPU, fresh memory costs more than the arithmetic)."""
+    code = x * (1 / scale)
+    code = code.round_() if stride == 1 else code.sub_(low).div_(2).round_().mul_(2).add_(low)
+    if isinstance(high, Tensor):
+        return torch.minimum(torch.maximum(code, low), high)
+    return code.clamp_(low, high)
+
+
+def _rounded(x: Tensor, width: Tensor, low: Any, high: Any, divisor: Any, stride: int) -> Tensor:
+    """x on one grid, a new tensor."""
+    scale = width / divisor
+    return _encode(x, scale, low, high, stride).mul_(scale)
+
+
+def _chain(x: Tensor, width: Tensor, levels: Sequence[Level]) -> Iterator[Tensor]:
+    """z_b1, z_b2, ...: x on the grid of each bitwidth, one at a time. A coarse value is a whole number of fine steps,
+    so that z_b1 plus the rounded residual is, ties apart, x on the fine grid: that is what is computed."""
+    for each in levels:
+        yield _rounded(x, width, *each)
+
+
+def _chosen(opened: Tensor, levels: Sequence[Level]) -> Bounds:
+    """Low, high and divisor of the last level that every gate before it lets through; each of shape (), or a number
+    where gates can be looked at for nothing (reason: an eager step is 3 to 7 % faster with bounds that are numbers)."""
+    if opened.device.type == "cpu" and not torch.compiler.is_compiling():
+        return levels[[*opened.tolist(), False].index(False)][:3]
+    chosen: list[Any] = [float(number) for number in levels[0][:3]]
+    passed: Any = True
+    for gate, level_ in zip(opened, levels[1:], strict=True):
+        passed = gate & passed
+        chosen = [torch.where(passed, float(new), old) for new, old in zip(level_[:3], chosen, strict=True)]
+    return tuple(torch.as_tensor(number) for number in chosen)  # type: ignore[return-value]
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _ranges(x: Tensor, range_: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and range in the precision that rounding is done in."""
+    return x.to(_precision(x)), range_.to(_precision(x)).clamp_min(LEAST_RANGE)
+
+
+def _straight_through(
+    grad: Tensor, y: Tensor, x: Tensor, width: Tensor, inside: Tensor, ctx: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients to input and range; y is used up. Rounding counts as the identity, so y = v * (clip(x/v) + constant):
+    to x, 1 inside the range; to v, (y - x)/v inside and y/v outside, that of learned step sizes (arXiv 1902.08153)."""
+    grad_x = grad_range = None
+    if ctx.needs_input_grad[0]:
+        grad_x = (grad * inside).to(ctx.input_dtype)
+    if ctx.needs_input_grad[1]:
+        moved = y.sub_(x * inside).div_(width).mul_(grad)
+        grad_range = moved.sum_to_size(width.shape).to(ctx.range_dtype)
+    return grad_x, grad_range
+
+
+def _inside(x: Tensor, width: Tensor, signed: bool) -> Tensor:
+    """1 where x is within its range, else 0, in x's dtype: products with booleans are slow."""
+    return ((x <= width) & (x >= (-width if signed else 0))).to(x.dtype)
+
+
+class _Fixed(torch.autograd.Function):
+    """Plain quantiser of given bounds, numbers or tensors; keeps its input and its range."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, range_: Tensor, low: Any, high: Any, divisor: Any, stride: int, signed: bool
+    ) -> Tensor:
+        bounds = (low, high, divisor)
+        ctx.save_for_backward(x, range_, *(b for b in bounds if isinstance(b, Tensor)))
+        ctx.bounds = None if isinstance(high, Tensor) else bounds
+        ctx.stride, ctx.signed = stride, signed
+        ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
+        value, width = _ranges(x, range_)
+        return _rounded(value, width, *bounds, stride).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        saved_x, range_, *tensors = ctx.saved_tensors
+        low, high, divisor = ctx.bounds or tensors
+        x, width = _ranges(saved_x, range_)
+        y = _rounded(x, width, low, high, divisor, ctx.stride)
+        inside = _inside(x, width, ctx.signed)
+        if isinstance(high, Tensor) and high.ndim:
+            inside = inside * (high > 0)  # a pruned channel is zero whatever its input
+        return *_straight_through(grad.to(x.dtype), y, x, width, inside, ctx), None, None, None, None, None
+
+
+class _Search(torch.autograd.Function):
+    """The whole chain with its gates. Keeps the input, the ranges and one norm and one threshold a gate."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, range_: Tensor, threshold: Tensor, levels: Sequence[Level], signed: bool, shared: bool
+    ) -> Any:
+        value, width = _ranges(x, range_)
+        clipped = value.clamp(-width if signed else torch.zeros_like(width), width)
+        norms = threshold.new_empty(threshold.shape)
+        for index, z in enumerate(_chain(value, width, levels[:-1])):
+            steps = z.sub_(clipped).mul_(levels[index].divisor / levels[index].stride / width)
+            norms[index] = _mean(steps.square_(), shared).sqrt().to(norms.dtype)
+        y = _rounded(value, width, *_chosen(norms > threshold, levels), levels[0].stride)
+        ctx.save_for_backward(x, range_, threshold, norms)
+        ctx.levels, ctx.signed = levels, signed
+        ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
+        ctx.mark_non_differentiable(norms)
+        return y.to(x.dtype), norms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        saved_x, range_, threshold, norms = ctx.saved_tensors
+        x, width = _ranges(saved_x, range_)
+        grad = grad.to(x.dtype)
+        opened = norms > threshold
+        offsets = []  # <grad, eps_b>, one number a gate
+        previous = None
+        for z in _chain(x, width, ctx.levels):
+            if previous is not None:
+                offsets.append(-previous.sub_(z).mul_(grad).sum())
+            previous = z
+        y = _rounded(x, width, *_chosen(opened, ctx.levels), ctx.levels[0].stride)
+        grad_x, grad_range = _straight_through(grad, y, x, width, _inside(x, width, ctx.signed), ctx)
+        # dy/dg_j = (product of the gates before it) * (eps_j + g_{j+1}(eps_{j+1} + ...))
+        gates = opened.to(x.dtype)
+        grad_threshold = torch.zeros_like(threshold)
+        after = torch.zeros((), dtype=x.dtype, device=x.device)
+        slope = _slope(norms, threshold)
+        for index in reversed(range(len(offsets))):
+            after = offsets[index] + (gates[index + 1] * after if index + 1 < len(offsets) else 0)
+            grad_threshold[index] = -slope[index] * gates[:index].prod() * after
+        return grad_x, grad_range, grad_threshold, None, None, None
+
+
+def _mean(x: Tensor, shared: bool) -> Tensor:
+    """Of all elements; over all processes if the tensor is spread over them."""
+    mean = x.mean()
+    if shared:
+        torch.distributed.all_reduce(mean)
+        mean = mean / torch.distributed.get_world_size()
+    return mean
+
+
+def _slope(norms: Tensor, threshold: Tensor) -> Tensor:
+    return torch.sigmoid(norms - threshold) * torch.sigmoid(threshold - norms)
+
+
+def hard_gate(norms: Tensor, threshold: Tensor) -> Tensor:
+    """1[norm > alpha] forward; backward the gradient of sigmoid(norm - alpha) to alpha alone (arXiv 2101.04935)."""
+    soft = torch.sigmoid(norms.detach() - threshold)
+    return (norms > threshold).to(soft.dtype) + (soft - soft.detach())
+
+
+class SuperBitQuantizer(nn.Module):
+    """Fake quantisation of one weight or activation at any of the candidate bitwidths.
+
+    | state                 | set by                    | forward gives                                               |
+    |-----------------------|---------------------------|-------------------------------------------------------------|
+    | open, the first state | `fix(32)`                 | its input, the same object                                  |
+    | fixed                 | `fix(4)`                  | clamp(round(x * (1/s)), low, high) * s                      |
+    | fixed per channel     | `fix([0, 2, 8, 4])`       | the same, channel by channel; zeros where there are 0 bits  |
+    | searching             | `search()`                | z_2 + g_4(eps_4 + g_8 eps_8), gates by their thresholds     |
+
+    A gate is open if the root mean square of the residual z - z_b over the whole tensor, in steps of the coarser grid,
+    is above its threshold. The paper names no norm and no start; this one grows neither with the tensor nor with the
+    step (evenly spread residuals give 0.29 for every gate), and thresholds start at 0, so that all gates are open.
+    Rounding is done in float32 (float64 for float64 input); the output has x's dtype.
+
+    Args:
+        channels: number of ranges, one per coordinate of `channel_dim`; None for one range per tensor.
+        channel_dim: dimension that carries them.
+        signed: levels on both sides of zero, else from zero up.
+        candidates: bitwidths, ascending, each a multiple of the one before, so that the grids nest.
+        grid: "symmetric" has zero among its levels; "paper" is SBS's zero-free one (signed) with 2^b levels.
+
+    Attributes:
+        range: what x is clipped to, in units of x; shape () or (channels,); initially 1.
+        threshold: of the gates, shape (len(candidates) - 1,).
+        across_processes: each process sees a part of x, and gates are decided over all of it.
+        held: while searching, decide by the norms of the last forward that was not held; thresholds get no gradient
+            from the output, and a step costs what it costs at fixed bits.
+
+    Raises:
+        PolicyError: candidates that do not nest, bits that are no candidate, an input with other channels.
+    """
+
+    norms: Tensor
+    channel_bits: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        channels: int | None = None,
+        channel_dim: int = 0,
+        signed: bool = True,
+        candidates: Sequence[int] = (2, 4, 8),
+        grid: Grid = "symmetric",
+    ) -> None:
+        super().__init__()
+        nested = all(b > a and b % a == 0 for a, b in zip(candidates, candidates[1:], strict=False))
+        if not nested or not candidates or min(candidates) < 2 or max(candidates) > 8:
+            raise PolicyError(f"candidates {tuple(candidates)}; expected 2 to 8 bits, each a multiple of the last")
+        self.channels, self.channel_dim, self.signed = channels, channel_dim, signed
+        self.candidates, self.grid = tuple(candidates), grid
+        self.range = nn.Parameter(torch.ones(() if channels is None else channels))
+        self.threshold = nn.Parameter(torch.zeros(len(self.candidates) - 1))
+        self.register_buffer("norms", torch.full((len(self.candidates) - 1,), torch.inf), persistent=False)
+        self.register_buffer("channel_bits", None, persistent=False)
+        self._bits: int | None = FLOAT_BITS
+        self.across_processes = False
+        self.held = False
+
+    @property
+    def bits(self) -> int | Tensor | None:
+        """32 if open, a bitwidth or a tensor (channels,) of them if fixed, None if searching."""
+        return self._bits if self.channel_bits is None else self.channel_bits
+
+    @property
+    def is_float(self) -> bool:
+        """Whether values pass as they are."""
+        return self.channel_bits is None and self._bits == FLOAT_BITS
+
+    def fix(self, bits: int | Sequence[int] | Tensor) -> None:
+        """Fix the gates at one bitwidth (32 opens them at float precision), or at one per channel (0 prunes it)."""
+        if isinstance(bits, Tensor):
+            bits = bits.tolist()
+        if isinstance(bits, int):
+            if bits not in (*self.candidates, FLOAT_BITS):
+                raise PolicyError(f"cannot fix {bits} bits; expected one of {(*self.candidates, FLOAT_BITS)}")
+            self._bits, self.channel_bits = bits, None
+            return
+        allowed = {0, *self.candidates}
+        if self.channels is None or len(bits) != self.channels or not set(bits) <= allowed:
+            raise PolicyError(f"cannot fix bits {list(bits)}; expected {self.channels} values of {sorted(allowed)}")
+        self._bits, self.channel_bits = None, torch.tensor(bits, dtype=torch.int64, device=self.range.device)
+
+    def search(self) -> None:
+        """Let the thresholds decide from now on."""
+        self._bits, self.channel_bits = None, None
+
+    def gates(self) -> tuple[Tensor, ...]:
+        """0 or 1 for every candidate after the first, from the norms of the last forward while searching."""
+        return tuple((self.norms > self.threshold.detach()).to(self.threshold.dtype))
+
+    def decided_bits(self) -> int:
+        """The candidate that `gates` amounts to: a gate behind a closed one does not count."""
+        closed = [index for index, gate in enumerate(self.gates()) if not gate]
+        return self.candidates[closed[0] if closed else -1]
+
+    def expected_bits(self) -> Tensor:
+        """Bits as a scalar tensor for a cost: 2 + g_4(2 + 4 g_8), differentiable in the thresholds while searching;
+        a constant (the mean over channels) otherwise."""
+        if self._bits is not None:
+            return torch.full((), float(self._bits), dtype=self.range.dtype, device=self.range.device)
+        if self.channel_bits is not None:
+            return self.channel_bits.to(self.range.dtype).mean()
+        gates = hard_gate(self.norms, self.threshold)
+        more = torch.zeros((), dtype=gates.dtype, device=gates.device)
+        for index in reversed(range(len(gates))):
+            more = gates[index] * (self.candidates[index + 1] - self.candidates[index] + more)
+        return self.candidates[0] + more
+
+    def scale(self) -> Tensor:
+        """Step size at the fixed bits, shape () or (channels,). A value is its code times this."""
+        return self.range.detach().clamp_min(LEAST_RANGE) / self._bounds(self.range.dtype)[2]
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer levels of x at the fixed bits, int32, of x's shape."""
+        low, high, divisor = (self._along(bound, x) for bound in self._bounds(_precision(x)))
+        value, width = _ranges(x, self._along(self.range, x))
+        return _encode(value, width / divisor, low, high, self._stride).to(torch.int32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x on its grid, of x's shape and dtype; see the table above."""
+        if self.is_float:
+            return x
+        range_ = self._along(self.range, x)
+        if self.bits is None:
+            levels = tuple(level(bits, self.signed, self.grid) for bits in self.candidates)
+            if self.held:
+                bounds = _chosen(self.norms > self.threshold.detach(), levels)
+                return _Fixed.apply(x, range_, *bounds, self._stride, self.signed)
+            y, norms = _Search.apply(x, range_, self.threshold, levels, self.signed, self.across_processes)
+            self.norms.copy_(norms)
+            return y
+        bounds = tuple(self._along(bound, x) for bound in self._bounds(_precision(x)))
+        return _Fixed.apply(x, range_, *bounds, self._stride, self.signed)
+
+    @property
+    def _stride(self) -> int:
+        return level(self.candidates[0], self.signed, self.grid).stride
+
+    def _bounds(self, dtype: torch.dtype) -> Bounds:
+        """Low, high and divisor: numbers, or tensors (channels,) of this dtype if bits differ by channel."""
+        if self.channel_bits is not None:
+            table = [level(bits, self.signed, self.grid)[:3] for bits in range(9)]
+            chosen = torch.tensor(table, dtype=dtype, device=self.range.device)[self.channel_bits]
+            return chosen[:, 0], chosen[:, 1], chosen[:, 2]
+        if self._bits is None or self._bits == FLOAT_BITS:
+            state = "searching" if self._bits is None else "open at float precision"
+            raise PolicyError(f"a quantiser that is {state} has no scale; call fix with one of {self.candidates} first")
+        return level(self._bits, self.signed, self.grid)[:3]
+
+    def _along(self, values: Any, x: Tensor) -> Any:
+        """Per-channel values in the shape that broadcasts over x; anything else as it is."""
+        if not isinstance(values, Tensor) or self.channels is None:
+            return values
+        if not -x.ndim <= self.channel_dim < x.ndim or x.shape[self.channel_dim] != self.channels:
+            expected = f"{self.channels} channels in dimension {self.channel_dim}"
+            raise InputError(f"input of shape {tuple(x.shape)} for a quantiser of {expected}")
+        shape = [1] * x.ndim
+        shape[self.channel_dim] = self.channels
+        return values.view(shape)
+
+    def get_extra_state(self) -> Tensor:
+        """The bits, as a tensor, so that a state dict can be stored without pickle."""
+        if self.channel_bits is not None:
+            return self.channel_bits.clone()
+        return torch.tensor(SEARCHING if self._bits is None else self._bits)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.search() if state.ndim == 0 and state == SEARCHING else self.fix(state)
+
+    def extra_repr(self) -> str:
+        bits = "searching" if self.bits is None else self._bits or "per channel"
+        return f"channels={self.channels}, signed={self.signed}, candidates={self.candidates}, bits={bits}, {self.grid}"

@@ -1,0 +1,1 @@
+"""Methods that papers compare single-path bit sharing with, in the same harness."""

@@ -1,0 +1,1 @@
+"""Solvers of allocation problems; nothing here knows of networks."""

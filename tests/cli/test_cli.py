@@ -1,0 +1,196 @@
+"""The commands end to end on one tiny model, and every kind of wrong use as one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from sbs_fx.cli.main import main
+from sbs_fx.plan import Policy
+from sbs_fx.report import Report
+
+MODEL = ["test_vit", "--input-size", "1,32,32", "--num-classes", "10"]
+Captured = pytest.CaptureFixture[str]
+
+
+def _run(arguments: Sequence[str]) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    return int(end.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `compress` leaves behind, with weights kept so that `apply` can be run on the same ones."""
+    directory = tmp_path_factory.mktemp("cli")
+    from sbs_fx.cli.models import make_model
+
+    torch.manual_seed(0)
+    made = make_model("test_vit", None, False, "1,32,32", 10, None)
+    torch.save(made.module.state_dict(), directory / "weights.pth")
+    arguments = ["compress", *MODEL, "--checkpoint", str(directory / "weights.pth"), "--budget", "4%"]
+    arguments += ["--method", "uniform", "--weight-bits", "8", "--activation-bits", "8"]
+    assert _run([*arguments, "--data", "digits", "--out", str(directory / "out")]) == 0
+    return directory
+
+
+def test_inspect_prints_text_and_json(capsys: Captured) -> None:
+    assert _run(["inspect", *MODEL]) == 0
+    text = capsys.readouterr()
+    assert "Layers by BOPs" in text.out
+    assert "model output" in text.out
+    assert "trace" in text.err
+    assert _run(["inspect", *MODEL, "--json"]) == 0
+    report = Report.from_json(capsys.readouterr().out)
+    assert report.method is None
+    assert sum(row.bops for row in report.layers) == report.cost.bops
+
+
+def test_compress_leaves_policy_model_and_report(output: Path, capsys: Captured) -> None:
+    assert sorted(p.name for p in (output / "out").iterdir()) == [
+        "model.pt2",
+        "policy.json",
+        "report.json",
+        "report.txt",
+    ]
+    policy = Policy.load(output / "out" / "policy.json")
+    assert any(len(kept) < policy.sizes[name] for name, kept in policy.kept.items())
+    report = Report.from_json((output / "out" / "report.json").read_text())
+    assert report.cost.reference is not None
+    assert report.cost.bops <= 0.04 * report.cost.reference.bops
+    assert report.accuracy is not None
+    assert len(report.accuracy) == 2
+    assert _run(["report", str(output / "out")]) == 0
+    assert capsys.readouterr().out == (output / "out" / "report.txt").read_text()
+
+
+def test_sweep_prints_a_table_and_leaves_its_points(output: Path, tmp_path: Path, capsys: Captured) -> None:
+    arguments = ["sweep", *MODEL, "--checkpoint", str(output / "weights.pth"), "--data", "digits"]
+    arguments += ["--methods", "uniform", "--budgets", "10%,5%"]
+    assert _run([*arguments, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith((tmp_path / "comparison.txt").read_text())
+    assert shown.count("uniform") == 2
+    assert _run([*arguments, "--out", str(tmp_path), "--json"]) == 0
+    again = capsys.readouterr()
+    assert "uniform at" not in again.err, "points that are there are not computed again"
+    assert [p["outcome"] for p in json.loads(again.out)["points"]] == ["ok", "ok"]
+
+
+def test_evaluate_reads_what_compress_wrote(output: Path, capsys: Captured) -> None:
+    assert _run(["evaluate", str(output / "out" / "model.pt2"), "--data", "digits", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    report = Report.from_json((output / "out" / "report.json").read_text())
+    assert report.accuracy is not None
+    assert found["accuracy"] == report.accuracy[1], "same file, same data, same normalisation"
+
+
+def test_apply_gives_the_same_cost_again(output: Path, capsys: Captured) -> None:
+    arguments = ["apply", *MODEL, "--checkpoint", str(output / "weights.pth"), "--json"]
+    assert _run([arguments[0], *MODEL, str(output / "out" / "policy.json"), *arguments[-3:]]) == 0
+    again = Report.from_json(capsys.readouterr().out)
+    first = Report.from_json((output / "out" / "report.json").read_text())
+    assert again.cost == first.cost
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["inspect", "no_such_model"], "no_such_model"),
+        (["compress", "test_vit", "--budget", "0"], "Budget"),
+        (["compress", "test_vit", "--budget", "nan"], "Budget"),
+        (["compress", "test_vit", "--budget", "120%"], "Budget"),
+        (["compress", "test_vit", "--method", "magic"], "magic"),
+        (["compress", "test_vit", "--weight-bits", "3"], "--weight-bits 3"),
+        (["compress", "test_vit", "--lr", "-1"], "--lr -1"),
+        (["compress", "test_vit", "--device", "cuda:99"], "--device cuda:99"),
+        (["compress", "test_vit", "--device", "gpu"], "--device gpu"),
+        (["evaluate", "model.pt2", "--data", "digits", "--device", "cuda"], "--device cuda"),
+        (["compress", *MODEL, "--data", "no/such/folder"], "no/such/folder"),
+        (["compress", *MODEL, "--checkpoint", "no_such_file.pth"], "no_such_file.pth"),
+        (["inspect", "test_vit", "--input-size", "3,x"], "3,x"),
+        (["inspect", "test_vit", "--input-size", "3,32,32", "--in-chans", "1"], "disagree"),
+        (["apply", "test_vit", "no_such_policy.json"], "no_such_policy.json"),
+        (["evaluate", "no_such_file.pt2", "--data", "digits"], "no_such_file.pt2"),
+        (["report", "no_such_directory"], "no_such_directory"),
+        (["compress"], "MODEL"),
+    ],
+)
+def test_wrong_use_is_told_and_ends_in_2(arguments: list[str], expected: str, capsys: Captured) -> None:
+    assert _run(arguments) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_an_output_directory_that_is_a_file_is_told_before_any_work(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "taken").write_text("mine")
+    assert _run(["compress", *MODEL, "--out", str(tmp_path / "taken")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1, "one line"
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_weights_of_another_model_are_told(output: Path, capsys: Captured) -> None:
+    assert _run(["inspect", "test_resnet", "--checkpoint", str(output / "weights.pth")]) == 2
+    assert "do not fit" in capsys.readouterr().err
+
+
+def test_an_altered_policy_is_told(output: Path, tmp_path: Path, capsys: Captured) -> None:
+    text = (output / "out" / "policy.json").read_text()
+    (tmp_path / "policy.json").write_text(text.replace('"seed": 0', '"seed": 1'))
+    assert _run(["apply", *MODEL, str(tmp_path / "policy.json")]) == 2
+    assert "altered" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_in_130(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sbs_fx.cli.models.make_model", interrupted)
+    assert _run(["inspect", "test_vit"]) in (1, 130)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_installed_command_answers() -> None:
+    done = subprocess.run([sys.executable, "-m", "sbs_fx.cli", "--help"], capture_output=True, text=True, check=True)
+    for command in ("inspect", "compress", "apply", "evaluate", "report"):
+        assert command in done.stdout
+
+
+def test_a_search_leaves_metrics_and_is_not_run_again(tmp_path: Path, capsys: Captured) -> None:
+    out = str(tmp_path / "out")
+    arguments = ["compress", *MODEL, "--budget", "3%", "--data", "digits", "--batch-size", "128", "--method", "sbs"]
+    arguments += ["--search-epochs", "1", "--epochs", "1", "--set", "training.ema=0.5", "--out", out]
+    torch.manual_seed(0)
+    assert _run(arguments) == 0
+    first = capsys.readouterr()
+    assert "search epoch=1/1" in first.err
+    assert "bops_budget=3.00%" in first.err
+    assert "accuracy %" in first.out
+    steps = len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    assert _run(["report", out]) == 0
+    assert "search bops" in capsys.readouterr().out
+    torch.manual_seed(0)  # the weights of the model, which is made anew
+    assert _run(arguments) == 0
+    assert "epoch=" not in capsys.readouterr().err
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == steps
+    assert _run([*arguments, "--set", "training.ema=0.6"]) == 2
+    assert "training was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("training.ema", "expected NAME=VALUE"), ("training.none=1", "none"), ("search.epochs=0", "search")],
+)
+def test_settings_that_mean_nothing(setting: str, message: str, capsys: Captured) -> None:
+    assert _run(["compress", *MODEL, "--set", setting]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,331 @@
+"""`model.pt2`: loaded = saved, weights at their bits, torch alone runs it, no pickle, and nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import pickletools
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from sbs_fx.export import load, load_pt2, pt2, save_pt2
+from sbs_fx.export.packing import pack, pack_codes
+from sbs_fx.passes.capture.trace import trace
+from sbs_fx.passes.channels.groups import channel_groups
+from sbs_fx.passes.gates.insertion import insert_gates
+from sbs_fx.passes.oracles.static import count_levels
+from sbs_fx.passes.static.finalize import StoredWeight, finalize
+from sbs_fx.plan.errors import FileError, GraphError
+from sbs_fx.quantizer.superbit import max_level
+from tests.networks.models import Recipe, step
+from tests.oracles.gated import BITS, Together, bundles, check_static, draw_bits, gate
+
+SLACK = 200_000  # bytes, for the graph and the headers of the archive
+
+
+def codes(shape: tuple[int, ...], bits: int | tuple[int, ...], axis: int) -> Tensor:
+    """Random levels of that bitwidth, or of one bitwidth a channel."""
+    per_channel = (bits,) * shape[axis] if isinstance(bits, int) else bits
+    limits = torch.tensor([max_level(b, True) if b else 0 for b in per_channel])
+    limits = limits.view([-1 if i == axis else 1 for i in range(len(shape))])
+    return ((torch.rand(shape) * 2 - 1) * limits).round().to(torch.int8)
+
+
+@st.composite
+def stored_weights(draw: st.DrawFn) -> tuple[Tensor, StoredWeight]:
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
+    axis = draw(st.integers(0, len(shape) - 1))
+    bits = draw(st.sampled_from(BITS) | st.tuples(*[st.sampled_from((0, *BITS))] * shape[axis]))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    return codes(shape, bits, axis), StoredWeight(bits, axis)
+
+
+def weight_graph(value: Tensor, stored: StoredWeight) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.ops.aten.to.dtype, (graph.get_attr("layer.weight"), torch.float32)))
+    result = fx.GraphModule({"layer.weight": value}, graph)
+    result.meta["weights"] = {"layer.weight": stored}
+    return result
+
+
+@settings(max_examples=150)
+@given(stored_weights())
+def test_packing_is_exact_and_tight(drawn: tuple[Tensor, StoredWeight]) -> None:
+    value, stored = drawn
+    packed = pack(weight_graph(value, stored))
+    assert torch.equal(packed(), value.float())
+    per_channel = stored.bits if isinstance(stored.bits, tuple) else (stored.bits,) * value.shape[stored.axis]
+    bits = sum(per_channel) * value.numel() // value.shape[stored.axis]
+    held = {name: buffer for name, buffer in packed.named_buffers() if "order" not in name and "shifts" not in name}
+    assert sum(b.numel() for b in held.values()) <= math.ceil(bits / 8) + len(held)
+
+
+def test_two_codes_to_a_byte_and_four() -> None:
+    assert pack_codes(torch.tensor([1, -7, 7], dtype=torch.int8), 4).tolist() == [[0x08], [0x0E]]
+    assert pack_codes(torch.tensor([1, 0, -1, 1, 1], dtype=torch.int8), 2).tolist() == [[0b10000110], [0b10]]
+
+
+@pytest.fixture(scope="module")
+def static() -> fx.GraphModule:
+    blocks = (step("conv", groups=2), step("transposed_conv", groups=2), step("standardised"), step("attention"))
+    recipe = Recipe((*blocks, step("lstm")))
+    gated = gate(recipe.build(), recipe.example(2))
+    draw_bits(gated, seed=3)
+    return finalize(gated)
+
+
+@pytest.fixture(scope="module")
+def saved(static: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "model.pt2"
+    save_pt2(static, Recipe().example(2), path, {"accuracy": 0.5, "names": ["a"]})
+    return path
+
+
+@pytest.fixture(scope="module")
+def small() -> fx.GraphModule:
+    gated = gate(Recipe().build(), Recipe().example(2))
+    draw_bits(gated, seed=0)
+    return finalize(gated)
+
+
+@pytest.fixture(scope="module")
+def file(small: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("file") / "model.pt2"
+    save_pt2(small, Recipe().example(2), path)
+    return path
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_loaded_is_saved(static: fx.GraphModule, saved: Path, batch: int) -> None:
+    x = Recipe().example(batch, seed=1)
+    assert torch.equal(load(saved)(x), static(x))
+    assert torch.equal(torch.export.load(saved).module()(x), static(x))
+
+
+def test_a_loaded_graph_is_as_finalize_left_it(static: fx.GraphModule, saved: Path, tmp_path: Path) -> None:
+    loaded = load_pt2(saved)
+    assert loaded.meta["metadata"] == {"accuracy": 0.5, "names": ["a"]}
+    assert loaded.meta["weights"] == static.meta["weights"]
+    assert loaded.state_dict().keys() == static.state_dict().keys()
+    assert all(torch.equal(value, static.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    x = Recipe().example(3)
+    assert sorted(count_levels(loaded, (x,))) == sorted(count_levels(static, (x,)))
+    save_pt2(loaded, x, tmp_path / "again.pt2")
+    assert torch.equal(load_pt2(tmp_path / "again.pt2")(x), static(x))
+
+
+def test_a_loaded_graph_can_be_compared_with_the_gated_one(tmp_path: Path) -> None:
+    recipe = Recipe((step("conv"), step("mlp")))
+    gated = gate(recipe.build(), recipe.example(2))
+    draw_bits(gated, seed=1, bits=BITS)
+    save_pt2(finalize(gated), recipe.example(2), tmp_path / "model.pt2")
+    check_static(gated, recipe.example(4), load_pt2(tmp_path / "model.pt2"))
+
+
+def test_loaded_is_saved_on_many_kinds_of_blocks(tmp_path: Path) -> None:
+    recipes = next(iter(bundles(size=10).values()))
+    gated = gate(Together(recipes), recipes[0].example(2))
+    draw_bits(gated, seed=0)
+    static = finalize(gated)
+    save_pt2(static, recipes[0].example(1), tmp_path / "model.pt2")
+    loaded = load_pt2(tmp_path / "model.pt2")
+    x = recipes[0].example(3)
+    assert all(torch.equal(a, b) for a, b in zip(loaded(x), static(x), strict=True))
+    check_size(static, tmp_path / "model.pt2")
+
+
+def check_size(static: fx.GraphModule, path: Path) -> None:
+    bits = 0
+    for name, tensor in static.state_dict().items():
+        stored = static.meta["weights"].get(name)
+        if stored is None:
+            bits += tensor.numel() * tensor.element_size() * 8
+        elif isinstance(stored.bits, int):
+            bits += tensor.numel() * stored.bits
+        else:
+            bits += tensor.numel() // tensor.shape[stored.axis] * sum(stored.bits)
+    assert path.stat().st_size <= 1.1 * bits / 8 + SLACK
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_file_is_as_large_as_its_bits(bits: int, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(600, 2000), nn.ReLU(), nn.Linear(2000, 600)).eval()
+    gated = gate(model, torch.randn(2, 600))
+    draw_bits(gated, 0, per_channel=False, bits=(bits,))
+    save_pt2(finalize(gated), torch.randn(2, 600), tmp_path / "model.pt2")
+    weights = 2 * 600 * 2000 * bits / 8
+    assert weights < (tmp_path / "model.pt2").stat().st_size < 1.02 * weights + 30_000
+
+
+def test_torch_alone_runs_it(static: fx.GraphModule, saved: Path, tmp_path: Path) -> None:
+    x = Recipe().example(3)
+    torch.save({"x": x, "y": static(x)}, tmp_path / "case.pt")
+    script = f"""
+import sys
+sys.modules["sbs_fx"] = None
+import torch
+import torch.ao.quantization.fx._decomposed
+case = torch.load({str(tmp_path / "case.pt")!r}, weights_only=True)
+assert torch.equal(torch.export.load({str(saved)!r}).module()(case["x"]), case["y"])
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+def test_equal_models_are_equal_files(static: fx.GraphModule, saved: Path, tmp_path: Path) -> None:
+    save_pt2(static, Recipe().example(2, seed=9), tmp_path / "model.pt2", {"accuracy": 0.5, "names": ["a"]})
+    assert (tmp_path / "model.pt2").read_bytes() == saved.read_bytes()
+
+
+def test_several_inputs_of_any_structure(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+            return {"a": self.conv(x), "b": [self.conv(y), x + y]}
+
+    x, y = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    graph_module = trace(Two(), (x, y))
+    static = finalize(insert_gates(graph_module, channel_groups(graph_module), channels=False))
+    save_pt2(static, (x[:1], y[:1]), tmp_path / "model.pt2")
+    loaded = load_pt2(tmp_path / "model.pt2")
+    x, y = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8)
+    assert torch.equal(loaded(x, y)["b"][0], static(x, y)["b"][0])
+    with pytest.raises(GraphError, match="1 example inputs; the graph takes 2"):
+        save_pt2(static, x, tmp_path / "other.pt2")
+    with pytest.raises(GraphError, match=r"cannot capture.*\(2, 5, 8, 8\)"):
+        save_pt2(static, (torch.randn(2, 5, 8, 8), torch.randn(2, 5, 8, 8)), tmp_path / "other.pt2")
+    assert os.listdir(tmp_path) == ["model.pt2"]
+
+
+# Files
+
+
+def members(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write(path: Path, contents: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    return path
+
+
+def is_pickle(data: bytes) -> bool:
+    try:
+        return sum(1 for _ in pickletools.genops(data)) > 1
+    except Exception:
+        return False
+
+
+def test_no_pickle(saved: Path) -> None:
+    for name, data in members(saved).items():
+        assert not zipfile.is_zipfile(io.BytesIO(data)), name  # what torch.save writes
+        if "/data/weights/weight_" not in name:
+            assert not data.startswith(b"\x80")
+            assert not is_pickle(data)
+            if name.endswith("config.json"):
+                assert not any(entry["use_pickle"] for entry in json.loads(data)["config"].values())
+
+
+def test_a_cut_file(file: Path, tmp_path: Path) -> None:
+    data = file.read_bytes()
+    for length in (0, 1, 100, len(data) // 2, len(data) - 30, len(data) - 1):
+        (tmp_path / "model.pt2").write_bytes(data[:length])
+        with pytest.raises(FileError, match=r"model\.pt2"):
+            load_pt2(tmp_path / "model.pt2")
+
+
+def test_a_flipped_bit_anywhere_that_matters(file: Path, tmp_path: Path) -> None:
+    data = bytearray(file.read_bytes())
+    x = Recipe().example(2)
+    wanted = load_pt2(file)(x)
+    for position in range(50, len(data), len(data) // 25):
+        data[position] ^= 4
+        (tmp_path / "model.pt2").write_bytes(data)
+        with contextlib.suppress(FileError):  # some bytes of a zip file mean nothing, such as a date
+            assert torch.equal(load_pt2(tmp_path / "model.pt2")(x), wanted)
+        data[position] ^= 4
+
+
+def test_an_altered_archive_with_right_checksums(file: Path, tmp_path: Path) -> None:
+    whole = members(file)
+    load_pt2(write(tmp_path / "model.pt2", whole))
+    for name in whole:
+        changed = {**whole, name: whole[name] + b"x"}
+        with pytest.raises(FileError, match="cut, changed"):
+            load_pt2(write(tmp_path / "model.pt2", changed))
+        with pytest.raises(FileError, match="cut, changed"):
+            load_pt2(write(tmp_path / "model.pt2", {n: d for n, d in whole.items() if n != name}))
+    with pytest.raises(FileError, match="cut, changed"):
+        load_pt2(write(tmp_path / "model.pt2", {**whole, "archive/more": b""}))
+
+
+@pytest.mark.parametrize("where", ["sample_inputs", "weights"])
+def test_a_pickle_is_refused_before_it_is_read(file: Path, tmp_path: Path, where: str) -> None:
+    whole = members(file)
+    if where == "weights":
+        (name,) = (n for n in whole if n.endswith("weights_config.json"))
+        config = json.loads(whole[name])
+        next(iter(config["config"].values()))["use_pickle"] = True
+        whole[name] = json.dumps(config).encode()
+    else:
+        (name,) = (n for n in whole if "sample_inputs" in n)
+        whole[name] = b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."
+    text = json.loads(whole["archive/" + pt2.INFORMATION])["content"]
+    rest = {n.removeprefix("archive/"): d for n, d in whole.items() if not n.endswith(pt2.INFORMATION)}
+    digests = {n: hashlib.sha256(d).digest() for n, d in rest.items()}
+    outer = {"sha256": pt2._digest(digests, text), "content": text}
+    with pytest.raises(FileError, match="pickle"):
+        load_pt2(write(tmp_path / "model.pt2", {**whole, "archive/" + pt2.INFORMATION: json.dumps(outer).encode()}))
+
+
+def test_files_that_are_none_of_ours(tmp_path: Path) -> None:
+    program = torch.export.export(nn.ReLU(), (torch.randn(2),))
+    torch.export.save(program, tmp_path / "foreign.pt2")
+    (tmp_path / "text.pt2").write_text("no archive")
+    for name in ("foreign.pt2", "text.pt2", "missing.pt2", "."):
+        with pytest.raises(FileError, match="expected a file|not written by save_pt2"):
+            load_pt2(tmp_path / name)
+
+
+def test_a_full_disk_leaves_what_was_there(
+    small: fx.GraphModule, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"before")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FileError, match="No space left"):
+        save_pt2(small, Recipe().example(2), path)
+    assert path.read_bytes() == b"before"
+    assert os.listdir(tmp_path) == ["model.pt2"]
+
+
+def test_places_that_cannot_be_written(small: fx.GraphModule, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "model.pt2", tmp_path / "nowhere" / "model.pt2"):
+        with pytest.raises(FileError, match="cannot write"):
+            save_pt2(small, Recipe().example(2), path)
+    assert os.listdir(tmp_path) == ["file"]

@@ -1,0 +1,130 @@
+"""Symbolic cost against an independent counter, and against the published BOP figures."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import sympy
+import timm
+import torch
+from hypothesis import given, settings
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks._cifar_models import CifarResNet
+from sbs_fx.passes import channel_groups, cost_model, slim, trace
+from sbs_fx.plan.errors import GraphError
+from sbs_fx.search.uniform import uniform_bits
+from tests.networks.models import Recipe, networks
+
+
+def analysed(module: nn.Module, *shape: int):
+    graph = trace(module.eval(), torch.randn(2, *shape))
+    groups = channel_groups(graph)
+    return graph, groups, cost_model(graph, groups)
+
+
+def counted_macs(module: nn.Module, *shape: int) -> int:
+    # reason: torch 2.14's counter does not know the fused attention of CPUs, but its products
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        module(torch.randn(1, *shape))
+    assert counter.get_total_flops() % 2 == 0
+    return counter.get_total_flops() // 2
+
+
+def random_plan(groups, seed: int = 0) -> dict[str, list[int]]:
+    rng = random.Random(seed)
+    return {g.name: sorted(rng.sample(range(g.size), rng.randint(1, g.size))) for g in groups.values()}
+
+
+# PAPERS: MACs x bits x bits, first and last layer 8/8, as printed in the tables of arXiv 2101.04935 and of SAQ.
+PUBLISHED = [
+    (20, 2, "190.2"),
+    (20, 3, "392.1"),
+    (20, 4, "674.6"),
+    (20, 8, "2612.4"),
+    (20, 32, "41798.6"),
+    (56, 4, "2033.6"),
+]
+
+
+@pytest.mark.parametrize(("depth", "bits", "millions"), PUBLISHED)
+def test_cifar_resnet_bops_are_the_published_ones(depth: int, bits: int, millions: str) -> None:
+    _, _, cost = analysed(CifarResNet(depth), 3, 32, 32)
+    chosen = uniform_bits(cost, bits, bits, ends=32 if bits == 32 else 8)
+    total = cost.evaluate({}, chosen.weights, chosen.activations)
+    assert f"{total.bops / 1e6:.1f}" == millions
+    assert total.macs == {20: 40_818_944, 56: 125_753_600}[depth]
+
+
+@pytest.mark.parametrize(("name", "bits", "billions"), [("resnet18", 4, "34.7"), ("mobilenetv2_100", 6, "11.2")])
+def test_imagenet_bops_are_the_published_ones(name: str, bits: int, billions: str) -> None:
+    _, _, cost = analysed(timm.create_model(name), 3, 224, 224)
+    chosen = uniform_bits(cost, bits, bits)
+    assert f"{cost.evaluate({}, chosen.weights, chosen.activations).bops / 1e9:.1f}" == billions
+
+
+@settings(max_examples=25)
+@given(networks(max_blocks=3))
+def test_macs_equal_an_independent_count_of_the_slim_graph(recipe: Recipe) -> None:
+    shape = recipe.example(2).shape[1:]
+    graph, groups, cost = analysed(recipe.build(), *shape)
+    plan = random_plan(groups)
+    slimmed = slim(graph, groups, plan)
+    unknown_to_the_counter = sum(x.macs for x in cost.evaluate(plan, {}, {}).layers if x.kind == "lstm")
+    assert cost.evaluate(plan).macs - unknown_to_the_counter == counted_macs(slimmed, *shape)
+
+
+def test_lstm_macs_by_hand() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(8, 6, batch_first=True, bidirectional=True)
+            self.head = nn.Linear(12, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.lstm(x)[0].mean(1))
+
+    _, _, cost = analysed(Tokens(), 7, 8)
+    lstm, head = cost.evaluate().layers
+    assert lstm.macs == 2 * 7 * 4 * 6 * (8 + 6)
+    assert head.macs == 12 * 5
+
+
+def test_expressions_agree_with_the_exact_and_the_differentiable_cost() -> None:
+    _, groups, cost = analysed(CifarResNet(20), 3, 32, 32)
+    plan, bits = random_plan(groups), uniform_bits(cost, 4, 2)
+    exact = cost.evaluate(plan, bits.weights, bits.activations).bops
+    values = {sympy.Symbol(f"n[{n}]", positive=True, integer=True): len(k) for n, k in plan.items()}
+    for table in (bits.weights, bits.activations):
+        values |= {sympy.Symbol(f"bits[{n}]", positive=True): b for n, b in table.items()}
+    assert sum(e.subs(values) for e in cost.expressions.values()) == exact
+    sizes = {n: torch.tensor(float(len(k)), dtype=torch.float64, requires_grad=True) for n, k in plan.items()}
+    soft = cost.expected(sizes, bits.weights, bits.activations)["bops"]
+    assert soft.item() == pytest.approx(exact, rel=1e-12)
+    soft.backward()
+    name = next(iter(plan))
+    more = {**plan, name: list(range(len(plan[name]) + 1))}
+    assert cost.evaluate(more, bits.weights, bits.activations).bops - exact == pytest.approx(sizes[name].grad.item())
+
+
+def test_dynamic_height_and_width_stay_symbols() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)).eval()
+    side = torch.export.Dim("side", min=8, max=512)
+    graph = trace(
+        net, torch.randn(2, 3, 32, 32), dynamic_shapes=({0: torch.export.Dim("batch", min=1), 2: side, 3: side},)
+    )
+    cost = cost_model(graph, channel_groups(graph))
+    expression = cost.expressions["0 (conv2d)"]
+    (side_symbol,) = [s for s in expression.free_symbols if not str(s).startswith(("n[", "bits["))]
+    values = {s: (8 if str(s).startswith("n[") else 1) for s in expression.free_symbols}
+    assert expression.subs({**values, side_symbol: 20}) == 20 * 20 * 8 * 3 * 9
+
+
+def test_groups_of_another_graph_are_refused() -> None:
+    graph, groups, _ = analysed(CifarResNet(20), 3, 32, 32)
+    other = trace(CifarResNet(20).eval(), torch.randn(2, 3, 32, 32))
+    with pytest.raises(GraphError, match="another graph"):
+        cost_model(other, groups)

@@ -1,0 +1,198 @@
+"""`finalize`: the static graph gives the codes of the gated one, its bits are real, and nothing of ours is left in it.
+
+The random networks are finalised in bundles; every kind of block and each choice of its options is among them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+
+from sbs_fx.passes.capture.trace import trace
+from sbs_fx.passes.channels.groups import channel_groups
+from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, insert_gates, weight_gates
+from sbs_fx.passes.pass_manager import as_pass
+from sbs_fx.passes.static.finalize import StoredWeight, finalize
+from sbs_fx.plan.errors import GraphError
+from tests.networks.models import Recipe, networks, step
+from tests.oracles.gated import Together, bundles, check_static, draw_bits, fixed, gate, is_plain
+
+aten = torch.ops.aten
+decomposed = torch.ops.quantized_decomposed
+
+
+# Kinds of blocks with layers, shared or computed weights, or batch norms in other places, all choices of their options.
+KINDS = (
+    "conv",
+    "depthwise",
+    "residual",
+    "standardised",
+    "summed_weights",
+    "shared",
+    "transposed_conv",
+    "linear",
+    "lstm",
+)
+BUNDLES = bundles(KINDS)
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_static_is_gated_on_every_kind_of_block(name: str) -> None:
+    recipes = BUNDLES[name]
+    x = recipes[0].example(2)
+    gated = gate(Together(recipes), x)
+    for seed, per_channel in ((0, True), (1, False)):
+        draw_bits(gated, seed, per_channel=per_channel)
+        before = gated(recipes[0].example(2, seed=1))
+        static = check_static(gated, recipes[0].example(3, seed=1))
+        assert is_plain(static)
+        after = gated(recipes[0].example(2, seed=1))
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "finalize changed the gated graph"
+
+
+@settings(max_examples=8)
+@given(networks(max_blocks=4), st.integers(0, 1000), st.sampled_from([1, 5]))
+def test_static_is_gated_on_random_networks(recipe: Recipe, seed: int, batch: int) -> None:
+    gated = gate(recipe.build(), recipe.example(2), per_channel=seed % 4 > 0)
+    draw_bits(gated, seed)
+    assert is_plain(check_static(gated, recipe.example(batch, seed=1)))
+
+
+def test_open_gates_give_the_float_network() -> None:
+    recipe = Recipe((step("conv"), step("attention"), step("depthwise")))
+    gated = gate(recipe.build(), recipe.example(2))
+    static = finalize(gated)
+    assert not any("quantize" in str(node.target) for node in static.graph.nodes)
+    torch.testing.assert_close(static(recipe.example(3)), gated(recipe.example(3)), rtol=1e-4, atol=1e-5)
+
+
+# Arithmetic
+
+
+@pytest.mark.parametrize(("bits", "signed"), list(itertools.product((2, 4, 8), (True, False))))
+def test_the_canonical_nodes_are_the_quantiser_bit_for_bit(bits: int, signed: bool) -> None:
+    class Identity(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x if signed else x.abs()) @ torch.eye(4)
+
+    for width in (1.0, 0.3, 7.77, 1e-5, 3e4):
+        gated = gate(Identity(), torch.randn(2, 4))
+        (quantizer,) = activation_gates(gated).values()
+        quantizer.range.data.fill_(width)
+        apply_bits(gated, {}, dict.fromkeys(activation_gates(gated), bits))
+        static = finalize(gated)
+        step = quantizer.scale()
+        ties = (torch.arange(-300, 300) + 0.5) * step
+        x = torch.cat([ties, ties.nextafter(torch.tensor(9e9)), torch.randn(20_000) * width, torch.tensor([0.0, 1e9])])
+        x = torch.cat([x, x.new_zeros(-len(x) % 4)]).view(-1, 4)
+        assert torch.equal(static(x), gated(x))
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "clamps"),
+    [
+        (8, False, []),
+        (8, True, [(aten.clamp_min.default, 1)]),
+        (4, False, [(aten.clamp_max.default, 15)]),
+        (4, True, [(aten.clamp_max.default, 135), (aten.clamp_min.default, 121)]),
+        (2, False, [(aten.clamp_max.default, 3)]),
+        (2, True, [(aten.clamp_max.default, 129), (aten.clamp_min.default, 127)]),
+    ],
+)
+def test_canonical_form(bits: int, signed: bool, clamps: list[tuple[Any, int]]) -> None:
+    model = nn.Sequential(*([] if signed else [nn.ReLU()]), nn.Conv2d(3, 4, 1)).eval()
+    gated = fixed(gate(model, torch.randn(2, 3, 4, 4)), bits)
+    apply_bits(gated, {}, dict.fromkeys(activation_gates(gated), bits))
+    static = finalize(gated)
+    (quantize,) = static.graph.find_nodes(op="call_function", target=decomposed.quantize_per_tensor.default)
+    zero = 128 if signed else 0
+    assert quantize.args[2:] == (zero, 0, 255, torch.uint8)
+    node = quantize
+    for target, bound in clamps:
+        (node,) = node.users
+        assert (node.target, node.args[1]) == (target, bound)
+    (last,) = node.users
+    assert last.target is decomposed.dequantize_per_tensor.default
+    assert last.args[1:] == quantize.args[1:]
+    (stored,) = static.meta["weights"].items()
+    assert stored == ("0.weight" if signed else "1.weight", StoredWeight(bits, 0))
+    assert static.get_buffer(stored[0]).dtype == torch.int8
+
+
+# Contracts
+
+
+def test_pass_manager() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    gated = fixed(gate(nn.Conv2d(3, 4, 3).eval(), x), 4)
+    result = PassManager(passes=[as_pass(finalize)])(gated)
+    assert torch.equal(result.graph_module(x), finalize(gated)(x))
+
+
+def test_tuple_outputs_keep_their_structure() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+            return {"a": self.conv(x), "b": [self.conv(y), x + y]}
+
+    x, y = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    graph_module = trace(Two(), (x, y))
+    gated = insert_gates(graph_module, channel_groups(graph_module), channels=False)
+    result = finalize(fixed(gated, 8))(x, y)
+    assert result.keys() == {"a", "b"}
+    assert len(result["b"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda g: g.meta.pop("weight_gates"), "no gates"),
+        (lambda g: next(iter(weight_gates(g).values())).search(), "still searching"),
+        (lambda g: next(iter(weight_gates(g).values())).range.data.fill_(float("nan")), "not finite"),
+        (lambda g: setattr(next(iter(weight_gates(g).values())), "grid", "paper"), "paper grid"),
+        (lambda g: g.add_module("stranger", nn.Identity()) or call(g, "stranger"), "no static form"),
+    ],
+)
+def test_bad_graphs(spoil: Callable[[fx.GraphModule], Any], message: str) -> None:
+    gated = fixed(gate(nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 8, 8)), 4)
+    spoil(gated)
+    with pytest.raises(GraphError, match=message):
+        finalize(gated)
+
+
+def call(gated: fx.GraphModule, name: str) -> None:
+    (output,) = gated.graph.find_nodes(op="output")
+    with gated.graph.inserting_before(output):
+        output.replace_input_with(
+            output.all_input_nodes[0], gated.graph.call_module(name, (output.all_input_nodes[0],))
+        )
+
+
+def test_channel_gates_and_float64_are_refused() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    graph_module = trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)).eval(), x)
+    with pytest.raises(GraphError, match="channel gates"):
+        finalize(insert_gates(graph_module, channel_groups(graph_module)))
+    gated = fixed(gate(nn.Conv2d(3, 4, 3).double().eval(), x.double()), 4)
+    with pytest.raises(GraphError, match="float64"):
+        finalize(gated)
+
+
+def test_a_range_of_zero_is_no_error() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    conv = nn.Conv2d(3, 4, 3).eval()
+    conv.weight.data[1] = 0
+    static = check_static(fixed(gate(conv, x), 4), x)
+    torch.testing.assert_close(static(x)[:, 1], conv.bias[1].expand(2, 6, 6))
+    assert torch.isfinite(static(x)).all()

@@ -1,0 +1,396 @@
+"""One-shot allocation: closed forms against integrals, allocations against numerical optimisers, sizes against a coder;
+budgets are met and landed under; bad weights."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import quad
+from scipy.interpolate import CubicSpline
+from scipy.optimize import minimize, minimize_scalar
+from torch import Tensor, nn
+
+from benchmarks._cifar_models import CifarResNet
+from sbs_fx.calibration.calibrate import calibrate
+from sbs_fx.compress import kept_bits
+from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
+from sbs_fx.passes.graph import with_tensors
+from sbs_fx.plan import Budget, Policy
+from sbs_fx.plan.errors import InfeasibleBudget, WeightsError
+from sbs_fx.quantizer.superbit import max_level
+from sbs_fx.search.opq import Opq, _bit_decisions, _channel_decision, _load, opq
+from sbs_fx.search.solvers.laplace import (
+    allocate,
+    choices,
+    laplace_fit,
+    least_rounding_error,
+    pruned_share,
+    pruning_error,
+    rounding_error,
+    sparse_bits,
+)
+from sbs_fx.search.sparse import FORM_BITS, coded_bits, sparse_cost
+from sbs_fx.search.uniform import uniform
+from sbs_fx.training import Training, train
+from sbs_fx.training.frozen import FrozenMasks
+
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+ALLOCATION = Opq(shifts_norms=False)
+
+
+def analysed(module: nn.Module, x: Tensor = IMAGES) -> Any:
+    graph = trace(module.eval(), x)
+    groups = channel_groups(graph)
+    return graph, groups, cost_model(graph, groups)
+
+
+@pytest.fixture(scope="module")
+def resnet() -> Any:
+    torch.manual_seed(0)
+    return analysed(CifarResNet(20, padded_shortcuts=True))
+
+
+def plain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.Conv2d(24, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+
+
+def realised(parts: Any, found: Any, x: Tensor = IMAGES) -> Any:
+    graph, groups, cost = parts
+    gated = insert_gates(slim(with_tensors(graph, found.tensors), groups, found.policy.kept), groups, channels=False)
+    apply_bits(gated, kept_bits(groups, cost, found.policy), found.policy.activation_bits)
+    calibrate(gated, None, inputs=(x,))
+    return gated
+
+
+def weights_of(found: Any) -> dict[str, Tensor]:
+    return {n: t for n, t in found.tensors.items() if t.ndim > 1}
+
+
+# The density
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.7, 6.0])
+def test_pruning_is_the_integral_of_the_density(t: float) -> None:
+    assert pruned_share(t) == pytest.approx(quad(lambda w: math.exp(-w), 0, t)[0])
+    assert pruning_error(t) == pytest.approx(quad(lambda w: w * w * math.exp(-w) / 2, 0, t)[0])
+
+
+@pytest.mark.parametrize(("t", "d", "levels"), [(0.0, 1.4, 1), (0.8, 0.5, 7), (2.3, 0.4, 7), (5.0, 0.3, 3)])
+def test_rounding_is_the_integral_of_the_density(t: float, d: float, levels: int) -> None:
+    def squared(w: float) -> float:
+        return (w - min(math.floor(w / d + 0.5), levels) * d) ** 2 * math.exp(-w) / 2
+
+    edges = sorted({t, *((k + 0.5) * d for k in range(levels) if (k + 0.5) * d > t), 60.0})
+    expected = sum(quad(squared, a, b)[0] for a, b in itertools.pairwise(edges))
+    assert float(rounding_error(t, d, levels)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_best_step_is_that_of_a_numerical_optimiser(bits: int) -> None:
+    levels = max_level(bits, signed=True)
+    tried = rounding_error(0.0, np.geomspace(0.01, 3, 2000), levels)
+    assert least_rounding_error(levels) <= tried.min() * (1 + 1e-9)
+    weight = torch.distributions.Laplace(0.0, 0.3).sample((200_000,))
+    assert laplace_fit(weight) == pytest.approx(1, abs=0.03)
+
+
+# Allocation of single weights
+
+
+def optimised(counts: Any, worth: Any, size: float, bits: Any, *starts: Any) -> tuple[float, Any]:
+    """Least damage at a total size over continuous thresholds, bits fixed, by sequential quadratic programming; from
+    several starts, as the size has kinks where another form becomes the shortest."""
+    n = np.array(counts)
+
+    def errors(t: Any) -> Any:
+        return pruning_error(t) + [_rounding(x, b) for x, b in zip(t, bits, strict=True)]
+
+    def sizes(t: Any) -> Any:
+        return np.array([float(sparse_bits(math.exp(-x), b)) for x, b in zip(t, bits, strict=True)])
+
+    constraint = {"type": "ineq", "fun": lambda t: (size - n @ sizes(t)) / n.sum()}
+    best = None
+    for start in (np.full(len(n), 0.4), np.full(len(n), 1.0), np.full(len(n), 2.0), *starts):
+        done = minimize(
+            lambda t: float(np.array(worth) @ errors(t)),
+            start, bounds=[(0.2, 8)] * len(n), constraints=[constraint], tol=1e-10,
+        )  # fmt: skip
+        if done.success and (best is None or done.fun < best.fun):
+            best = done
+    return (math.inf, None) if best is None else (best.fun, best.x)
+
+
+@functools.cache
+def _table(bits: int) -> Any:
+    """Least rounding error over steps at some thresholds, by another optimiser, as a smooth curve."""
+    at = np.linspace(0, 8.5, 120)
+    levels = max_level(bits, signed=True)
+    found = []
+    for t in at:
+        bounds = (1e-3 / levels, (t + 12) / levels)
+        steps = np.linspace(*bounds, 60)[1:]
+        near = steps[int(rounding_error(t, steps, levels).argmin())]
+        around = (near - bounds[1] / 60, near + bounds[1] / 60)
+        found.append(minimize_scalar(lambda d, t=t: float(rounding_error(t, d, levels)), bounds=around).fun)
+    return CubicSpline(at, found)
+
+
+def _rounding(t: float, bits: int) -> float:
+    return float(_table(bits)(t))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_allocation_is_a_numerical_optimisers(seed: int) -> None:
+    """Laplace tensors of other sizes and worths: same pruned shares at the same bits, and no bits are better."""
+    draw = np.random.default_rng(seed)
+    counts = {str(i): int(n) for i, n in enumerate(draw.integers(1000, 50_000, 3))}
+    worth = {n: float(c * draw.uniform(0.7, 1.5)) for n, c in counts.items()}
+    tables = {n: choices((2, 4, 8), "sparse") for n in counts}
+    limit = 3.0 * sum(counts.values())
+    found = allocate(counts, tables, limit, worth)
+    assert found is not None
+    at = found[0]
+    size = sum(counts[n] * tables[n].size[i] for n, i in at.items())
+    damage = sum(worth[n] * tables[n].error[i] for n, i in at.items())
+    assert size <= limit
+    args = (list(counts.values()), list(worth.values()), size)
+    ours = tuple(int(tables[n].bits[i]) for n, i in at.items())
+    chosen = np.array([tables[n].threshold[i] for n, i in at.items()])
+    least, thresholds = optimised(*args, ours, chosen, 0.9 * chosen)
+    assert damage == pytest.approx(least, rel=1e-3)
+    np.testing.assert_allclose(pruned_share(chosen), pruned_share(thresholds), atol=1e-3)
+    for bits in itertools.product((2, 4, 8), repeat=3):
+        assert optimised(*args, bits)[0] >= damage * (1 - 1e-3)
+
+
+def test_one_global_threshold_where_worth_is_the_squared_norm() -> None:
+    """c_i = 1, that is worth 2 b^2 N: without rounding, the optimum prunes below one value in all layers; with codes of
+    8 bits it does so to the error of rounding, as long as bitmaps are the shortest form."""
+    scales = {"a": 0.01, "b": 0.015, "c": 0.02}
+    counts = dict.fromkeys(scales, 10_000)
+    tables = dict.fromkeys(scales, choices((8,), "sparse"))
+    found = allocate(counts, tables, 30_000 * 5.0, {n: 2 * b * b * counts[n] for n, b in scales.items()})
+    assert found is not None
+    values = [tables[n].threshold[i] * scales[n] for n, i in found[0].items()]
+    assert max(values) < 1.02 * min(values)
+
+
+# Stored size
+
+
+def encoded(mask: Tensor, codes: Tensor, bits: int, r: int | None) -> tuple[str, Any]:
+    """An independent coder: a string of bits, by bitmap (r None) or runs."""
+    text = ""
+    if r is None:
+        text = "".join("1" if m else "0" for m in mask.tolist())
+        return text + "".join(f"{c:0{bits}b}" for c in codes[mask].tolist()), None
+    run = 0
+    for m, c in zip(mask.tolist(), codes.tolist(), strict=True):
+        if m:
+            text += f"{run:0{r}b}{c:0{bits}b}"
+            run = 0
+        elif run == 2**r - 1:
+            text += f"{run:0{r}b}{0:0{bits}b}"
+            run = 0
+        else:
+            run += 1
+    return text, r
+
+
+def decoded(text: str, r: int, bits: int, total: int) -> list[int]:
+    values: list[int] = []
+    for k in range(0, len(text), r + bits):
+        values += [0] * int(text[k : k + r], 2) + [int(text[k + r : k + r + bits], 2)]
+    return values + [0] * (total - len(values))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.05, 0.5, 0.97])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_coded_size_is_what_a_coder_writes(share: float, bits: int) -> None:
+    mask = torch.rand(4000) < share
+    codes = torch.randint(1, 2**bits, (4000,)) * mask
+    texts = [encoded(mask, codes, bits, r)[0] for r in (None, *range(1, 17))]
+    assert coded_bits(mask, bits) - FORM_BITS == min(4000 * bits, *map(len, texts))
+    for r in (2, 5, 9):
+        assert decoded(encoded(mask, codes, bits, r)[0], r, bits, 4000) == codes.tolist()
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.2, 0.6, 0.95])
+def test_expected_size_is_that_of_random_places(share: float) -> None:
+    mask = torch.rand(400_000) < share
+    found = coded_bits(mask, 4) / 400_000
+    assert found == pytest.approx(float(sparse_bits(mask.double().mean().item(), 4)), rel=0.01, abs=2e-4)
+
+
+# One multiplier over decisions that multiply
+
+
+def test_the_polynomials_are_the_cost_model(resnet: Any) -> None:
+    graph, groups, cost = resnet
+    budget = Budget(bops=0.1, size=0.5, macs=0.7)
+    decisions = _bit_decisions(graph, cost, Opq())
+    scores = {g.name: torch.rand(g.size) for g in groups.values()}
+    decisions |= {("c", g.name): _channel_decision(g, cost, scores[g.name], 1) for g in groups.values()}
+    load = _load(cost, budget, list(decisions))
+    draw = np.random.default_rng(0)
+    for _ in range(5):
+        value = {n: int(draw.choice(d.values)) for n, d in decisions.items()}
+        tables = [{n: v for (k, n), v in value.items() if k == kind} for kind in "cwa"]
+        shares = budget.shares(cost.evaluate(*tables))
+        x = np.array(list(value.values()), float)
+        expected = [shares[m] / limit for m, limit in budget.limits.items()]
+        np.testing.assert_allclose(load(x), expected, rtol=1e-9)
+        i = int(draw.integers(len(x)))
+        along = load.along(x, i, np.array([1.0, 5.0]), load(x))
+        for k, v in enumerate((1.0, 5.0)):
+            np.testing.assert_allclose(along[:, k], load(np.where(np.arange(len(x)) == i, v, x)), rtol=1e-9)
+
+
+# Budgets
+
+
+@settings(max_examples=15)
+@given(st.floats(0.012, 1.0), st.sampled_from(["bops", "size", "macs", "both"]))
+def test_a_budget_is_never_exceeded(resnet: Any, share: float, measure: str) -> None:
+    _, _, cost = resnet
+    share = share if measure == "bops" else max(share, 0.16)
+    budget = Budget(bops=share, size=share) if measure == "both" else Budget(**{measure: share})
+    policy = opq(*resnet, budget, inputs=(IMAGES,), settings=ALLOCATION).policy
+    shares = budget.shares(cost.evaluate(policy.kept, policy.weight_bits, policy.activation_bits))
+    assert all(shares[m] <= limit for m, limit in budget.limits.items())
+    assert Policy.from_json(policy.to_json()) == policy
+    assert all(len(k) % 8 == 0 for n, k in policy.kept.items() if 8 < policy.sizes[n] != len(k))
+
+
+@pytest.mark.parametrize("prunes", ["channels", "weights", "nothing"])
+def test_out_of_reach_says_what_is_reachable(resnet: Any, prunes: Any) -> None:
+    options = Opq(prunes=prunes, shifts_norms=False)
+    for measure in ("bops", "size"):
+        with pytest.raises(InfeasibleBudget) as caught:
+            opq(*resnet, Budget(**{measure: 1e-4}), inputs=(IMAGES,), settings=options)
+        least = caught.value.least[measure]
+        assert least > 1e-4
+        assert opq(*resnet, Budget(**{measure: least * 1.01}), inputs=(IMAGES,), settings=options)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.1, 1 / 12, 0.05])
+def test_single_weights_meet_a_size_to_a_thousandth(resnet: Any, share: float) -> None:
+    graph, _, cost = resnet
+    found = opq(
+        *resnet, Budget(size=share, bops=0.05), inputs=(IMAGES,), settings=Opq(prunes="weights", shifts_norms=False)
+    )
+    shares = Budget(size=share).shares(sparse_cost(cost, found.policy, found.tensors))
+    assert 0.999 * share <= shares["size"] <= share
+    assert shares["bops"] <= 0.05
+    for name, masked in weights_of(found).items():
+        weight = graph.get_parameter(name)
+        kept = masked != 0
+        assert kept.any()
+        assert torch.equal(masked[kept], weight[kept])
+        if not kept.all():
+            assert weight[kept].abs().min() >= weight[~kept].abs().max()
+    static = finalize(realised(resnet, found, IMAGES))
+    for name, masked in weights_of(found).items():
+        codes = dict(static.named_buffers()).get(name)
+        if codes is not None:
+            assert not codes[masked == 0].any()
+
+
+def test_no_damage_model_is_worse_than_uniform(resnet: Any) -> None:
+    """At one budget, the output is closer to the float network's than under the uniform policy."""
+    graph, groups, cost = resnet
+    x = torch.randn(16, 3, 16, 16)
+    for share in (1 / 20, 1 / 40, 1 / 70):
+        errors = []
+        for policy in (
+            opq(*resnet, Budget(bops=share), inputs=(IMAGES,)).policy,
+            uniform(groups, cost, Budget(bops=share)),
+        ):
+            gated = realised(resnet, type("Found", (), {"policy": policy, "tensors": {}}))
+            with torch.no_grad():
+                errors.append(float((gated(x) - graph(x)).square().mean()))
+        assert errors[0] < 0.7 * errors[1]
+
+
+def test_several_calls_agree_and_ends_stay_at_eight(resnet: Any) -> None:
+    for prunes in ("channels", "weights"):
+        one, two = (
+            opq(*resnet, Budget(size=0.12), inputs=(IMAGES,), settings=Opq(prunes=prunes), seed=3) for _ in range(2)
+        )
+        assert one.policy == two.policy
+        assert all(torch.equal(v, two.tensors[n]) for n, v in one.tensors.items())
+        assert {one.policy.weight_bits[n] for n in ("conv1", "fc")} == {8}
+    fixed = opq(
+        *resnet, Budget(bops=0.04), inputs=(IMAGES,), settings=Opq(weight_bits=4, activation_bits=8, shifts_norms=False)
+    ).policy
+    assert set(fixed.weight_bits.values()) == {4, 8}
+    assert set(fixed.activation_bits.values()) == {8}
+
+
+# Fine-tuning
+
+
+def test_masks_and_steps_are_frozen() -> None:
+    parts = analysed(plain())
+    found = opq(*parts, Budget(size=0.08), inputs=(IMAGES,), settings=Opq(prunes="weights"))
+    gated = realised(parts, found)
+    before = {n: p.detach().clone() for n, p in gated.named_parameters()}
+    batches = [(torch.randn(8, 3, 16, 16), torch.arange(8) % 5) for _ in range(4)]
+    train(FrozenMasks(gated), batches, epochs=2, lr=0.05, settings=Training(range_lr=0.01, norm_batches=0))
+    after = dict(gated.named_parameters())
+    for name, masked in weights_of(found).items():
+        assert torch.equal(after[name] == 0, masked == 0)
+        assert not torch.equal(after[name], before[name])
+    assert all(torch.equal(p, before[n]) for n, p in after.items() if n.startswith("weight_gates."))
+    assert any(not torch.equal(p, before[n]) for n, p in after.items() if n.startswith("activation_gates."))
+
+
+# Weights that tell nothing
+
+
+@pytest.mark.parametrize("prunes", ["channels", "weights"])
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_zero_and_constant_weights(prunes: Any, value: float) -> None:
+    module = plain()
+    with torch.no_grad():
+        module[3].weight.fill_(value)
+    parts = analysed(module)
+    budget = Budget(size=0.15)
+    found = opq(*parts, budget, inputs=(IMAGES,), settings=Opq(prunes=prunes))
+    assert budget.is_satisfied_by(sparse_cost(parts[2], found.policy, found.tensors))
+    assert torch.isfinite(finalize(realised(parts, found))(IMAGES)).all()
+
+
+def test_non_finite_weights_are_named() -> None:
+    module = plain()
+    parts = analysed(module)
+    with torch.no_grad():
+        parts[0].get_parameter("3.weight")[0, 0] = torch.nan
+    with pytest.raises(WeightsError, match="'3'") as caught:
+        opq(*parts, Budget(bops=0.05), inputs=(IMAGES,))
+    assert caught.value.names == ("3",)
+
+
+def test_a_single_layer_has_a_single_choice() -> None:
+    parts = analysed(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)))
+    policy = opq(*parts, Budget(bops=1 / 16), inputs=(IMAGES,)).policy
+    assert policy.weight_bits == {"1": 8}
+    with pytest.raises(InfeasibleBudget):
+        opq(*parts, Budget(bops=1 / 17), inputs=(IMAGES,))
+
+
+def test_nothing_is_shifted_without_batch_norms() -> None:
+    parts = analysed(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(1152, 3)))
+    assert not opq(*parts, Budget(bops=0.05), inputs=(IMAGES,)).tensors
