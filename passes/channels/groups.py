@@ -84,6 +84,14 @@ class ChannelGroups(Mapping[str, ChannelGroup]):
         return {g.axis: g for g in self.values()}
 
     @cached_property
+    def outputs(self) -> dict[str, Dim]:
+        """Weight -> the type of its output dimension."""
+        nodes = {node.name: node for node in self.inference.graph_module.graph.nodes}
+        weights = {name: places[0] for name, places in quantized_tensors(self)[0].items()}
+        types = {name: (self.inference[operand(nodes[x.name], path)], x.outputs) for name, (x, path) in weights.items()}
+        return {name: dims[outputs] for name, (dims, outputs) in types.items()}
+
+    @cached_property
     def pins(self) -> tuple[Pin, ...]:
         """Parameter dimensions with coordinates that something named has pinned."""
         found = []

@@ -13,10 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sbs_fx.passes import ChannelGroup, ChannelGroups
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis, Dim
-from sbs_fx.passes.cost.model import Timing
+from sbs_fx.passes.channels.groups import ChannelGroup, ChannelGroups
 
 Norm = Literal["l1", "l2"]
 
@@ -66,15 +65,15 @@ def _spread(dim: Dim, mass: Tensor, scores: dict[Axis, Tensor]) -> None:
 
 
 def kernel_multiple(
-    group: ChannelGroup, round_to: int | None, timing: Timing | None = None, *, fast: bool = False
+    group: ChannelGroup, round_to: int | None, preferred: int | None = None, *, fast: bool = False
 ) -> int:
-    """What kept channels should be a multiple of: `round_to`; None: what was measured, else 16, and half of that in
-    groups under four times as many channels, unless it is to be `fast`: layers with 24 of 32 channels were seen to
+    """What kept channels should be a multiple of: `round_to`; None: `preferred`, as measured, else 16, and half of
+    that in groups under four times as many channels, unless it is to be `fast`: layers with 24 of 32 channels were seen to
     take up to 1.4 times as long as with all, with 8 of 16 twice as long.
 
     Kernels step at multiples of the width of the whole tensor dimension, so a product axis needs a smaller one.
     """
-    preferred = 16 if timing is None else timing.multiple
+    preferred = preferred or 16
     multiple = round_to or (preferred if fast or group.size >= 4 * preferred else max(1, preferred // 2))
     widest = 1
     for member in group.members:

@@ -19,6 +19,7 @@ from sbs_fx.passes.channels.dims import Dim
 from sbs_fx.passes.channels.groups import ChannelGroups
 from sbs_fx.passes.channels.inference import Adapter
 from sbs_fx.passes.graph import attribute, copy_with
+from sbs_fx.plan import Plan
 from sbs_fx.plan.errors import PolicyError
 
 aten = torch.ops.aten
@@ -95,6 +96,29 @@ class Slices:
             new = self.select(old.detach(), self.groups.inference.tensors[name]).contiguous()
         new = new.clone() if new.data_ptr() == old.data_ptr() else new
         return torch.nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+
+
+def slim_bits(groups: ChannelGroups, plan: Plan) -> dict[str, int | list[int]]:
+    """Weight bits of the slim graph: where a plan has one number per output channel, those of the kept channels.
+
+    Raises:
+        PolicyError: not one number for each output channel of the float model.
+    """
+    result: dict[str, int | list[int]] = {}
+    index: Slices | None = None
+    for name, bits in plan.weight_bits.items():
+        if isinstance(bits, int):
+            result[name] = bits
+            continue
+        index = Slices(groups, plan.kept) if index is None else index
+        outputs = groups.outputs[name]
+        if len(bits) != d.resolve(outputs).size:
+            raise PolicyError(
+                f"the plan has {len(bits)} bitwidths for the weight {name!r}; expected one for each of its "
+                f"{d.resolve(outputs).size} output channels in the float model, those that go included"
+            )
+        result[name] = [bits[i] for i in index.index(outputs).tolist()]
+    return result
 
 
 def _retype(old: fx.GraphModule, new: fx.GraphModule, index: Slices) -> None:

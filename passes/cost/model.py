@@ -1,77 +1,43 @@
-"""`cost_model`: what a graph costs, as a polynomial in kept channel counts and bitwidths.
+"""`cost_model`: what a graph costs under a plan, as polynomials and, for reports, layer by layer.
 
-In: channel groups (with the layers that inference recorded). Out: a `CostModel` that gives exact integers for a plan,
-a differentiable tensor for a search, and sympy expressions to read. MACs come from output types, not from weights, so
-token mixing, attention and adapters are priced right. Conventions: one example (batch 1); BOPs = MACs x weight bits x
-activation bits, float counts 32 x 32 (arXiv 2101.04935).
+In: channel groups (with the layers that inference recorded). Out: a `CostModel`: one polynomial a measure, with exact
+integers for a plan, tensors for a search and sympy expressions to read; and a walk over the layers, which adds up to
+the same. Conventions: one example (batch 1); BOPs = MACs x weight bits x activation bits, float counts 32 x 32 (arXiv
+2101.04935).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, Protocol
 
+import numpy as np
 import sympy
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from sbs_fx.passes.channels import dims as d
-from sbs_fx.passes.channels.dims import Axis, Dim
-from sbs_fx.passes.channels.groups import ChannelGroups, quantized_tensors, weight_name
-from sbs_fx.passes.channels.inference import Inference, Layer, Path, Term, operand
-from sbs_fx.plan import Cost, LayerCost
+from sbs_fx.passes.channels.dims import Axis
+from sbs_fx.passes.channels.groups import ChannelGroups, quantized_tensors
+from sbs_fx.passes.channels.slim import slim_bits
+from sbs_fx.passes.cost.layers import (
+    LayerExpression,
+    end_layers,
+    layer_expression,
+    other_tensors,
+    symbol_values,
+    traced_sizes,
+)
+from sbs_fx.passes.cost.polynomial import Array, Polynomial, Variable
+from sbs_fx.plan import Cost, LayerCost, Plan
 from sbs_fx.plan.bits import FLOAT_BITS
-from sbs_fx.plan.errors import GraphError
+from sbs_fx.plan.errors import GraphError, PolicyError
+from sbs_fx.plan.plan import Kind
 
-aten = torch.ops.aten
-Bits = int | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Product:
-    """MACs of one term: `scale` (spatial sizes, kernel, tokens) times the sizes of `dims`, which can shrink.
-
-    `left` and `right` name the operands: ("weight" | "activation", name), or None for one that stays in float.
-    """
-
-    scale: Any  # int, or a sympy expression where height or width is dynamic
-    dims: tuple[Dim, ...]
-    left: tuple[str, str] | None
-    right: tuple[str, str] | None
-
-    def macs(self, of_axis: Callable[[Axis], Any]) -> Any:
-        result = self.scale
-        for dim in self.dims:
-            result = result * d.evaluate(dim, of_axis)
-        return result
-
-
-@dataclass(frozen=True)
-class LayerExpression:
-    """One layer: its products, and its weights as name -> types of the weight's dimensions and its output dimension.
-    `node` is the name of its graph node."""
-
-    name: str
-    node: str
-    kind: str
-    products: tuple[Product, ...]
-    weights: Mapping[str, tuple[tuple[Dim, ...], int]]
-
-    def sizes(self, of_axis: Callable[[Axis], Any]) -> list[tuple[Any, Any, int]]:
-        """Per weight: output channels, input channels of one group, and positions that it is applied at."""
-        macs = sum(int(product.macs(lambda axis: axis.size)) for product in self.products)
-        found = []
-        for dims, outputs in self.weights.values():
-            whole = math.prod(d.evaluate(dim, lambda axis: axis.size) for dim in dims)
-            place = outputs % len(dims)
-            inputs = next((dim for i, dim in enumerate(dims[:2]) if i != place), None)
-            size = d.evaluate(inputs, of_axis) if inputs is not None else 1
-            found.append((d.evaluate(dims[place], of_axis), size, macs // max(1, whole)))
-        return found
+Bits = Callable[[tuple[str, str] | None], Any]  # of an operand
 
 
 class Timing(Protocol):
@@ -89,72 +55,206 @@ class Timing(Protocol):
     def seconds(self, layer: LayerExpression, of_axis: Callable[[Axis], Any]) -> Any: ...
 
 
-@dataclass(frozen=True)
-class OtherTensor:
-    """A tensor that no layer multiplies with: stored at the width of its dtype, unless it vanishes in a batch norm that
-    is folded."""
-
-    dims: tuple[Dim, ...]
-    bits: int
-    is_parameter: bool
-    vanishes: bool
-
-
 class CostModel:
-    """Costs of one graph under any plan. Build with `cost_model`; with `timing`, latency is one of them."""
+    """Costs of one graph under any plan. Build with `cost_model`; with `timing`, latency is one of them.
+
+    Attributes:
+        layers: what multiplies, in graph order. weights, activations: name -> the places where layers read it.
+        variables: what costs depend on; `polynomials` number them so.
+        polynomials: measure ("bops", "macs", "size" in stored bits, "latency" in seconds if there is a timing) -> cost.
+        whole: measure -> cost of the float graph, nothing pruned; what a budget's shares are of.
+    """
 
     def __init__(self, groups: ChannelGroups, timing: Timing | None = None) -> None:
         self.groups, self.timing = groups, timing
         inference = groups.inference
         nodes = {n.name: n for n in inference.graph_module.graph.nodes}
-        self.symbols = _symbol_values(inference)
-        self.layers = tuple(_expression(inference, nodes, layer, self.symbols) for layer in inference.layers.values())
+        symbols = symbol_values(inference)
+        self._traced_sizes = traced_sizes(inference)
+        self.layers = tuple(layer_expression(inference, nodes, layer, symbols) for layer in inference.layers.values())
         self.weights, self.activations = quantized_tensors(groups)
-        self._others = _other_tensors(inference, nodes, self.weights)
+        self._others = other_tensors(inference, nodes, self.weights)
+        self.variables = (
+            *(Variable("channels", name) for name in groups),
+            *(Variable(kind, name) for name in self.weights for kind in ("weight", "quantised")),
+            *(Variable("activation", name) for name in self.activations),
+        )
+        self.number = {variable: i for i, variable in enumerate(self.variables)}
 
-    # -- exact ---------------------------------------------------------------------------------------------------------
+    # -- polynomials -----------------------------------------------------------------------------------------------
 
-    def evaluate(
-        self,
-        kept: Mapping[str, int | Sequence[int]] | None = None,
-        weight_bits: Mapping[str, Bits] | None = None,
-        activation_bits: Mapping[str, int] | None = None,
-    ) -> Cost:
-        """Exact cost of a plan.
+    @cached_property
+    def polynomials(self) -> dict[str, Polynomial]:
+        terms = {variable: Polynomial.variable(i) for variable, i in self.number.items()}
 
-        Args:
-            kept: group name -> number (or list) of kept channels; groups not named keep all.
-            weight_bits: weight name -> bits, or one per output channel that is left. Not named: 32.
-            activation_bits: tensor name -> bits. Not named: 32.
+        def of_axis(axis: Axis) -> Any:
+            group = self.groups.of_axis.get(axis)
+            return axis.size if group is None else terms["channels", group.name]  # type: ignore[index]
+
+        def bits(operand: tuple[str, str] | None) -> Any:
+            return FLOAT_BITS if operand is None else terms[operand]  # type: ignore[index]
+
+        bops = macs = size = Polynomial({})
+        for layer in self.layers:
+            for product in layer.products:
+                count = product.macs(of_axis)
+                count = self._at_traced_size(count)
+                macs = macs + count
+                bops = bops + count * bits(product.left) * bits(product.right)
+        for name, (dims, outputs) in self.dims_of_weights.items():
+            size = size + _count(dims, of_axis) * bits(("weight", name))
+            size = size + FLOAT_BITS * d.evaluate(dims[outputs], of_axis) * terms["quantised", name]  # type: ignore[index]
+        for tensor in self._others:
+            if not tensor.vanishes:
+                size = size + _count(tensor.dims, of_axis) * tensor.bits
+        result = {"bops": bops, "macs": macs, "size": size}
+        if self.timing is not None:
+            result["latency"] = Polynomial({}) + self.timing.rest[0]
+            for layer in self.layers:
+                result["latency"] = result["latency"] + self.timing.seconds(layer, of_axis)
+        return result
+
+    def values(self, plan: Plan) -> tuple[Array, Array | None]:
+        """A plan as numbers of the variables, (variables,) int64, and their divisors where bits differ by channel."""
+        x, over = self._open.copy(), None
+        for name, kept in plan.kept.items():
+            x[self.number["channels", name]] = len(kept)  # type: ignore[index]
+        for name, bits in slim_bits(self.groups, plan).items():
+            place = self.number["weight", name]  # type: ignore[index]
+            if isinstance(bits, int):
+                x[place] = bits
+            else:
+                over = np.ones_like(x) if over is None else over
+                x[place], over[place] = sum(bits), len(bits)
+            x[place + 1] = bits != FLOAT_BITS
+        for name, bits in plan.activation_bits.items():
+            x[self.number["activation", name]] = bits  # type: ignore[index]
+        return x, over
+
+    @cached_property
+    def _open(self) -> Array:
+        """All channels, everything in float."""
+        of_kind = {"channels": lambda name: self.groups[name].size, "quantised": lambda name: 0}
+        return np.array([of_kind.get(v.kind, lambda _: FLOAT_BITS)(v.name) for v in self.variables], np.int64)
+
+    def moved(self, kind: Kind, name: str, values: Sequence[int]) -> dict[int, Array]:
+        """What a decision does to the variables: number -> its values, (choices,) float64."""
+        choices = np.array(values, float)
+        if kind != "weight":
+            return {self.number[Variable(kind, name)]: choices}
+        place = self.number[Variable("weight", name)]
+        return {place: choices, place + 1: (choices < FLOAT_BITS).astype(float)}
+
+    def price(self, plan: Plan) -> dict[str, Any]:
+        """Cost of a plan by measure, whole numbers but for latency: what `evaluate` adds up to, many times faster."""
+        x, over = self.values(plan)
+        price = {measure: polynomial(x, over) for measure, polynomial in self.polynomials.items()}
+        return {**price, "size": price["size"] + sum(self._coding(plan).values())}
+
+    def _coding(self, plan: Plan) -> dict[str, int]:
+        """Weight -> bits that it takes more, or fewer, where single weights go: one says of each whether it stays."""
+        difference = {}
+        for name, count in plan.nonzeros.items():
+            sizes = {self.groups[group].axis: len(kept) for group, kept in plan.kept.items()}
+            total = _count(self.dims_of_weights[name][0], lambda axis, sizes=sizes: sizes.get(axis, axis.size))
+            bits = plan.weight_bits[name]
+            if not isinstance(bits, int) or bits == FLOAT_BITS:
+                raise PolicyError(f"single weights of {name!r} go at {bits} bits; expected one bitwidth below 32")
+            difference[name] = total + (count - total) * bits
+        return difference
+
+    @cached_property
+    def whole(self) -> dict[str, Any]:
+        return self.reference.by_measure
+
+    def expected(
+        self, sizes: Mapping[str, Any], weight_bits: Mapping[str, Any], activation_bits: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Costs by measure with tensors, or numbers, in place of sizes by group name and bits by name, float64;
+        differentiable in each. With whole numbers it is what `price` gives."""
+        given = {
+            **{("channels", name): value for name, value in sizes.items()},
+            **{("weight", name): value for name, value in weight_bits.items()},
+            **{("quantised", name): float(value < FLOAT_BITS) for name, value in weight_bits.items()},
+            **{("activation", name): value for name, value in activation_bits.items()},
+        }
+        device = next((v.device for v in given.values() if isinstance(v, Tensor)), None)
+        x = torch.stack(
+            [
+                torch.as_tensor(given.get(variable, value), dtype=torch.float64, device=device)
+                for variable, value in zip(self.variables, self._open.tolist(), strict=True)
+            ]
+        )
+        return {measure: polynomial.tensor(x) for measure, polynomial in self.polynomials.items()}
+
+    @cached_property
+    def expressions(self) -> dict[str, sympy.Expr]:
+        """Layer name -> BOPs as a sympy polynomial: `n[group]` kept channels, `bits[tensor or weight]`, and height and
+        width symbols where they are dynamic."""
+        names = {
+            axis: sympy.Symbol(f"n[{g.name}]", positive=True, integer=True) for axis, g in self.groups.of_axis.items()
+        }
+
+        def bits(operand: tuple[str, str] | None) -> Any:
+            return FLOAT_BITS if operand is None else sympy.Symbol(f"bits[{operand[1]}]", positive=True)
+
+        result = {}
+        for layer in self.layers:
+            terms = [
+                p.macs(lambda axis: names.get(axis, axis.size)) * bits(p.left) * bits(p.right) for p in layer.products
+            ]
+            result[layer.name] = sympy.Add(*terms)
+        return result
+
+    # -- layer by layer --------------------------------------------------------------------------------------------
+
+    def evaluate(self, plan: Plan) -> Cost:
+        """Exact cost of a plan by a walk over the layers.
+
+        Raises:
+            PolicyError: bits by channel that are not one for each output channel of the float model.
         """
-        if not kept and not weight_bits and not activation_bits:
+        if plan == Plan():
             return self.reference
-        sizes = {self.groups[n].axis: k if isinstance(k, int) else len(k) for n, k in (kept or {}).items()}
-        return self._cost(sizes, weight_bits or {}, activation_bits or {}, self.reference)
+        sizes = {self.groups[name].axis: len(kept) for name, kept in plan.kept.items()}
+        cost = self._walk(sizes, slim_bits(self.groups, plan), plan.activation_bits, self.reference)
+        coding = self._coding(plan)
+        if not coding:
+            return cost
+        layers = []
+        for row, layer in zip(cost.layers, self.layers, strict=True):
+            more = sum(coding.pop(name, 0) for name in layer.weights)
+            layers.append(row.model_copy(update={"stored_bits": row.stored_bits + more}))
+        return cost.model_copy(update={"layers": tuple(layers)})
 
     @cached_property
     def reference(self) -> Cost:
         """Cost of the float graph, nothing pruned."""
-        return self._cost({}, {}, {}, None)
+        return self._walk({}, {}, {}, None)
 
-    def _cost(
+    def _walk(
         self,
         sizes: Mapping[Axis, int],
-        weight_bits: Mapping[str, Bits],
+        weight_bits: Mapping[str, Any],
         activation_bits: Mapping[str, int],
         reference: Cost | None,
     ) -> Cost:
         def of_axis(axis: Axis) -> int:
             return sizes.get(axis, axis.size)
 
+        def bits_of(operand: tuple[str, str] | None) -> Fraction:
+            table: Mapping[str, Any] = (
+                {} if operand is None else {"weight": weight_bits}.get(operand[0], activation_bits)
+            )
+            return _mean(FLOAT_BITS if operand is None else table.get(operand[1], FLOAT_BITS))
+
         rows, seen, scales = [], set(), 0
         for layer in self.layers:
             macs = bops = params = stored = 0
             weight_mean, activation_mean = Fraction(FLOAT_BITS), Fraction(FLOAT_BITS)
             for product in layer.products:
-                count = int(product.macs(of_axis))
-                right = self._mean_bits(product.right, weight_bits, activation_bits)
-                left = self._mean_bits(product.left, weight_bits, activation_bits)
+                count = int(self._at_traced_size(product.macs(of_axis)))
+                right, left = bits_of(product.right), bits_of(product.left)
                 macs += count
                 bops += count * left * right
                 weight_mean, activation_mean = right, left
@@ -162,7 +262,7 @@ class CostModel:
                 if name in seen:
                     continue
                 seen.add(name)
-                count = math.prod(d.evaluate(x, of_axis) for x in dims)
+                count = _count(dims, of_axis)
                 bits = weight_bits.get(name, FLOAT_BITS)
                 params += count
                 stored += int(count * _mean(bits))
@@ -184,7 +284,7 @@ class CostModel:
         folded = reference is not None
         other, other_bits = 0, FLOAT_BITS * scales
         for tensor in self._others:
-            count = math.prod(d.evaluate(x, of_axis) for x in tensor.dims)
+            count = _count(tensor.dims, of_axis)
             other += count if tensor.is_parameter else 0
             other_bits += 0 if folded and tensor.vanishes else count * tensor.bits
         seconds = 0.0 if self.timing is None else self.timing.rest[0] if reference else self.timing.float_seconds
@@ -196,90 +296,35 @@ class CostModel:
             reference=reference,
         )
 
-    def _mean_bits(
-        self, operand_: tuple[str, str] | None, weight_bits: Mapping[str, Bits], activation_bits: Mapping[str, int]
-    ) -> Fraction:
-        if operand_ is None:
-            return Fraction(FLOAT_BITS)
-        kind, name = operand_
-        return _mean((weight_bits if kind == "weight" else activation_bits).get(name, FLOAT_BITS))
-
-    # -- differentiable --------------------------------------------------------------------------------------------
-
-    def expected(
-        self, sizes: Mapping[str, Any], weight_bits: Mapping[str, Any], activation_bits: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Costs by measure ("bops", "macs", "size" in stored bits, "latency" in seconds if there is a timing) with
-        tensors, or numbers, in place of sizes by group name and bits by name; differentiable in each. With whole
-        numbers it is what `evaluate` gives.
-        """
-        by_axis = {self.groups[n].axis: s for n, s in sizes.items()}
-
-        def of_axis(axis: Axis) -> Any:
-            return by_axis.get(axis, axis.size)
-
-        def bits(operand_: tuple[str, str] | None) -> Any:
-            if operand_ is None:
-                return FLOAT_BITS
-            return (weight_bits if operand_[0] == "weight" else activation_bits).get(operand_[1], FLOAT_BITS)
-
-        bops: Any = 0
-        macs: Any = 0
-        size: Any = 0
-        weights: dict[str, tuple[tuple[Dim, ...], int]] = {}
-        for layer in self.layers:
-            weights.update(layer.weights)
-            for product in layer.products:
-                count = product.macs(of_axis)
-                macs = macs + count
-                bops = bops + count * bits(product.left) * bits(product.right)
-        for name, (dims, outputs) in weights.items():
-            width = weight_bits.get(name, FLOAT_BITS)
-            size = size + math.prod(d.evaluate(x, of_axis) for x in dims) * width
-            if width is not FLOAT_BITS:
-                size = size + FLOAT_BITS * d.evaluate(dims[outputs], of_axis)
-        for tensor in self._others:
-            if not tensor.vanishes:
-                size = size + math.prod(d.evaluate(x, of_axis) for x in tensor.dims) * tensor.bits
-        found = {"bops": bops, "macs": macs, "size": size}
-        if self.timing is not None:
-            found["latency"] = sum((self.timing.seconds(x, of_axis) for x in self.layers), start=self.timing.rest[0])
-        return found
-
-    # -- symbolic --------------------------------------------------------------------------------------------------
+    def _at_traced_size(self, macs: Any) -> Any:
+        """MACs at the height and width of the trace, where these are symbols."""
+        if not self._traced_sizes or isinstance(macs, int):
+            return macs
+        if isinstance(macs, Polynomial):
+            return Polynomial({key: self._at_traced_size(value) for key, value in macs.terms.items()})
+        value = macs.subs(self._traced_sizes)
+        return int(value) if value.is_Integer else value
 
     @cached_property
-    def expressions(self) -> dict[str, sympy.Expr]:
-        """Layer name -> BOPs as a sympy polynomial: `n[group]` kept channels, `bits[tensor or weight]`, and height and
-        width symbols where they are dynamic."""
-        names = {
-            axis: sympy.Symbol(f"n[{g.name}]", positive=True, integer=True) for axis, g in self.groups.of_axis.items()
-        }
+    def dims_of_weights(self) -> dict[str, tuple[tuple[d.Dim, ...], int]]:
+        """Weight -> types of its dimensions, and which of them is the outputs'."""
+        return {name: found for layer in self.layers for name, found in layer.weights.items()}
 
-        def bits(operand_: tuple[str, str] | None) -> Any:
-            return FLOAT_BITS if operand_ is None else sympy.Symbol(f"bits[{operand_[1]}]", positive=True)
-
-        result = {}
-        for layer in self.layers:
-            terms = [
-                p.macs(lambda axis: names.get(axis, axis.size)) * bits(p.left) * bits(p.right) for p in layer.products
-            ]
-            result[layer.name] = sympy.Add(*terms)
-        return result
+    # -- what reports and spaces ask -----------------------------------------------------------------------------------
 
     def prunable_share(self) -> float:
         """Share of conv and linear MACs in layers that a group can make cheaper."""
         total = prunable = 0
         for layer in self.layers:
             if layer.kind in ("conv", "linear"):
-                macs = sum(int(p.macs(lambda axis: axis.size)) for p in layer.products)
+                macs = sum(int(self._at_traced_size(p.macs(lambda axis: axis.size))) for p in layer.products)
                 total += macs
                 prunable += macs if any(d.axes(x) for p in layer.products for x in p.dims) else 0
         return prunable / total if total else 1.0
 
     def ends(self) -> tuple[set[str], set[str]]:
         """Names of the (first, last) layers: no other layer lies between them and an input, or an output."""
-        return _ends(self.groups.inference)
+        return end_layers(self.groups.inference)
 
 
 def cost_model(graph_module: fx.GraphModule, groups: ChannelGroups, timing: Timing | None = None) -> CostModel:
@@ -295,107 +340,13 @@ def cost_model(graph_module: fx.GraphModule, groups: ChannelGroups, timing: Timi
     return CostModel(groups, timing)
 
 
-def _mean(bits: Bits) -> Fraction:
+def _mean(bits: Any) -> Fraction:
     return Fraction(bits) if isinstance(bits, int) else Fraction(sum(bits), len(bits))
 
 
-def _symbol_values(inference: Inference) -> dict[sympy.Symbol, int | None]:
-    """Symbolic sizes: the batch counts 1; height and width stay symbols, with their traced value as default."""
-    values: dict[sympy.Symbol, int | None] = {}
-    for node in inference.graph_module.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            for i, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt):
-                    for symbol in size.node.expr.free_symbols:
-                        values.setdefault(symbol, 1 if i == 0 else None)
-    return values
-
-
-def _expression(
-    inference: Inference, nodes: Mapping[str, fx.Node], layer: Layer, symbols: Mapping[sympy.Symbol, int | None]
-) -> LayerExpression:
-    node = nodes[layer.name]
-    names = {p: ("weight", weight_name(operand(node, p))) for p in layer.weights}
-    names |= {p: ("activation", operand(node, p).name) for p in layer.inputs}
-    weights = {weight_name(operand(node, p)): (inference[operand(node, p)], layer.outputs) for p in layer.weights}
-    label = next((name for kind, name in names.values() if kind == "weight"), node.name)
-    products = tuple(_product(inference, term, names, symbols) for term in layer.terms)
-    label = label if label == node.name else f"{label} ({node.name})"
-    return LayerExpression(label, node.name, layer.kind, products, weights)
-
-
-def _product(
-    inference: Inference, term: Term, names: Mapping[Path, tuple[str, str]], symbols: Mapping[sympy.Symbol, int | None]
-) -> Product:
-    scale: Any = 1
-    dims: list[Dim] = []
-    for dim, size in term.sizes:
-        expr = size.node.expr if isinstance(size, torch.SymInt) else size
-        if not isinstance(expr, int):
-            expr = sympy.sympify(expr).subs({s: v for s, v in symbols.items() if v is not None})
-            expr = int(expr) if expr.is_Integer else expr
-        if not d.axes(dim):
-            scale = scale * expr
-        elif isinstance(size, int):
-            dims.append(dim)
-        else:  # a symbolic size times channels: scale by new / old
-            dims.append(dim)
-            ratio = sympy.Rational(1, d.resolve(dim).size) * expr
-            scale = scale * ratio
-    if not isinstance(scale, int) and not scale.free_symbols and scale.is_Integer:
-        scale = int(scale)
-    left, right = (names[p] if p is not None else None for p in term.operands)
-    return Product(scale, tuple(dims), left, right)
-
-
-def _other_tensors(inference: Inference, nodes: Mapping[str, fx.Node], weights: Mapping[str, Any]) -> list[OtherTensor]:
-    absorbed: set[fx.Node] = set()
-    stack = [operand(nodes[layer.name], path) for places in weights.values() for layer, path in places]
-    while stack:
-        node = stack.pop()
-        if node not in absorbed:
-            absorbed.add(node)
-            stack.extend(node.all_input_nodes)
-    parameters = dict(inference.graph_module.named_parameters(remove_duplicate=False))
-    result = []
-    for node in nodes.values():
-        if node.op == "get_attr" and node not in absorbed:
-            vanishes = all(
-                u.target is aten.batch_norm.default and u.args[2] is not node and _folds(inference, u)
-                for u in node.users
-            )
-            bits = 8 * node.meta["val"].dtype.itemsize
-            result.append(OtherTensor(inference.tensors[str(node.target)], bits, node.target in parameters, vanishes))
+def _count(dims: tuple[d.Dim, ...], of_axis: Callable[[Axis], Any]) -> Any:
+    """Elements of a tensor of these types."""
+    result: Any = 1
+    for dim in dims:
+        result = result * d.evaluate(dim, of_axis)
     return result
-
-
-def _folds(inference: Inference, node: fx.Node) -> bool:
-    """Whether a batch norm follows a convolution or linear that nothing else reads."""
-    source = node.args[0]
-    return (
-        isinstance(source, fx.Node)
-        and source.name in inference.layers
-        and len(source.users) == 1
-        and inference.layers[source.name].kind in ("conv", "linear")
-    )
-
-
-def _ends(inference: Inference) -> tuple[set[str], set[str]]:
-    nodes = list(inference.graph_module.graph.nodes)
-    layers = inference.layers
-
-    def reached(order: Sequence[fx.Node], neighbours: Callable[[fx.Node], Any], start: str) -> set[str]:
-        clear: set[fx.Node] = set()
-        found: set[str] = set()
-        for node in order:
-            if isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat)):
-                continue  # a size carries no values from one layer to another
-            if node.op == start or any(n in clear for n in neighbours(node)):
-                if node.name in layers:
-                    found.add(node.name)
-                else:
-                    clear.add(node)
-        return found
-
-    return reached(nodes, lambda n: n.all_input_nodes, "placeholder"), reached(nodes[::-1], lambda n: n.users, "output")

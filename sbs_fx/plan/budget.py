@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict, field_validator, model_validator
 
@@ -61,6 +62,24 @@ class Budget(Value):
     def limits(self) -> dict[str, float]:
         return {name: share for name in MEASURES if (share := getattr(self, name)) is not None}
 
+    def absolute(self, whole: Mapping[str, Any]) -> dict[str, Any]:
+        """The limits in the measures' own units: floor(share x whole), and by no rounding less than a cost that is
+        exactly that share; seconds as they are.
+
+        Args:
+            whole: measure -> cost of the float model.
+
+        Raises:
+            BudgetError: a limit on what was not measured.
+        """
+        limits = {}
+        for measure, share in self.limits.items():
+            if measure not in whole:
+                raise BudgetError(f"a limit on {measure}, which was not measured; give the cost model a timing")
+            cost = whole[measure]
+            limits[measure] = share * cost if isinstance(cost, float) else _largest(share, cost)
+        return limits
+
     def shares(self, cost: Cost) -> dict[str, float]:
         """Measure -> share of `cost.reference`, for all measures. Raises ValueError if there is no reference."""
         reference = cost.reference
@@ -69,18 +88,12 @@ class Budget(Value):
         found, whole = cost.by_measure, reference.by_measure
         return {m: found[m] / whole[m] if whole[m] else (math.inf if found[m] else 0.0) for m in found}
 
-    def used_by(self, cost: Cost) -> float:
-        """Share of a limit that a cost takes, the largest over all limits: above 1 it exceeds the budget."""
-        shares = self.shares(cost)
-        return max(shares[measure] / limit for measure, limit in self.limits.items())
-
     def is_satisfied_by(self, cost: Cost) -> bool:
         """True if every limit holds. Raises ValueError if the cost has no reference, or not what a limit measures."""
-        shares = self.shares(cost)
-        missing = sorted(self.limits.keys() - shares.keys())
-        if missing:
-            raise ValueError(f"this cost has no {missing[0]}; give the cost model one, see sbs_fx.export.latency")
-        return all(shares[name] <= limit for name, limit in self.limits.items())
+        if cost.reference is None:
+            raise ValueError("this cost has no reference; compare with Cost(..., reference=cost_of_the_float_model)")
+        price = cost.by_measure
+        return all(price[measure] <= limit for measure, limit in self.absolute(cost.reference.by_measure).items())
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -97,3 +110,9 @@ class Budget(Value):
             except ValueError:
                 raise BudgetError(f"budget {text!r}: {number!r} is no share; expected one like 5% or 0.05") from None
         return cls(**limits)
+
+
+def _largest(share: float, whole: int) -> int:
+    """The largest number that is at most that share of the whole, as numbers are divided here."""
+    found = math.floor(share * whole)
+    return found + 1 if (found + 1) / whole <= share else found

@@ -6,6 +6,7 @@
   + GraphError                an invariant of an analysis or a pass does not hold
   + BudgetError               a budget that means nothing                                (also a ValueError)
     - InfeasibleBudget        a budget below what the search space can reach
+  + ConstraintError           a constraint that means nothing, or nothing of the model   (also a ValueError)
   + PolicyError               a policy that contradicts itself                           (also a ValueError)
     - PolicyMismatch          a policy that belongs to another model
   + DataError                 calibration or training data                               (also a ValueError)
@@ -73,21 +74,30 @@ class InfeasibleBudget(BudgetError):
 
     Attributes:
         least: measure ("bops", "size", "macs") -> the least share of the float model that can be reached.
+        binding: constraints and settings without which less could be reached.
     """
 
-    def __init__(self, message: str, *, least: Mapping[str, float] | None = None) -> None:
+    def __init__(self, message: str, *, least: Mapping[str, float] | None = None, binding: Iterable[str] = ()) -> None:
         super().__init__(message)
         self.least: dict[str, float] = dict(least or {})
+        self.binding = tuple(binding)
 
     @classmethod
-    def of(cls, limits: Mapping[str, float], least: Mapping[str, float], reached: str, remedy: str) -> Self:
-        """With the text that says which limits, and the least shares that were reached, and by what."""
+    def of(cls, limits: Mapping[str, float], least: Mapping[str, float], reached: str, binding: Iterable[str]) -> Self:
+        """With the text that says which limits, the least shares that were reached, and what keeps them from less."""
+        asked = ", ".join(f"{measure} {share:.4g}" for measure, share in limits.items())
         shares = ", ".join(f"{measure} {least[measure]:.4g}" for measure in limits)
+        binding = tuple(binding)
+        remedy = f", or give up what binds: {'; '.join(binding)}" if binding else ""
         return cls(
-            f"the budget {dict(limits)} cannot be met: the least that {reached} is {shares}; raise the budget, "
-            f"or allow {remedy}",
+            f"the budget ({asked}) cannot be met: the least that {reached} is {shares}; raise the budget{remedy}",
             least=least,
+            binding=binding,
         )
+
+
+class ConstraintError(SbsError, ValueError):
+    """A constraint that asks for nothing or for bits that do not exist, or that matches nothing of the model."""
 
 
 class PolicyError(SbsError, ValueError):

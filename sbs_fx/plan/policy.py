@@ -6,22 +6,24 @@ exists is valid; a file that was cut short or altered is refused; nothing here k
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import json
 import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Final, Literal, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from sbs_fx.plan.errors import FileError, PolicyError, PolicyMismatch
 from sbs_fx.plan.files import checksum_of, parse_object, write_atomic
+from sbs_fx.plan.plan import Bits, Plan
 from sbs_fx.plan.value import Value
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 BITS = (2, 4, 8, 32)  # of a whole layer or tensor; 32 leaves it in float
 CHANNEL_BITS = (0, 2, 4, 8)  # of one output channel; 0 prunes it
 
@@ -43,12 +45,12 @@ class Policy(Value):
     Attributes:
         format: number of the file format. fingerprint: of the traced float model; a policy fits no other.
         method: what found it, such as "uniform". seed: of the random numbers that method used.
-        grid: integer levels with zero ("symmetric") or the zero-free one of SBS ("paper").
         versions: package -> version at the time of writing; see `current_versions`.
         kept: channel group -> coordinates that stay, ascending, at least one.
         sizes: channel group -> its size in the float model; the same groups as `kept`.
         weight_bits: layer -> 2, 4, 8 or 32 (float), or a list with 0, 2, 4 or 8 for every output channel.
         activation_bits: tensor (graph node) -> 2, 4, 8 or 32 (float).
+        nonzeros: layer -> how many of its single weights stay, the largest, where the others are pruned.
 
     Raises:
         PolicyError: on construction, if any of that does not hold; kept coordinates may come in any order.
@@ -56,16 +58,16 @@ class Policy(Value):
 
     model_config = ConfigDict(strict=True)
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     fingerprint: str
     method: str
     seed: int = 0
-    grid: Literal["symmetric", "paper"] = "symmetric"
     versions: dict[str, str] = Field(default_factory=current_versions)
     kept: dict[str, list[int]] = Field(default_factory=dict)
     sizes: dict[str, int] = Field(default_factory=dict)
     weight_bits: dict[str, int | list[int]] = Field(default_factory=dict)
     activation_bits: dict[str, int] = Field(default_factory=dict)
+    nonzeros: dict[str, PositiveInt] = Field(default_factory=dict)
 
     @field_validator("weight_bits", "activation_bits")
     @classmethod
@@ -92,6 +94,47 @@ class Policy(Value):
                 raise ValueError(f"group {name!r} keeps indices {twice} more than once; list each once")
         return self
 
+    @classmethod
+    def of(cls, plan: Plan, fingerprint: str, sizes: Mapping[str, int], method: str, seed: int) -> Self:
+        """A plan with the identity of the model that it is for: the model's fingerprint and its groups' sizes."""
+        return cls(
+            fingerprint=fingerprint,
+            method=method,
+            seed=seed,
+            kept={name: list(plan.kept.get(name, range(size))) for name, size in sizes.items()},
+            sizes=dict(sizes),
+            weight_bits={n: bits if isinstance(bits, int) else list(bits) for n, bits in plan.weight_bits.items()},
+            activation_bits=dict(plan.activation_bits),
+            nonzeros=dict(plan.nonzeros),
+        )
+
+    @property
+    def plan(self) -> Plan:
+        """What was decided."""
+        kept = {name: tuple(kept) for name, kept in self.kept.items()}
+        return Plan(kept, self.weight_bits, self.activation_bits, self.nonzeros)
+
+    def changed(
+        self,
+        kept: Mapping[str, Sequence[int]] | None = None,
+        weight_bits: Mapping[str, Bits] | None = None,
+        activation_bits: Mapping[str, int] | None = None,
+    ) -> Self:
+        """This policy with some decisions made by hand; `apply(budget=)` checks what they cost.
+
+        Raises:
+            PolicyError: a name that this policy does not have, or a decision that cannot be.
+        """
+        tables: dict[str, Any] = {"kept": kept, "weight_bits": weight_bits, "activation_bits": activation_bits}
+        fields = self.model_dump()
+        for field, changes in tables.items():
+            for name, value in (changes or {}).items():
+                if name not in fields[field]:
+                    near = difflib.get_close_matches(name, fields[field], n=3, cutoff=0.0)
+                    raise PolicyError(f"{field} has no {name!r}; the nearest names are {near}")
+                fields[field][name] = value if isinstance(value, int) else list(value)
+        return type(self)(**fields)
+
     @property
     def checksum(self) -> str:
         """sha256 (hex) of the canonical JSON of all fields."""
@@ -117,14 +160,20 @@ class Policy(Value):
             PolicyError: it describes no valid policy, or one of another format.
         """
         fields = parse_object(text, "policy")
-        if (given := fields.get("format")) != FORMAT:
-            raise PolicyError(f"policy has format {given!r}, expected {FORMAT}; read it with the version that wrote it")
+        if (written_format := fields.get("format")) not in (1, FORMAT):
+            raise PolicyError(
+                f"policy has format {written_format!r}, expected {FORMAT}; read it with the version that wrote it"
+            )
         written = fields.pop("checksum", None)
         if written != (found := checksum_of(fields)):
             raise FileError(
                 f"policy was altered: its checksum says {written!r}, its contents give {found!r}. Restore the file, or "
                 "build the changed plan with sbs_fx.plan.Policy(...) and save that."
             )
+        if written_format == 1:  # which had one field more
+            if fields.pop("grid", "symmetric") != "symmetric":
+                raise PolicyError("policy has the zero-free grid of format 1, which is gone; search again")
+            fields["format"] = FORMAT
         return cls(**fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,7 +1,7 @@
 """How good a policy is, predicted without training: its loss with batch-norm statistics of its own.
 
 In: a searchable graph, quantised forms of its weights, ranges of its gates at every bitwidth, a batch of images. Out:
-the divergence from the float model of any draft of decisions. Source: Dynamic BN (Pattern Recognition 140, 2023): mean
+the divergence from the float model of any plan. Source: Dynamic BN (Pattern Recognition 140, 2023): mean
 and variance re-estimated with the policy applied, then the loss on a small set [our reading]. Ours does both in one
 pass, and moves the float model's statistics by what the policy changes on this batch: mean + (m - m_float), variance
 times v / v_float. For a network's running statistics need not be those of any batch (the float model itself may lose
@@ -22,25 +22,25 @@ from torch.nn import functional as F
 from sbs_fx.calibration.rounding import weight_parameters
 from sbs_fx.passes import activation_gates, channel_gates, weight_gates
 from sbs_fx.passes.gates.insertion import BatchNorm
+from sbs_fx.plan import Plan
 from sbs_fx.plan.bits import FLOAT_BITS
-from sbs_fx.search.gate_search import Draft
-from sbs_fx.search.settle import Ranges, decide
+from sbs_fx.search.ranges import Ranges, put_at
 from sbs_fx.training.evaluation import device_of, logits_of, mode
 
 _FEW = 8  # images that are too few for statistics
 
 
 class Predictor:
-    """Predicted loss of drafts: KL divergence from the float model (nats an image).
+    """Predicted loss of plans: KL divergence from the float model (nats an image).
 
     Args:
-        network: searchable; its gates and weights change with every draft.
-        ranges: ("w" or "a", name, bits) -> range of that gate.
+        network: searchable; its gates and weights change with every plan.
+        ranges: of each gate at each bitwidth.
         forms: weight name -> bits -> the parameter as that many bits have it; what is not there is rounded by its gate.
         images: one batch. teacher: the float graph.
 
     Attributes:
-        passes: how many drafts were predicted so far.
+        passes: how many plans were predicted so far.
     """
 
     def __init__(
@@ -59,21 +59,21 @@ class Predictor:
         self.norms = [m for m in network.modules() if isinstance(m, BatchNorm)]
         self.float_moments: dict[BatchNorm, tuple[Tensor, Tensor]] = {}
         with mode(teacher, training=False), torch.no_grad():
-            self.wanted = F.log_softmax(logits_of(teacher(self.images)).float(), dim=1)
+            self.teacher = F.log_softmax(logits_of(teacher(self.images)).float(), dim=1)
         with self._hooks(self._record):
             self._logits()
 
     @torch.no_grad()
-    def __call__(self, draft: Draft, *, dynamic: bool = True) -> float:
+    def __call__(self, plan: Plan, *, dynamic: bool = True) -> float:
         """`dynamic` False: with the float model's statistics."""
-        self._apply(draft)
+        self._apply(plan)
         self.passes += 1
         if dynamic and len(self.images) >= _FEW:
             with self._hooks(self._moved):
-                found = self._logits()
+                student = self._logits()
         else:
-            found = self._logits()
-        loss = float(F.kl_div(found, self.wanted, reduction="batchmean", log_target=True))
+            student = self._logits()
+        loss = float(F.kl_div(student, self.teacher, reduction="batchmean", log_target=True))
         return loss if loss == loss else float("inf")
 
     @torch.no_grad()
@@ -100,16 +100,16 @@ class Predictor:
         return x, weight, bias, mean + (now - before), moved
 
     @torch.no_grad()
-    def _apply(self, draft: Draft) -> None:
-        decide(self.network, draft, self.ranges)
+    def _apply(self, plan: Plan) -> None:
+        put_at(self.network, plan, self.ranges)
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.forms[name].get(draft.weight_bits[name], self.originals[name]))
+            parameter.copy_(self.forms[name].get(plan.weight_bits[name], self.originals[name]))
 
     def reset(self) -> None:
         """Weights as they were, every gate open."""
         kept = {name: list(range(gate.size)) for name, gate in channel_gates(self.network).items()}
         bits = [dict.fromkeys(gates(self.network), FLOAT_BITS) for gates in (weight_gates, activation_gates)]
-        self._apply(Draft(bits[0], bits[1], kept))
+        self._apply(Plan(kept, bits[0], bits[1]))
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

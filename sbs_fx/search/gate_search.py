@@ -1,8 +1,8 @@
 """`GateSearch`: a training stage in which gates choose bits and channels under a budget.
 
-In: a searchable graph (`insert_gates`), its groups and cost model, a budget. Out: the same graph, trained, and a draft
-of the decisions. Source: Single-path Bit Sharing (arXiv 2101.04935). The penalty is sum_m lambda_m log(R_m / B_m) with
-R_m the cost at the gates of the moment and B_m the limit of measure m.
+In: a searchable graph (`insert_gates`), a problem. Out: the same graph, trained, and the plan that its gates
+decided on. Source: Single-path Bit Sharing (arXiv 2101.04935). The penalty is sum_m lambda_m log(R_m / B_m) with R_m
+the price at the gates of the moment and B_m the limit of measure m.
 Ours are: thresholds may start at a plan (`start_at`) and then move within the budget, the part of their gradients that
 would change the cost being projected out; from open gates lambda is found by multiplicative dual ascent, unless one is
 given; gradients are brought to a mean square of 1 per kind of gate, since their size is that of the loss; what the
@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict, replace
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from sbs_fx.passes import ChannelGroups, CostModel, activation_gates, channel_gates, weight_gates
-from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes import activation_gates, channel_gates, weight_gates
 from sbs_fx.passes.channels.importance import group_importance
-from sbs_fx.plan import Budget, Value
-from sbs_fx.plan.bits import FLOAT_BITS
+from sbs_fx.plan import Plan, Value
 from sbs_fx.plan.errors import InputError, SbsError
+from sbs_fx.plan.plan import Kind
 from sbs_fx.quantizer.channel_gate import ChannelGate
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
+from sbs_fx.search.problem import Problem
 from sbs_fx.training import Training, TrainingStage
 
 _FIRST_MULTIPLIER = 0.1
@@ -49,7 +49,6 @@ class Search(Value):
     Attributes:
         epochs, lr: of the search; `lr` is the weights' rate, which stays the same after a rise: fine-tuning brings it
             down.
-        decisions: "joint", "bits" alone (every channel stays) or "channels" alone (bits stay at float).
         lam: a fixed multiplier, as in the paper; None: found so that the budget is met.
         threshold_lr: highest rate of the gates' thresholds; None: so that they can travel the whole way.
         warm_start: begin at decisions that meet the budget: at 4 bits, brought down by bits of weights and channels,
@@ -58,50 +57,30 @@ class Search(Value):
         reach: share of the search after which the cost should be at the budget, where it begins above it.
         stiffness: how fast multipliers answer, where there are any: their logarithm grows by this times log(cost /
             path) in a whole search over which that stays the same.
-        block: channels that are decided together; None: as many as kernels like (`kernel_multiple`).
-        inner_only: prune only channels inside a residual branch, as the paper does; the stream keeps all.
-        minor_groups: also prune the smaller factor of product axes (heads, group widths).
-        settle_batches: batches on which the last moves to the budget are judged.
+        repair_batches: batches on which the last moves to the budget are judged.
     """
 
     _error: ClassVar[type[SbsError]] = InputError
 
     epochs: int = Field(default=4, ge=1)
     lr: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
-    decisions: Literal["joint", "bits", "channels"] = "joint"
     lam: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     threshold_lr: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     warm_start: bool = True
     reach: float = Field(default=0.6, gt=0, le=1)
     stiffness: float = Field(default=20.0, gt=0)
-    block: int | None = Field(default=None, ge=1)
-    inner_only: bool = False
-    minor_groups: bool = False
-    settle_batches: int = Field(default=2, ge=1)
+    repair_batches: int = Field(default=2, ge=1)
 
 
 _STATE = ("multipliers", "first", "last", "squares", "mask_votes")
-
-
-@dataclass
-class Draft:
-    """Decisions before they are a policy: bits by weight and tensor name, kept coordinates by group name.
-
-    `loss` is its divergence from the float model, where it was measured.
-    """
-
-    weight_bits: dict[str, int]
-    activation_bits: dict[str, int]
-    kept: dict[str, list[int]]
-    loss: float = math.inf
 
 
 class GateSearch(TrainingStage):
     """Gates and weights trained together.
 
     Args:
-        network: from `insert_gates` on the graph of `groups`, calibrated; channel gates only if they are to decide.
-        fixed: names of weights and tensors whose bits are not searched, with those bits (the first and last layer).
+        network: from `insert_gates` on the problem's graph, calibrated; channel gates only if they are to decide.
+        fixed: plan whose bits are not searched; None: what the problem's space leaves no choice for.
         steps: of the whole stage; None if unknown.
     """
 
@@ -111,44 +90,43 @@ class GateSearch(TrainingStage):
     def __init__(
         self,
         network: fx.GraphModule,
-        groups: ChannelGroups,
-        cost: CostModel,
-        budget: Budget,
+        problem: Problem,
         search: Search,
         *,
-        fixed: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {}),
+        fixed: Plan | None = None,
         steps: int | None = None,
         name: str = "search",
     ) -> None:
         super().__init__(network, name)
-        self.groups, self.cost, self.budget, self.search = groups, cost, budget, search
+        self.problem, self.search = problem, search
         self.steps = steps or _UNKNOWN_STEPS
         self.weights, self.activations = weight_gates(network), activation_gates(network)
         self.channels: dict[str, ChannelGate] = {
-            n: g for n, g in channel_gates(network).items() if may_be_pruned(groups, cost, n, search)
+            n: g for n, g in channel_gates(network).items() if problem.space.may_be_pruned(n)
         }
         self.parameters = {
             n: p for n, p in network.named_parameters() if not n.startswith(("weight_gates.", "activation_gates."))
         }
-        self.searched: dict[str, dict[str, SuperBitQuantizer]] = {}
-        for kind, gates, kept in (("w", self.weights, fixed[0]), ("a", self.activations, fixed[1])):
-            self.searched[kind] = {n: g for n, g in gates.items() if n not in kept}
-            for name_, gate in gates.items():
-                if search.decisions == "channels":
-                    gate.fix(FLOAT_BITS)
-                elif name_ in kept:
-                    gate.fix(kept[name_])
+        fixed = fixed or Plan({}, problem.space.fixed("weight"), problem.space.fixed("activation"))
+        self.searched: dict[Kind, dict[str, SuperBitQuantizer]] = {}
+        gates: tuple[tuple[Kind, Mapping[str, SuperBitQuantizer], Mapping[str, Any]], ...] = (
+            ("weight", self.weights, fixed.weight_bits),
+            ("activation", self.activations, fixed.activation_bits),
+        )
+        for kind, of_kind, bits in gates:
+            self.searched[kind] = {n: g for n, g in of_kind.items() if n not in bits}
+            for name_, gate in of_kind.items():
+                if name_ in bits:
+                    gate.fix(bits[name_])
                 else:
                     gate.search()
-        if search.decisions == "channels":
-            self.searched = {"w": {}, "a": {}}
-        self.multipliers = dict.fromkeys(budget.limits, _FIRST_MULTIPLIER if search.lam is None else search.lam)
+        self.multipliers = dict.fromkeys(problem.limits, _FIRST_MULTIPLIER if search.lam is None else search.lam)
         self.first: dict[str, float] = {}  # log of cost over limit, at the first step
         self.last: dict[str, float] = {}  # the same, at the last one
         self.squares: dict[str, float] = {}  # kind of gate -> mean square of the thresholds' gradients, a running mean
-        self.votes: dict[str, dict[str, dict[int, int]]] = {"w": {}, "a": {}}
+        self.votes: dict[Kind, dict[str, dict[int, int]]] = {"weight": {}, "activation": {}}
         self.mask_votes: dict[str, list[int]] = {}
-        self.start: Draft | None = None
+        self.start: Plan | None = None
         self.slopes: dict[str, dict[Tensor, Tensor]] = {}  # measure -> threshold -> d log(cost) by it, of this step
         self.done = 0.0
 
@@ -158,10 +136,10 @@ class GateSearch(TrainingStage):
         return self.starts_warm and self.search.warm_start and self.search.lam is None
 
     @torch.no_grad()
-    def start_at(self, draft: Draft, images: Tensor) -> None:
-        """Put every threshold beside its gate's norm on these images, on the side that the draft asks for; of a group's
-        blocks the largest stay, as many as the draft keeps."""
-        self.start = draft
+    def start_at(self, plan: Plan, images: Tensor) -> None:
+        """Put every threshold beside its gate's norm on these images, on the side that the plan asks for; of a group's
+        blocks the largest stay, as many as the plan keeps."""
+        self.start = plan
         self._decide_channels()
         for gates in self.searched.values():
             for gate in gates.values():
@@ -169,13 +147,14 @@ class GateSearch(TrainingStage):
                 gate.held = False
         for name, channel in self.channels.items():
             norms = channel.block_norms.sort(descending=True).values
-            count = max(1, round(len(draft.kept[name]) / channel.block))
+            count = max(1, round(len(plan.kept[name]) / channel.block))
             following = norms[count] if count < len(norms) else 0.5 * norms[-1]
             channel.threshold.copy_((norms[count - 1] + following) / 2)
         self.network(images)
-        for kind, table in (("w", draft.weight_bits), ("a", draft.activation_bits)):
-            for name, gate in self.searched[kind].items():
-                opened = torch.tensor([b <= table[name] for b in gate.candidates[1:]], device=gate.norms.device)
+        for kind, of_kind in self.searched.items():
+            for name, gate in of_kind.items():
+                bits = plan.value(kind, name)
+                opened = torch.tensor([b <= bits for b in gate.candidates[1:]], device=gate.norms.device)
                 gate.threshold.copy_(torch.where(opened, gate.norms - _MARGIN, gate.norms + _MARGIN))
 
     # -- hooks -------------------------------------------------------------------------------------------------------
@@ -188,20 +167,20 @@ class GateSearch(TrainingStage):
         return [torch.optim.SGD(thresholds, lr=0.1 * lr, momentum=0.9)] if thresholds else []
 
     def _kinds(self) -> dict[str, dict[str, Any]]:
-        return {**self.searched, "c": self.channels}
+        return {**self.searched, "channels": self.channels}
 
     def before_step(self, step: int, done: float) -> None:
-        """Weight gates and activation gates take turns, as in the paper; those whose turn it is not are held."""
+        """Weight gates and activation gates take turns, as in the paper; those whose turn it is not are frozen."""
         self.done = done
-        for turn, kind in enumerate("wa"):
-            for quantiser in self.searched[kind].values():
+        for turn, gates in enumerate(self.searched.values()):
+            for quantiser in gates.values():
                 quantiser.held = step % 2 == turn
         self._decide_channels()
 
     def _decide_channels(self) -> None:
         """By the norms of the weights as they are now."""
         if self.channels:
-            norms = group_importance(self.groups, "l1", self.parameters)
+            norms = group_importance(self.problem.groups, "l1", self.parameters)
             for name, gate in self.channels.items():
                 gate.gate_from(norms[name] / norms[name].mean().clamp_min(1e-30))
 
@@ -274,7 +253,7 @@ class GateSearch(TrainingStage):
             self.multipliers[measure] = min(_BOUNDS[1], max(_BOUNDS[0], grown))
 
     def measures(self) -> dict[str, Any]:
-        limits = self.budget.limits
+        limits = self.problem.shares
         histograms = {}
         for key, gates in (("weight_bits", self.weights), ("activation_bits", self.activations)):
             bits = [bits_of(gate) for gate in gates.values()]
@@ -301,7 +280,9 @@ class GateSearch(TrainingStage):
     def load_state(self, state: dict[str, Any]) -> None:
         for name in _STATE:
             setattr(self, name, state[name])
-        self.start = None if state["start"] is None else Draft(**state["start"])
+        self.start = None if state["start"] is None else Plan(**state["start"])
+        if self.start is not None:
+            self.start = replace(self.start, kept={n: tuple(kept) for n, kept in self.start.kept.items()})
         for kind, norms in state["norms"].items():
             for name, values in norms.items():
                 self.searched[kind][name].norms.copy_(torch.tensor(values))
@@ -309,20 +290,19 @@ class GateSearch(TrainingStage):
 
     # -- decisions -----------------------------------------------------------------------------------------------------
 
-    def draft(self) -> Draft:
+    def plan(self) -> Plan:
         """What the gates chose most often towards the end; what they amount to now, if nothing was counted."""
-        kept = {name: list(range(group.size)) for name, group in self.groups.items()}
+        kept = {name: tuple(range(group.size)) for name, group in self.problem.groups.items()}
         for name, gate in self.channels.items():
-            found = (gate.mask > 0.5).nonzero().flatten().tolist()
             counts = self.mask_votes.get(name)
             often = [] if counts is None else [i for i, n in enumerate(counts) if 2 * n > self.mask_votes["steps"][0]]
-            kept[name] = often or found
+            kept[name] = tuple(often or (gate.mask > 0.5).nonzero().flatten().tolist())
 
-        def usual(kind: str, gates: Mapping[str, SuperBitQuantizer]) -> dict[str, int]:
+        def usual(kind: Kind, gates: Mapping[str, SuperBitQuantizer]) -> dict[str, int]:
             votes = self.votes[kind]
             return {n: max(votes[n], key=votes[n].__getitem__) if n in votes else bits_of(g) for n, g in gates.items()}
 
-        return Draft(usual("w", self.weights), usual("a", self.activations), kept)
+        return Plan(kept, usual("weight", self.weights), usual("activation", self.activations))
 
     def _vote(self) -> None:
         for kind, gates in self.searched.items():
@@ -349,12 +329,8 @@ class GateSearch(TrainingStage):
 
     def _excess(self) -> dict[str, Tensor]:
         """Measure -> log of the cost over its limit, differentiable in the thresholds."""
-        found = self.cost.expected(*self.expectations())
-        whole = self.cost.reference.by_measure
-        return {
-            m: torch.log(torch.as_tensor(found[m], dtype=torch.float64) / (limit * whole[m]))
-            for m, limit in self.budget.limits.items()
-        }
+        price = self.problem.cost.expected(*self.expectations())
+        return {measure: torch.log(price[measure] / limit) for measure, limit in self.problem.limits.items()}
 
 
 def while_searching(settings: Training) -> Training:
@@ -365,13 +341,3 @@ def while_searching(settings: Training) -> Training:
 def bits_of(gate: SuperBitQuantizer) -> int:
     """The one bitwidth that a gate has, or has decided on."""
     return gate.bits if isinstance(gate.bits, int) else gate.decided_bits()
-
-
-def may_be_pruned(groups: ChannelGroups, cost: CostModel, name: str, search: Search) -> bool:
-    """Whether a group's channels are among what is searched. One weight alone makes the channels inside a residual
-    branch; those of the stream come from several."""
-    group = groups[name]
-    if search.decisions == "bits" or not (group.primary or search.minor_groups):
-        return False
-    makers = {w for layer in cost.layers for w, (dims, out) in layer.weights.items() if group.axis in d.axes(dims[out])}
-    return not search.inner_only or len(makers) == 1

@@ -1,8 +1,7 @@
 """`opq`: channels or single weights, and bits, allocated in one shot from the weights alone, in seconds.
 
-In: a traced float model, its analyses, a budget. Out: a policy that meets it, and batch-norm statistics; where single
-weights are pruned, also the weights with zeros in their places. Holds: no data is read, the same weights give the same
-policy, the budget is never exceeded.
+In: a problem. Out: a plan within its limits, and batch-norm statistics; where single weights go, also the weights
+with zeros in their places. Holds: no data is read, the same weights give the same plan.
 Source: One-shot Pruning-Quantization (arXiv 2205.11141): a Laplace density per layer, one Lagrange multiplier for
 pruning and quantisation, one codebook and a scale per channel in each layer, masks and steps frozen while fine-tuning.
 Its equations were not at hand, and it prunes single weights alone; the damage below is our derivation:
@@ -20,110 +19,91 @@ that belong to the policy, from the difference that it makes to synthetic noise 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
-from torch import Tensor, fx
+from torch import Tensor
 
 from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.calibration.norm_shift import NormShift
-from sbs_fx.passes import ChannelGroup, ChannelGroups, CostModel, apply_bits, channel_gates, insert_gates
+from sbs_fx.passes import apply_bits, channel_gates, insert_gates
 from sbs_fx.passes.channels import dims as d
-from sbs_fx.passes.channels.importance import Norm, group_importance, kernel_multiple, most_important
+from sbs_fx.passes.channels.importance import group_importance, most_important
 from sbs_fx.passes.gates.insertion import non_negative
 from sbs_fx.passes.graph import attribute
-from sbs_fx.plan import Budget, Policy, Value
-from sbs_fx.plan.errors import InfeasibleBudget, InputError, SbsError, WeightsError
+from sbs_fx.plan import Plan, Value
+from sbs_fx.plan.bits import FLOAT_BITS
+from sbs_fx.plan.errors import InputError, SbsError, WeightsError
+from sbs_fx.plan.plan import Kind
 from sbs_fx.quantizer.superbit import max_level
-from sbs_fx.search.gate_search import Draft
-from sbs_fx.search.searched import Searched, policy_of
-from sbs_fx.search.solvers.lagrangian import Decision, Load, Polynomial, minimise
+from sbs_fx.search.problem import Problem, SearchResult
+from sbs_fx.search.registry import Run, method
+from sbs_fx.search.solvers.lagrangian import Array, Decision, Load, minimise
 from sbs_fx.search.solvers.laplace import laplace_fit, least_rounding_error
-from sbs_fx.search.sparse import prune_weights, weight_tensors
-from sbs_fx.search.uniform import end_bits
+from sbs_fx.search.sparse import masked_tensors, prune_weights, weight_tensors
+
+_ELEMENTS = 2 * 3 * 224 * 224  # in a batch of noise; at most 64 images
 
 
 class Opq(Value):
     """Settings of `opq`.
 
     Attributes:
-        prunes: "channels" as a whole; single "weights", which the size budget then counts as coded (`sparse_cost`);
-            or "nothing", so that bits alone are chosen.
-        weight_bits, activation_bits: of all layers but the first and the last; None: chosen.
-        importance: norm by which the channels of a group are ranked.
-        round_to: kept channels are a multiple of this; None: see `kernel_multiple`; 1: any number.
-        shifts_norms: batch-norm statistics follow what the policy does to synthetic noise (`NormShift`).
-        minor_groups: also prune the smaller factor of product axes (heads, group widths).
+        prunes: "channels" as a whole, or single "weights", which the size budget then counts as stored: a bit for each
+            and the codes of those that stay.
+        shifts_norms: batch-norm statistics follow what the plan does to synthetic noise (`NormShift`).
     """
 
     _error: ClassVar[type[SbsError]] = InputError
 
-    prunes: Literal["channels", "weights", "nothing"] = "channels"
-    weight_bits: Literal[2, 4, 8] | None = None
-    activation_bits: Literal[2, 4, 8] | None = None
-    importance: Norm = "l2"
-    round_to: int | None = Field(default=None, ge=1)
-    minor_groups: bool = False
+    prunes: Literal["channels", "weights"] = "channels"
     shifts_norms: bool = True
 
 
-T = TypeVar("T")
-_ELEMENTS = 2 * 3 * 224 * 224  # in a batch of noise; at most 64 images
-Name = tuple[str, str]  # ("w" | "a" | "c", name of a weight, of a tensor, of a group)
+def restored(problem: Problem, plan: Plan, settings: Opq) -> dict[str, Tensor]:
+    """What follows from a plan alone: weights with zeros, and batch-norm statistics that belong to it."""
+    tensors = masked_tensors(problem, plan)
+    return tensors | shifted_norms(problem, plan, tensors) if settings.shifts_norms else tensors
 
 
-def opq(
-    graph: fx.GraphModule,
-    groups: ChannelGroups,
-    cost: CostModel,
-    budget: Budget,
-    *,
-    inputs: Sequence[Tensor],
-    settings: Opq | None = None,
-    seed: int = 0,
-) -> Searched:
-    """Allocate in one shot.
-
-    Args:
-        graph: from `trace`; not changed. groups, cost: of it.
-        inputs: example inputs of the graph; they give shapes, dtypes and device.
-        seed: recorded in the policy; nothing is drawn.
+@method(
+    "opq",
+    help="one shot from the weights: bits and channels by one Lagrangian over Laplace densities; seconds",
+    settings=Opq,
+    automatic="without data",
+    restore=restored,
+)
+def opq(problem: Problem, run: Run) -> SearchResult:
+    """Allocate in one shot; nothing is drawn.
 
     Returns:
-        The policy. `tensors` has batch-norm statistics, and the masked weights where single weights are pruned. The
-        size limit then holds for `sparse_cost(cost, policy, tensors)`, and `FrozenMasks` keeps zeros in fine-tuning.
+        The plan. `tensors` has batch-norm statistics, and the masked weights where single weights are pruned;
+        `FrozenMasks` keeps their zeros in fine-tuning.
 
     Raises:
-        InfeasibleBudget: even the smallest choice is over the budget; `least` has the shares it reaches.
+        InfeasibleBudget: even the smallest choice is over the limits; `least` has the shares it reaches.
         WeightsError: NaN or Inf in a weight.
     """
-    settings = settings or Opq()
-    for name, weight in weight_tensors(graph, cost).items():
+    settings: Opq = run.settings or Opq()
+    for name, weight in weight_tensors(problem.cost).items():
         if not bool(torch.isfinite(weight).all()):
             raise WeightsError(f"NaN or Inf in the weight {name!r}; mend the model before compressing it", names=[name])
-    limits = budget.limits
-    if settings.prunes == "weights":
-        limits = {m: share for m, share in limits.items() if m != "size"} or {"bops": 1.0}
-    policy, tensors = _allocate(graph, groups, cost, Budget(**limits), settings, seed), dict[str, Tensor]()
-    if settings.prunes == "weights" and budget.size is not None:
-        bits, tensors = prune_weights(graph, cost, policy, budget.size, choose_bits=settings.weight_bits is None)
-        policy = policy.model_copy(update={"weight_bits": {**policy.weight_bits, **bits}})
-    if settings.shifts_norms:
-        tensors |= shifted_norms(graph, groups, Searched(policy, tensors), inputs)
-    return Searched(policy, tensors)
+    if settings.prunes == "weights" and "size" in problem.limits:
+        plan = prune_weights(problem, _allocate(problem, {m: n for m, n in problem.limits.items() if m != "size"}, ()))
+    else:
+        plan = _allocate(problem, problem.limits, problem.groups if settings.prunes == "channels" else ())
+    return SearchResult(plan, restored(problem, plan, settings))
 
 
-def shifted_norms(
-    graph: fx.GraphModule, groups: ChannelGroups, found: Searched, inputs: Sequence[Tensor]
-) -> dict[str, Tensor]:
+def shifted_norms(problem: Problem, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Batch-norm statistics for a plan by their names in the traced graph, from standard normal images alone; none if
     the graph has no batch norm, or takes anything but one batch of images."""
+    inputs = problem.inputs
     if len(inputs) != 1 or not inputs[0].is_floating_point():
         return {}
-    network = insert_gates(graph, groups)
+    network = insert_gates(problem.graph, problem.groups)
     shape = inputs[0].shape[1:]
     generator = torch.Generator().manual_seed(0)
     count = max(2, min(64, _ELEMENTS // math.prod(shape)))
@@ -132,94 +112,65 @@ def shifted_norms(
     if not norms.names:
         return {}
     with torch.no_grad():
-        for name, value in found.tensors.items():
+        for name, value in tensors.items():
             attribute(network, name).copy_(value)
-    apply_bits(network, found.policy.weight_bits, found.policy.activation_bits)
+    apply_bits(network, plan.weight_bits, plan.activation_bits)
     calibrate(network, None, inputs=inputs)
-    for name, kept in found.policy.kept.items():
+    for name, kept in plan.kept.items():
         channel_gates(network)[name].fix(kept)
     norms.apply()
     return {n: attribute(network, n).detach().clone() for pair in norms.names for n in pair}
 
 
-def _allocate(
-    graph: fx.GraphModule, groups: ChannelGroups, cost: CostModel, budget: Budget, settings: Opq, seed: int
-) -> Policy:
-    scores = group_importance(groups, settings.importance)
-    decisions = _bit_decisions(graph, cost, settings)
-    if settings.prunes == "channels":
-        for group in groups.values():
-            if group.primary or settings.minor_groups:
-                decisions["c", group.name] = _channel_decision(group, cost, scores[group.name], settings.round_to)
-    values = _meeting(cost, budget, decisions)
-    kept = {g.name: list(range(g.size)) for g in groups.values()}
-    for name, count in _of("c", values).items():
-        kept[name] = most_important(scores[name], count)
-    return policy_of(Draft(_of("w", values), _of("a", values), kept), groups, "opq", seed, "symmetric")
+def _allocate(problem: Problem, limits: Mapping[str, Any], prunable: Iterable[str]) -> Plan:
+    """The plan of least damage within limits. Raises InfeasibleBudget."""
+    scores = group_importance(problem.groups, problem.space.settings.importance)
+    damages = {("channels", n): _channel_damage(problem, n, scores[n]) for n in prunable} | _bit_damages(problem)
+    choices = [choice for choice in problem.space.choices if (choice.kind, choice.name) in damages]
+    plan = problem.space.most
+    if limits:
+        decisions = [Decision(problem.cost.moved(c.kind, c.name, c.values), damages[c.kind, c.name]) for c in choices]
+        polynomials = [problem.cost.polynomials[measure] for measure in limits]
+        load = Load(polynomials, list(limits.values()), problem.cost.values(plan)[0], decisions)
+        chosen = minimise(decisions, load)
+        if chosen is None:
+            raise problem.infeasible("opq", problem.space.least)
+        for choice, at in zip(choices, chosen, strict=True):
+            value: Any = choice.values[at]
+            if choice.kind == "channels":
+                value = tuple(most_important(scores[choice.name], value))
+            plan = plan.with_value(choice.kind, choice.name, value)
+    return plan
 
 
-def _meeting(cost: CostModel, budget: Budget, decisions: Mapping[Name, Decision]) -> dict[Name, int]:
-    """Values of all decisions, within the budget. Raises InfeasibleBudget."""
-    for slack in (1.0, 1 - 1e-9):  # reason: what is exactly at a limit may be a rounding above it
-        chosen = minimise(list(decisions.values()), _load(cost, budget, list(decisions), slack))
-        if chosen is not None:
-            values = {key: int(d.values[i]) for (key, d), i in zip(decisions.items(), chosen, strict=True)}
-            if budget.is_satisfied_by(cost.evaluate(_of("c", values), _of("w", values), _of("a", values))):
-                return values
-    raise _infeasible(cost, budget, decisions)
+def _bit_damages(problem: Problem) -> dict[tuple[str, str], Array]:
+    """What each bitwidth of every weight and tensor does to the outputs of the layers that read it."""
+    unsigned = {node.name for node in non_negative(problem.graph.graph.nodes)}
+    fits = {name: laplace_fit(w) for name, w in weight_tensors(problem.cost).items()}
+    damages: dict[tuple[str, str], Array] = {}
+    for name, places in problem.cost.weights.items():
+        damages["weight", name] = fits.get(name, 1.0) * len(places) * _errors(problem, "weight", name, signed=True)
+    for name, places in problem.cost.activations.items():
+        damages["activation", name] = len(places) * _errors(problem, "activation", name, signed=name not in unsigned)
+    return damages
 
 
-def _bit_decisions(graph: fx.GraphModule, cost: CostModel, settings: Opq) -> dict[Name, Decision]:
-    """Bits of every weight and tensor, with what each candidate does to the outputs of the layers that read it."""
-    ends = end_bits(cost)
-    unsigned = {node.name for node in non_negative(graph.graph.nodes)}
-    fits = {name: laplace_fit(w) for name, w in weight_tensors(graph, cost).items()}
-    decisions = {}
-    for name, places in cost.weights.items():
-        bits = _candidates(ends.weights.get(name), settings.weight_bits)
-        errors = [least_rounding_error(max_level(b, signed=True)) for b in bits]
-        decisions["w", name] = Decision(np.array(bits, float), fits.get(name, 1.0) * len(places) * np.array(errors))
-    for name, places in cost.activations.items():
-        bits = _candidates(ends.activations.get(name), settings.activation_bits)
-        errors = [least_rounding_error(max_level(b, signed=name not in unsigned)) for b in bits]
-        decisions["a", name] = Decision(np.array(bits, float), len(places) * np.array(errors))
-    return decisions
+def _errors(problem: Problem, kind: Kind, name: str, *, signed: bool) -> Array:
+    """Of a Laplace variable at each bitwidth, as shares of its second moment."""
+    values = problem.space.values(kind, name)
+    return np.array([0.0 if b == FLOAT_BITS else least_rounding_error(max_level(b, signed)) for b in values])
 
 
-def _candidates(fixed: int | None, asked: int | None) -> tuple[int, ...]:
-    return (fixed,) if fixed is not None else (2, 4, 8) if asked is None else (asked,)
-
-
-def _channel_decision(group: ChannelGroup, cost: CostModel, scores: Tensor, round_to: int | None) -> Decision:
-    """How many channels of a group stay, with the share of the importance that goes with the others."""
-    step = kernel_multiple(group, round_to, cost.timing)
-    counts = np.array(sorted({*range(step, group.size, step), group.size}))
+def _channel_damage(problem: Problem, name: str, scores: Tensor) -> Array:
+    """The share of a group's importance that goes, for each number of channels that may stay."""
+    axis = problem.groups[name].axis
     readers = sum(
-        group.axis in d.axes(dim)
-        for layer in cost.layers
+        axis in d.axes(dim)
+        for layer in problem.cost.layers
         for dims, out in layer.weights.values()
         for i, dim in enumerate(dims)
         if i != out % len(dims)
     )
     mass = scores.double().square().sort(descending=True).values
     gone = mass.flip(0).cumsum(0).flip(0) / mass.sum().clamp_min(1e-300)
-    return Decision(counts.astype(float), max(1, readers) * np.append(gone.numpy(), 0.0)[counts])
-
-
-def _load(cost: CostModel, budget: Budget, names: list[Name], slack: float = 1.0) -> Load:
-    variables = {name: Polynomial.variable(i) for i, name in enumerate(names)}
-    found = cost.expected(*(_of(kind, variables) for kind in "cwa"))
-    whole = cost.reference.by_measure
-    return Load([found[m] * (1 / (slack * share * whole[m])) for m, share in budget.limits.items()], len(names))
-
-
-def _of(kind: str, table: Mapping[Name, T]) -> dict[str, T]:
-    return {name: value for (k, name), value in table.items() if k == kind}
-
-
-def _infeasible(cost: CostModel, budget: Budget, decisions: Mapping[Name, Decision]) -> InfeasibleBudget:
-    least = {name: int(decision.values[0]) for name, decision in decisions.items()}
-    shares = budget.shares(cost.evaluate(_of("c", least), _of("w", least), _of("a", least)))
-    return InfeasibleBudget.of(
-        budget.limits, shares, "method 'opq' reaches on this model", "lower bits or smaller multiples (round_to)"
-    )
+    return max(1, readers) * np.append(gone.numpy(), 0.0)[list(problem.space.values("channels", name))]

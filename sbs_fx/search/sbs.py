@@ -1,143 +1,160 @@
 """`sbs`: bits and channels learned with the weights, in one training run (arXiv 2101.04935).
 
-In: a traced float model, its analyses, a budget, labelled data. Out: a policy that meets the budget, and the weights as
-the search left them. Every candidate bitwidth shares one weight and one chain of offsets; gates choose; what they chose
-is settled just under the budget. If what they began with is better, by the divergence from the float model with weights
-from before the search times that with those from after it, that is the policy, with the better of these weights.
+In: a problem, labelled data. Out: a plan within its limits, and the weights as the search left them. Every candidate
+bitwidth shares one weight and one chain of offsets; gates choose; budget repair brings what they chose just under the
+limits. If what they began with is better, by the divergence from the float model with weights from before the search
+times that with those from after it, that is the plan, with the better of these weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import replace
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
-from torch import Tensor, fx
 
 from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.data.batches import read_batches, start_epoch
-from sbs_fx.passes import ChannelGroups, CostModel, insert_gates
-from sbs_fx.passes.channels.importance import group_importance, kernel_multiple
-from sbs_fx.plan import Budget
+from sbs_fx.passes import insert_gates
+from sbs_fx.passes.channels.importance import group_importance
+from sbs_fx.plan import Plan
 from sbs_fx.plan.errors import DataError, InfeasibleBudget
-from sbs_fx.quantizer.superbit import Grid
-from sbs_fx.search.gate_search import Draft, GateSearch, Search, may_be_pruned, while_searching
-from sbs_fx.search.searched import Searched, policy_of
-from sbs_fx.search.settle import Ranges, Space, divergence_of, judged_on, ranges_by_bits, settle, use_ranges
-from sbs_fx.search.two_stage import TwoStage, two_stage
-from sbs_fx.search.uniform import end_bits, uniform_bits
-from sbs_fx.training import Checkpoints, Training, train
+from sbs_fx.plan.plan import Kind
+from sbs_fx.search.gate_search import GateSearch, Search, while_searching
+from sbs_fx.search.problem import Problem, SearchResult
+from sbs_fx.search.ranges import Ranges, ranges_by_bits, use_ranges
+from sbs_fx.search.registry import Run, method
+from sbs_fx.search.repair import BudgetRepair, Harm, judged_on
+from sbs_fx.search.two_stage import two_stage
+from sbs_fx.training import train
 from sbs_fx.training.evaluation import device_of
-from sbs_fx.training.progress import Observer
 from sbs_fx.training.randomness import random_state_kept, seed_everything
 
 _EVEN_BITS = 4
 _MOST_OVER = 2.0  # cost of 4 bits and all channels over the budget, from which an even start may come down
 
 
-def sbs(
-    graph: fx.GraphModule,
-    groups: ChannelGroups,
-    cost: CostModel,
-    budget: Budget,
-    data: Iterable[Any],
-    *,
-    inputs: Sequence[Tensor],
-    search: Search | None = None,
-    settings: Training | None = None,
-    grid: Grid = "symmetric",
-    candidates: tuple[int, ...] = (2, 4, 8),
-    seed: int = 0,
-    checkpoints: Checkpoints | None = None,
-    progress: Observer | None = None,
-    name: str = "search",
-    stage: type[GateSearch] = GateSearch,
-) -> Searched:
+@method(
+    "sbs",
+    help="Single-path Bit Sharing: bits and channels are learned with the weights, then fine-tuned",
+    needs="labels",
+    trains=True,
+    settings=Search,
+    section="search",
+    resumes=True,
+    automatic="with training",
+)
+def sbs(problem: Problem, run: Run) -> SearchResult:
     """Search by super-bit gates.
-
-    Args:
-        graph: from `trace`; not changed. groups, cost: of it.
-        data: yields (images, labels), iterable more than once.
-        inputs: example inputs of the graph.
-        grid: of the quantisers; "paper" is the zero-free one.
-        seed: of everything random.
-        checkpoints, progress: of the training; see `train`. name: of the stage in them.
-        stage: what is trained; another kind brings gates of its own (`sbs_fx.search.baselines.bayesian_bits`).
 
     Raises:
         DataError: data that is unlabelled, of one class alone, or not as the graph takes it.
-        InfeasibleBudget: the budget is not met with every gate closed.
+        InfeasibleBudget: the limits are not met with every gate closed.
         and whatever `train` raises.
     """
-    search, settings = search or Search(), settings or Training()
-    check_training_data(data)
-    blocks = {name: search.block or kernel_multiple(groups[name], None, cost.timing) for name in groups}
-    network = insert_gates(
-        graph, groups, channels=search.decisions != "bits", candidates=candidates, grid=grid, block=blocks
-    )
-    ends = end_bits(cost)
-    fixed = (ends.weights, ends.activations)
-    steps = search.epochs * len(data) if isinstance(data, Sized) else None
-    training = stage(network, groups, cost, budget, search, fixed=fixed, steps=steps, name=name)
-    calibrate(network, data, inputs=inputs)
-    start_epoch(data, 0)
-    batches = judged_on(graph, read_batches(data, max_batches=search.settle_batches))
+    return GateTraining(problem, run).result()
 
-    bits = Space(tuple(training.searched["w"]), tuple(training.searched["a"]), {}, candidates)
 
-    def ranges() -> Ranges:
+class GateTraining:
+    """A search by gates: its network, start, training and end.
+
+    Args:
+        stage: what is trained; another kind brings gates of its own (`sbs_fx.search.baselines.bayesian_bits`).
+        name: of the stage in checkpoints and progress.
+    """
+
+    def __init__(self, problem: Problem, run: Run, stage: type[GateSearch] = GateSearch, name: str = "search") -> None:
+        check_training_data(run.data)
+        self.problem, self.run, space = problem, run, problem.space
+        self.search: Search = run.settings or Search()
+        self.network = insert_gates(
+            problem.graph,
+            problem.groups,
+            channels=space.settings.prune,
+            candidates=space.values,
+            block={name: space.multiple(group) for name, group in problem.groups.items()},
+        )
+        steps = self.search.epochs * len(run.data) if isinstance(run.data, Sized) else None
+        self.stage = stage(self.network, problem, self.search, steps=steps, name=name)
+        calibrate(self.network, run.data, inputs=problem.inputs)
+        start_epoch(run.data, 0)
+        self.batches = judged_on(problem.graph, read_batches(run.data, max_batches=self.search.repair_batches))
+
+    def result(self) -> SearchResult:
+        run, stage, network = self.run, self.stage, self.network
+        begun = run.checkpoints is not None and run.checkpoints.existing(stage.name) is not None
+        if stage.is_warm and not begun:
+            self._begin()
+        train(
+            stage,
+            run.data,
+            epochs=self.search.epochs,
+            lr=self.search.lr,
+            settings=while_searching(run.training),
+            teacher=self.problem.graph if run.training.distillation else None,
+            seed=self.problem.seed,
+            checkpoints=run.checkpoints,
+            progress=run.observer,
+        )
+        before = dict(self.problem.graph.named_parameters()) | dict(self.problem.graph.named_buffers())
+        state = network.state_dict()
+        tensors = {n: state[n].detach().clone() for n in before if n in state}
+        ranges = self._ranges()
+        decided = self._repaired(stage.plan(), ranges)
+        if stage.start is not None:
+            start = self._repaired(stage.start, ranges)
+            losses = [self._divergence(plan, ranges) for plan in (decided, start)]
+            network.load_state_dict(before, strict=False)
+            ranges = self._ranges()
+            losses_before = [self._divergence(plan, ranges) for plan in (decided, start)]
+            # reason: the weights have been trained for what the gates chose, and were not for either before
+            if losses[1] * losses_before[1] < losses[0] * losses_before[0]:
+                tensors = tensors if losses[1] < losses_before[1] else {n: before[n].detach().clone() for n in tensors}
+                decided = start
+        return SearchResult(decided, tensors)
+
+    def _begin(self) -> None:
+        """Put the gates at a plan that is within the limits."""
+        ranges, even = self._ranges(), _even(self.problem)
+        start = self._planned() if even is None else self._repaired(even, ranges, ("weight", "channels"))
+        start = self._repaired(start, ranges)
+        use_ranges(self.network, start, ranges)
+        self.stage.start_at(start, self.batches[0][0])
+
+    def _ranges(self) -> Ranges:
         """Those that suit each bitwidth, with the weights of the moment."""
-        with random_state_kept(device_of(network)):  # reason: data may be shuffled, and a resumed run has drawn less
-            seed_everything(seed, 0, 0, 0)
-            return ranges_by_bits(network, bits, data, inputs)
+        problem = self.problem
+        with random_state_kept(
+            device_of(self.network)
+        ):  # reason: data may be shuffled, and a resumed run has drawn less
+            seed_everything(problem.seed, 0, 0, 0)
+            return ranges_by_bits(self.network, problem.space, self.run.data, problem.inputs)
 
-    def settled(draft: Draft, known: Ranges, *, activations: bool = True) -> Draft:
-        """Within the budget, the bits of activations left alone or not, and what it then diverges by."""
-        scores = group_importance(groups, "l1", dict(network.named_parameters()))
-        channels = {n: (scores[n], blocks[n]) for n in groups if may_be_pruned(groups, cost, n, search)}
-        space = replace(bits, channels=channels, activations=bits.activations if activations else ())
-        return settle(network, cost, budget, draft, space, batches, known)
+    def _repaired(
+        self, plan: Plan, ranges: Ranges, kinds: tuple[Kind, ...] = ("weight", "activation", "channels")
+    ) -> Plan:
+        scores = group_importance(self.problem.groups, "l1", dict(self.network.named_parameters()))
+        return BudgetRepair(self.problem, Harm(self.network, self.batches, ranges), scores, kinds)(plan)
 
-    begun = checkpoints is not None and checkpoints.existing(name) is not None
-    if training.is_warm and not begun:
-        known, even = ranges(), _even(training, blocks, candidates)
-        if even is None:
-            start = _planned(graph, training, data, inputs, grid, candidates, seed)
-        else:
-            start = settled(even, known, activations=False)
-        start = settled(start, known)
-        use_ranges(network, start, known)
-        training.start_at(start, batches[0][0])
-    train(
-        training,
-        data,
-        epochs=search.epochs,
-        lr=search.lr,
-        settings=while_searching(settings),
-        teacher=graph if settings.distillation else None,
-        seed=seed,
-        checkpoints=checkpoints,
-        progress=progress,
-    )
-    given = dict(graph.named_parameters()) | dict(graph.named_buffers())
-    state = network.state_dict()
-    tensors = {n: state[n].detach().clone() for n in given if n in state}
-    known = ranges()
-    decided = settled(training.draft(), known)
-    if training.start is not None:
-        start = settled(training.start, known)
-        network.load_state_dict(given, strict=False)
-        known = ranges()
-        decided_before, start_before = (divergence_of(network, draft, batches, known) for draft in (decided, start))
-        # reason: the weights have been trained for what the gates chose, and were not for either before
-        if start.loss * start_before < decided.loss * decided_before:
-            tensors = tensors if start.loss < start_before else {n: given[n].detach().clone() for n in tensors}
-            decided = start
-    return Searched(policy_of(decided, groups, stage.method, seed, grid), tensors)
+    def _divergence(self, plan: Plan, ranges: Ranges) -> float:
+        return Harm(self.network, self.batches, ranges).divergence(plan)
+
+    def _planned(self) -> Plan:
+        """The best plan that is found without training; all gates open where channels alone are searched, or where the
+        plan's coarser choices do not meet the limits."""
+        problem = self.problem
+        if not problem.space.settings.quantise:
+            return self.stage.plan()
+        # reason: data may be shuffled, and a resumed run has drawn less
+        with random_state_kept(device_of(self.network)):
+            seed_everything(problem.seed, 0, 0, 0)
+            try:
+                return two_stage(problem, Run(self.run.data, ranges=self.run.ranges)).plan
+            except InfeasibleBudget:
+                return self.stage.plan()
 
 
-def _even(training: GateSearch, blocks: Mapping[str, int], candidates: tuple[int, ...]) -> Draft | None:
+def _even(problem: Problem) -> Plan | None:
     """4 bits everywhere and all channels, where fewer bits of weights and fewer channels can bring that to the budget.
 
     Plans that are judged without training leave activations 2 bits too often: for 2-bit weights and fewer channels
@@ -146,56 +163,13 @@ def _even(training: GateSearch, blocks: Mapping[str, int], candidates: tuple[int
     times, 4 bits brought down by weights and channels ended at 67.5, by weights alone at 67.3 (66.7 before joins), a
     search from the plan of `two_stage`, with 2-bit activations, at 66.4, and one from 40 % pruned MACs at 65.0.
     """
-    search, cost, budget, groups = training.search, training.cost, training.budget, training.groups
-    if search.decisions == "channels" or _EVEN_BITS not in candidates:
+    space = problem.space
+    if not space.settings.quantise or _EVEN_BITS not in space.settings.candidates:
         return None
-    bits, fewer = (uniform_bits(cost, weights, _EVEN_BITS) for weights in (_EVEN_BITS, candidates[0]))
-    fewest = {n: min(g.size, blocks[n]) for n, g in groups.items() if may_be_pruned(groups, cost, n, search)}
-    whole = cost.evaluate({}, bits.weights, bits.activations)
-    least = cost.evaluate(fewest, fewer.weights, fewer.activations)
-    if not 1 < budget.used_by(whole) <= _MOST_OVER or not budget.is_satisfied_by(least):
-        return None
-    return Draft(bits.weights, bits.activations, {n: list(range(group.size)) for n, group in groups.items()})
-
-
-def _planned(
-    graph: fx.GraphModule,
-    training: GateSearch,
-    data: Iterable[Any],
-    inputs: Sequence[Tensor],
-    grid: Grid,
-    candidates: tuple[int, ...],
-    seed: int,
-) -> Draft:
-    """The best decisions that are found without training; all gates open where channels alone are searched, or where
-    the plan's coarser choices do not meet the budget."""
-    search = training.search
-    if search.decisions == "channels":
-        return training.draft()
-    options = TwoStage(
-        decisions=search.decisions,
-        block=search.block,
-        inner_only=search.inner_only,
-        minor_groups=search.minor_groups,
-    )
-    with random_state_kept(device_of(training.network)):  # reason: as above
-        seed_everything(seed, 0, 0, 0)
-        try:
-            found = two_stage(
-                graph,
-                training.groups,
-                training.cost,
-                training.budget,
-                data,
-                inputs=inputs,
-                search=options,
-                grid=grid,
-                candidates=candidates,
-                seed=seed,
-            )
-        except InfeasibleBudget:
-            return training.draft()
-    return found.draft
+    even = space.plan(_EVEN_BITS, _EVEN_BITS)
+    fewest = {name: space.values("channels", name)[0] for name in problem.groups}
+    least = space.plan(min(space.settings.candidates), _EVEN_BITS, fewest)
+    return even if 1 < problem.used(even) <= _MOST_OVER and problem.fits(least) else None
 
 
 def check_training_data(data: Iterable[Any]) -> None:

@@ -22,6 +22,7 @@ from sbs_fx.passes import ChannelGroups, activation_gates, weight_gates
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis, Dim
 from sbs_fx.plan.errors import DataError, WeightsError
+from sbs_fx.plan.plan import Kind
 from sbs_fx.training.evaluation import logits_of, mode
 
 Forms = Mapping[int, Callable[[Tensor], Tensor]]  # bits -> the tensor as that many bits have it
@@ -32,14 +33,13 @@ class Sensitivity:
     """Loss (cross-entropy, nats an image) that decisions are estimated to cost, each by itself.
 
     Attributes:
-        weights, activations: name -> bits -> loss.
+        bits: kind ("weight" or "activation") -> name -> bits -> loss.
         channels: group -> (images, size): what the loss of each image changes by, to first order, when a channel goes;
             a set R of channels costs 1/2 mean_n (sum_{c in R} channels[n, c])^2.
         labelled: False where the model's own predictions stood in for labels.
     """
 
-    weights: dict[str, dict[int, float]] = field(default_factory=dict)
-    activations: dict[str, dict[int, float]] = field(default_factory=dict)
+    bits: dict[Kind, dict[str, dict[int, float]]] = field(default_factory=dict)
     channels: dict[str, Tensor] = field(default_factory=dict)
     labelled: bool = True
 
@@ -51,9 +51,7 @@ def sensitivity(
     network: fx.GraphModule,
     groups: ChannelGroups,
     data: Iterable[tuple[Tensor, Tensor | None]],
-    weight_forms: Mapping[str, Forms],
-    activation_forms: Mapping[str, Forms],
-    *,
+    forms: Mapping[Kind, Mapping[str, Forms]],
     prunable: Iterable[str] = (),
     seed: int = 0,
 ) -> Sensitivity:
@@ -62,12 +60,12 @@ def sensitivity(
     Args:
         network: from `insert_gates` on the graph of `groups`, all gates open. data: (images, labels or None); without
             labels they are drawn from the model's own predictions, which makes H the Fisher information itself.
-        weight_forms, activation_forms: by name, what is to be judged. prunable: names of groups.
+        forms: of weights and of activations by name, what is to be judged. prunable: names of groups.
 
     Raises:
         WeightsError: the gradient at a layer is NaN or Inf; names it. DataError: that of the loss.
     """
-    recorder = _Recorder(network, groups, weight_forms, activation_forms, prunable)
+    recorder = _Recorder(network, groups, forms, prunable)
     generator = torch.Generator().manual_seed(seed)
     images = 0
     labelled = True
@@ -86,8 +84,10 @@ def sensitivity(
             recorder.end()
             images += len(x)
     return Sensitivity(
-        {n: {b: 0.5 * s / images for b, s in table.items()} for n, table in recorder.sums["w"].items()},
-        {n: {b: 0.5 * s / images for b, s in table.items()} for n, table in recorder.sums["a"].items()},
+        {
+            kind: {n: {b: 0.5 * s / images for b, s in table.items()} for n, table in sums.items()}
+            for kind, sums in recorder.sums.items()
+        },
         {n: torch.cat(rows) for n, rows in recorder.rows.items()},
         labelled,
     )
@@ -100,18 +100,17 @@ class _Recorder(fx.Interpreter):
         self,
         network: fx.GraphModule,
         groups: ChannelGroups,
-        weight_forms: Mapping[str, Forms],
-        activation_forms: Mapping[str, Forms],
+        forms: Mapping[Kind, Mapping[str, Forms]],
         prunable: Iterable[str],
     ) -> None:
         super().__init__(network)
         self.garbage_collect_values = True
-        self.forms = {"w": weight_forms, "a": activation_forms}
+        self.forms = forms
         self.weights = {id(gate): name for name, gate in weight_gates(network).items()}
         self.activations = {id(gate): name for name, gate in activation_gates(network).items()}
-        self.sums: dict[str, dict[str, dict[int, float]]] = {
-            kind: {name: dict.fromkeys(table, 0.0) for name, table in forms.items()}
-            for kind, forms in self.forms.items()
+        self.sums: dict[Kind, dict[str, dict[int, float]]] = {
+            kind: {name: dict.fromkeys(table, 0.0) for name, table in of_kind.items()}
+            for kind, of_kind in forms.items()
         }
         self.rows: dict[str, list[Tensor]] = {name: [] for name in prunable}
         self.axes = {groups[name].axis: name for name in self.rows}
@@ -157,16 +156,16 @@ class _Recorder(fx.Interpreter):
         for node, read, args, kwargs, y in reversed(self.layers):  # an error names the layer where it begins
             grad = self._gradient(y, node.name)
             for name, weight in read.items():
-                for bits, form in self.forms["w"].get(name, {}).items():
+                for bits, form in self.forms["weight"].get(name, {}).items():
                     changed = form(weight)
                     swap = lambda a, w=weight, c=changed: c if a is w else a  # noqa: E731
                     other = node.target(*fx.node.map_aggregate(args, swap), **kwargs)
-                    self._add("w", name, bits, grad * (other - y))
+                    self._add("weight", name, bits, grad * (other - y))
         found = {name: torch.zeros(self.images, axis.size) for axis, name in self.axes.items()}
         for name, source, x in self.tensors:
             grad = self._gradient(x, name)
-            for bits, form in self.forms["a"].get(name, {}).items():
-                self._add("a", name, bits, grad * (form(x) - x))
+            for bits, form in self.forms["activation"].get(name, {}).items():
+                self._add("activation", name, bits, grad * (form(x) - x))
             self._channels(source, grad, x, found)
         for name, row in found.items():
             self.rows[name].append(row)
@@ -180,7 +179,7 @@ class _Recorder(fx.Interpreter):
             )
         return grad
 
-    def _add(self, kind: str, name: str, bits: int, products: Tensor) -> None:
+    def _add(self, kind: Kind, name: str, bits: int, products: Tensor) -> None:
         # reason: batches of windows or tokens keep the image as the slowest index
         self.sums[kind][name][bits] += float(products.reshape(self.images, -1).sum(1).double().square().sum())
 

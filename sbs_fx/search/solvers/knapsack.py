@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sbs_fx.plan.errors import InfeasibleBudget
 
 Array = NDArray[np.float64]
-_TIGHT = 1e-9  # of a limit: what rounding in sums may take
+_NOTHING = 1e-9  # a share, or a difference of losses, that is rounding
 _SCALE = 1e3  # of limits in the solver, whose own tolerance is 1e-6
 
 
@@ -59,7 +59,7 @@ class Knapsack:
         return total
 
     def fits(self, choices: Sequence[int]) -> bool:
-        return bool((self.spent(choices) <= self.limits + _TIGHT * np.abs(self.limits)).all())
+        return bool((self.spent(choices) <= self.limits).all())
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,9 @@ def allocate(problem: Knapsack, time_limit: float = 60.0) -> Allocation:
     rounded = _rounded(problem, kept, starts, relaxed.x)
     if rounded is not None:
         # reason: a column that costs more than is open between the relaxation and this is in no better allocation
-        dear = relaxed.lower.marginals[:binary] > problem.loss(rounded) - relaxed.fun + _TIGHT * (1 + abs(relaxed.fun))
+        dear = relaxed.lower.marginals[:binary] > problem.loss(rounded) - relaxed.fun + _NOTHING * (
+            1 + abs(relaxed.fun)
+        )
         upper[:binary][dear] = 0
     found = scipy.optimize.milp(
         objective,
@@ -179,7 +181,7 @@ def _rounded(problem: Knapsack, kept: list[list[int]], starts: Array, x: Array |
         return None
     choices = []
     for v, options in enumerate(kept):
-        mixed = [c for c, share in zip(options, x[starts[v] : starts[v + 1]], strict=True) if share > _TIGHT]
+        mixed = [c for c, share in zip(options, x[starts[v] : starts[v + 1]], strict=True) if share > _NOTHING]
         total = problem.costs[v].sum(0)
         for pair in problem.pairs:
             if v in (pair.first, pair.second):

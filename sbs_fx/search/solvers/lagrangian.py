@@ -1,7 +1,7 @@
 """One multiplier over many discrete decisions whose costs multiply: least damage within limits.
 
-In: per decision its values and what damage each does; per measure, the cost as a polynomial in the values. Out: one
-value per decision. Holds: every limit is met; no single decision can be raised without breaking one; the same input
+In: per decision its choices and what damage each does; per measure, the cost as a polynomial. Out: one choice per
+decision. Holds: every limit is met; no single decision can be raised without breaking one; the same input
 gives the same output.
 
 For a multiplier lambda, sum_i D_i(x_i) + lambda * load(x) is minimised decision by decision until none changes, with
@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sbs_fx.passes.cost.polynomial import Polynomial
+
 Array = NDArray[np.float64]
 
 _NORM = 8.0  # close to the largest of the measures' loads, and smooth
-_FULL = 1 + 1e-12  # reason: sums of products that are exactly a limit may be a rounding above it
 _SWEEPS = 20
 _BISECTIONS = 32
 _ROUNDS = 100  # of exchanges
@@ -28,87 +30,58 @@ _CLOSE = 0.999  # of a limit that should be used at least
 _NEGLIGIBLE = 2e-3  # share of all damage, which no model of it tells from none
 
 
-class Polynomial:
-    """Sum of coefficient * product of variables; `terms` maps the sorted numbers of the variables to a coefficient."""
-
-    __slots__ = ("terms",)
-
-    def __init__(self, terms: dict[tuple[int, ...], float]) -> None:
-        self.terms = terms
-
-    @classmethod
-    def variable(cls, number: int) -> Polynomial:
-        return cls({(number,): 1.0})
-
-    def __add__(self, other: Polynomial | float) -> Polynomial:
-        total = dict(self.terms)
-        for key, value in _terms(other).items():
-            total[key] = total.get(key, 0.0) + value
-        return Polynomial(total)
-
-    def __mul__(self, other: Polynomial | float) -> Polynomial:
-        total: dict[tuple[int, ...], float] = {}
-        for left, a in self.terms.items():
-            for right, b in _terms(other).items():
-                key = tuple(sorted(left + right))
-                total[key] = total.get(key, 0.0) + a * b
-        return Polynomial(total)
-
-    __radd__, __rmul__ = __add__, __mul__
-
-
-def _terms(value: Polynomial | float) -> Mapping[tuple[int, ...], float]:
-    return value.terms if isinstance(value, Polynomial) else {(): float(value)}
-
-
 @dataclass(frozen=True)
 class Decision:
-    """Values that one variable may take, ascending, and the damage of each, descending."""
+    """What one decision may be: values (choices,) of the variables that it moves, ascending in what they cost, and the
+    damage of each, descending."""
 
-    values: Array
+    values: Mapping[int, Array]
     damage: Array
 
 
 class Load:
-    """Cost over limit of each measure, as a function of all variables, one of which may run over its values.
+    """Cost over limit of each measure, as a function of all variables, one decision of which may run over its choices.
 
     Args:
-        costs: polynomial per measure, divided by its limit. variables: how many there are.
+        costs: polynomial per measure. limits: one for each; prices that are whole numbers are compared as such.
+        start: (variables,), values of the variables that no decision moves.
     """
 
-    def __init__(self, costs: Sequence[Polynomial], variables: int) -> None:
-        terms = [(m, key, value) for m, cost in enumerate(costs) for key, value in cost.terms.items()]
-        widest = max((len(key) for _, key, _ in terms), default=0)
-        self.measures = len(costs)
-        self.owner = np.array([m for m, _, _ in terms], int)
-        self.scale = np.array([value for _, _, value in terms])
-        self.index = np.full((len(terms), widest), variables)  # reason: one variable more, which is always 1
-        rows: list[list[int]] = [[] for _ in range(variables)]
-        for row, (_, key, _) in enumerate(terms):
-            self.index[row, : len(key)] = key
-            for i in set(key):
-                rows[i].append(row)
-        self.rows = [
-            (np.array(found, int), (self.index[found] == i).sum(1) if found else np.zeros(0, int))
-            for i, found in enumerate(rows)
-        ]
+    def __init__(
+        self, costs: Sequence[Polynomial], limits: Sequence[float], start: Array, decisions: Sequence[Decision]
+    ) -> None:
+        self.limits, self.start = np.array(limits, float), start.astype(float)
+        width = max(cost.index.shape[1] for cost in costs)
+        padded = [np.pad(c.index, ((0, 0), (0, width - c.index.shape[1])), constant_values=-1) for c in costs]
+        self.index, self.scale = np.concatenate(padded), np.concatenate([cost.coefficients for cost in costs])
+        self.owner = np.repeat(np.arange(len(costs)), [len(cost.terms) for cost in costs])
+        self.rows = [self._rows(list(decision.values)) for decision in decisions]
+
+    def _rows(self, numbers: list[int]) -> list[tuple[tuple[int, ...], NDArray[np.int64]]]:
+        """Terms that hold any of these variables, by how often they hold each."""
+        powers = np.stack([(self.index == number).sum(1) for number in numbers], 1)
+        kinds = sorted(set(map(tuple, powers[powers.any(1)].tolist())))
+        return [(kind, np.flatnonzero((powers == kind).all(1))) for kind in kinds]
 
     def __call__(self, x: Array) -> Array:
-        """Shape (measures,)."""
-        values = self.scale * np.append(x, 1.0)[self.index].prod(1)
-        return np.bincount(self.owner, values, self.measures).astype(float)
+        """Costs, (measures,)."""
+        return self._sums(slice(None), x)
 
-    def along(self, x: Array, i: int, values: Array, here: Array) -> Array:
-        """Loads with variable i at each of its values, shape (measures, values); `here` is the load at x."""
-        rows, degree = self.rows[i]
-        ones = np.append(x, 1.0)
-        ones[i] = 1.0
-        others = self.scale[rows] * ones[self.index[rows]].prod(1)
-        change = np.zeros((self.measures, len(values)))
-        for k in range(1, int(degree.max(initial=0)) + 1):
-            chosen = degree == k
-            per_measure = np.bincount(self.owner[rows[chosen]], others[chosen], self.measures)
-            change += per_measure[:, None] * (values**k - x[i] ** k)
+    def _sums(self, rows: Any, x: Array) -> Array:
+        values = self.scale[rows] * np.append(x, 1.0)[self.index[rows]].prod(1)
+        return np.bincount(self.owner[rows], values, len(self.limits)).astype(float)
+
+    def along(self, x: Array, i: int, decision: Decision, at: int, here: Array) -> Array:
+        """Costs with decision i at each of its choices, (measures, choices); `here` are the costs at x, where it is
+        `at`."""
+        ones = x.copy()
+        ones[list(decision.values)] = 1.0
+        change = np.zeros((len(self.limits), len(decision.damage)))
+        for kind, rows in self.rows[i]:
+            powers = np.ones(len(decision.damage))
+            for values, power in zip(decision.values.values(), kind, strict=True):
+                powers = powers * values**power
+            change += self._sums(rows, ones)[:, None] * (powers - powers[at])
         return here[:, None] + change
 
 
@@ -119,7 +92,7 @@ def minimise(decisions: Sequence[Decision], load: Load) -> list[int] | None:
     if not problem.fits(problem.loads(least)):
         return None
     best = least
-    most = [len(d.values) - 1 for d in decisions]
+    most = [len(d.damage) - 1 for d in decisions]
     if problem.fits(problem.loads(most)):
         return most
     spread = sum(float(d.damage[0] - d.damage[-1]) for d in decisions)
@@ -138,17 +111,21 @@ def minimise(decisions: Sequence[Decision], load: Load) -> list[int] | None:
 class _Problem:
     def __init__(self, decisions: Sequence[Decision], load: Load) -> None:
         self.decisions, self.load = decisions, load
-        self.free = [i for i, d in enumerate(decisions) if len(d.values) > 1]
+        self.free = [i for i, d in enumerate(decisions) if len(d.damage) > 1]
 
     def values(self, chosen: Sequence[int]) -> Array:
-        return np.array([d.values[c] for d, c in zip(self.decisions, chosen, strict=True)])
+        x = self.load.start.copy()
+        for decision, choice in zip(self.decisions, chosen, strict=True):
+            for number, values in decision.values.items():
+                x[number] = values[choice]
+        return x
 
     def loads(self, chosen: Sequence[int]) -> Array:
-        return self.load(self.values(chosen))
+        return self.load(self.values(chosen)) / self.load.limits
 
     @staticmethod
     def fits(loads: Array) -> bool:
-        return bool((loads <= _FULL).all())
+        return bool((loads <= 1).all())
 
     def damage(self, chosen: Sequence[int]) -> float:
         return float(sum(d.damage[c] for d, c in zip(self.decisions, chosen, strict=True)))
@@ -162,10 +139,13 @@ class _Problem:
             here = self.load(x)
             for i in self.free:
                 d = self.decisions[i]
-                loads = self.load.along(x, i, d.values, here)
+                costs = self.load.along(x, i, d, chosen[i], here)
+                loads = costs / self.load.limits[:, None]
                 norm = (np.maximum(loads, 0) ** _NORM).sum(0) ** (1 / _NORM) if len(loads) > 1 else loads[0]
                 chosen[i] = int((d.damage + price * norm).argmin())
-                x[i], here = d.values[chosen[i]], loads[:, chosen[i]]
+                here = costs[:, chosen[i]]
+                for number, values in d.values.items():
+                    x[number] = values[chosen[i]]
             if chosen == before:
                 break
         return chosen
@@ -177,10 +157,11 @@ class _Problem:
         which, where, harm, after = [], [], [], []
         for i in self.free:
             d = self.decisions[i]
-            which.append(np.full(len(d.values), i))
-            where.append(np.arange(len(d.values)))
+            which.append(np.full(len(d.damage), i))
+            where.append(np.arange(len(d.damage)))
             harm.append(d.damage - d.damage[chosen[i]])
-            after.append(self.load.along(x, i, d.values, here).max(0))
+            costs = self.load.along(x, i, d, chosen[i], here)
+            after.append((costs / self.load.limits[:, None]).max(0))
         if not which:
             return np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros(0)
         return np.concatenate(which), np.concatenate(where), np.concatenate(harm), np.concatenate(after)
@@ -191,9 +172,9 @@ class _Problem:
         while True:
             which, where, harm, after = self.moves(chosen)
             here = float(self.loads(chosen).max())
-            useful = (harm < 0) & (after <= _FULL)
+            useful = (harm < 0) & (after <= 1)
             if not useful.any():
-                up = (where > np.array(chosen)[which]) & (harm <= 0) & (after <= _FULL)
+                up = (where > np.array(chosen)[which]) & (harm <= 0) & (after <= 1)
                 if not up.any():
                     break
                 useful = up

@@ -25,7 +25,6 @@ Array = NDArray[np.float64]
 
 FARTHEST = 16.0  # threshold up to which choices are tabulated: one weight in 10 million is larger
 _STEP, _KNOTS = 0.001, 400  # between tabulated thresholds; of the rounding error, which is smooth
-RUN_BITS = tuple(range(1, 17))  # widths of a run of zeros that a coder may take
 _LOG_PRICE, _BISECTIONS = 100.0, 80
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -91,16 +90,9 @@ def _best_step(threshold: Array, levels: int) -> tuple[Array, Array]:
 
 
 def sparse_bits(kept: ArrayLike, bits: int) -> Array:
-    """Expected stored bits per weight where a share `kept` at random places stays, with codes of `bits` bits.
-
-    The least of: all codes; a bitmap and the codes that stay; runs of zeros of r bits before each code, with a code of
-    zero where a run is longer than 2^r - 1 (a kept weight then needs 1/(1 - (1 - kept)^(2^r)) entries on average).
-    """
-    p = np.asarray(kept, float)
-    found = np.minimum(bits, 1 + p * bits)
-    for r in RUN_BITS:
-        found = np.minimum(found, (r + bits) * p / -np.expm1(2.0**r * np.log1p(-np.minimum(p, 1 - 1e-12))))
-    return found
+    """Stored bits per weight where a share `kept` stays, codes of `bits` bits: all codes, or a bit for each weight,
+    which stay, and the codes of those that do."""
+    return np.minimum(bits, 1 + np.asarray(kept, float) * bits)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,189 @@
+"""What multiplies and what is stored, read off the typed graph: the material of costs.
+
+In: channel groups with the layers that inference recorded. Out: per layer the products it adds up, per weight its
+dimensions, and every tensor that belongs to no layer. MACs come from output types, not from weights, so that token
+mixing, attention and adapters are counted right; one example (batch 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.dims import Axis, Dim
+from sbs_fx.passes.channels.groups import weight_name
+from sbs_fx.passes.channels.inference import Inference, Layer, Path, Term, operand
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Product:
+    """MACs of one term: `scale` (spatial sizes, kernel, tokens) times the sizes of `dims`, which can shrink.
+
+    `left` and `right` name the operands: ("weight" | "activation", name), or None for one that stays in float.
+    """
+
+    scale: Any  # int, or a sympy expression where height or width is dynamic
+    dims: tuple[Dim, ...]
+    left: tuple[str, str] | None
+    right: tuple[str, str] | None
+
+    def macs(self, of_axis: Callable[[Axis], Any]) -> Any:
+        result = self.scale
+        for dim in self.dims:
+            result = result * d.evaluate(dim, of_axis)
+        return result
+
+
+@dataclass(frozen=True)
+class LayerExpression:
+    """One layer: its products, and its weights as name -> types of the weight's dimensions and its output dimension.
+    `node` is the name of its graph node."""
+
+    name: str
+    node: str
+    kind: str
+    products: tuple[Product, ...]
+    weights: Mapping[str, tuple[tuple[Dim, ...], int]]
+
+    def sizes(self, of_axis: Callable[[Axis], Any]) -> list[tuple[Any, Any, int]]:
+        """Per weight: output channels, input channels of one group, and positions that it is applied at."""
+        macs = sum(int(product.macs(lambda axis: axis.size)) for product in self.products)
+        found = []
+        for dims, outputs in self.weights.values():
+            whole = math.prod(d.evaluate(dim, lambda axis: axis.size) for dim in dims)
+            place = outputs % len(dims)
+            inputs = next((dim for i, dim in enumerate(dims[:2]) if i != place), None)
+            size = d.evaluate(inputs, of_axis) if inputs is not None else 1
+            found.append((d.evaluate(dims[place], of_axis), size, macs // max(1, whole)))
+        return found
+
+
+@dataclass(frozen=True)
+class OtherTensor:
+    """A tensor that no layer multiplies with: stored at the width of its dtype, unless it vanishes in a batch norm that
+    is folded."""
+
+    dims: tuple[Dim, ...]
+    bits: int
+    is_parameter: bool
+    vanishes: bool
+
+
+def symbol_values(inference: Inference) -> dict[sympy.Symbol, int | None]:
+    """Symbolic sizes of the inputs: the batch counts 1; height and width stay symbols (None)."""
+    return {symbol: 1 if i == 0 else None for i, symbol, _ in _symbols(inference)}
+
+
+def traced_sizes(inference: Inference) -> dict[sympy.Symbol, int]:
+    """Symbolic height and width at what they were when the graph was traced."""
+    return {symbol: int(size.node.hint) for i, symbol, size in _symbols(inference) if i and size.node.has_hint()}
+
+
+def _symbols(inference: Inference) -> Iterator[tuple[int, sympy.Symbol, Any]]:
+    """(dimension, symbol, symbolic size) of the inputs, each symbol once."""
+    seen = set()
+    for node in inference.graph_module.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for i, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt):
+                for symbol in size.node.expr.free_symbols - seen:
+                    seen.add(symbol)
+                    yield i, symbol, size
+
+
+def layer_expression(
+    inference: Inference, nodes: Mapping[str, fx.Node], layer: Layer, symbols: Mapping[sympy.Symbol, int | None]
+) -> LayerExpression:
+    node = nodes[layer.name]
+    names = {p: ("weight", weight_name(operand(node, p))) for p in layer.weights}
+    names |= {p: ("activation", operand(node, p).name) for p in layer.inputs}
+    weights = {weight_name(operand(node, p)): (inference[operand(node, p)], layer.outputs) for p in layer.weights}
+    label = next((name for kind, name in names.values() if kind == "weight"), node.name)
+    products = tuple(_product(inference, term, names, symbols) for term in layer.terms)
+    label = label if label == node.name else f"{label} ({node.name})"
+    return LayerExpression(label, node.name, layer.kind, products, weights)
+
+
+def _product(
+    inference: Inference, term: Term, names: Mapping[Path, tuple[str, str]], symbols: Mapping[sympy.Symbol, int | None]
+) -> Product:
+    scale: Any = 1
+    dims: list[Dim] = []
+    for dim, size in term.sizes:
+        expr = size.node.expr if isinstance(size, torch.SymInt) else size
+        if not isinstance(expr, int):
+            expr = sympy.sympify(expr).subs({s: v for s, v in symbols.items() if v is not None})
+            expr = int(expr) if expr.is_Integer else expr
+        if not d.axes(dim):
+            scale = scale * expr
+        elif isinstance(size, int):
+            dims.append(dim)
+        else:  # a symbolic size times channels: scale by new / old
+            dims.append(dim)
+            ratio = sympy.Rational(1, d.resolve(dim).size) * expr
+            scale = scale * ratio
+    if not isinstance(scale, int) and not scale.free_symbols and scale.is_Integer:
+        scale = int(scale)
+    left, right = (names[p] if p is not None else None for p in term.operands)
+    return Product(scale, tuple(dims), left, right)
+
+
+def other_tensors(inference: Inference, nodes: Mapping[str, fx.Node], weights: Mapping[str, Any]) -> list[OtherTensor]:
+    absorbed: set[fx.Node] = set()
+    stack = [operand(nodes[layer.name], path) for places in weights.values() for layer, path in places]
+    while stack:
+        node = stack.pop()
+        if node not in absorbed:
+            absorbed.add(node)
+            stack.extend(node.all_input_nodes)
+    parameters = dict(inference.graph_module.named_parameters(remove_duplicate=False))
+    result = []
+    for node in nodes.values():
+        if node.op == "get_attr" and node not in absorbed:
+            vanishes = all(
+                u.target is aten.batch_norm.default and u.args[2] is not node and _folds(inference, u)
+                for u in node.users
+            )
+            bits = 8 * node.meta["val"].dtype.itemsize
+            result.append(OtherTensor(inference.tensors[str(node.target)], bits, node.target in parameters, vanishes))
+    return result
+
+
+def _folds(inference: Inference, node: fx.Node) -> bool:
+    """Whether a batch norm follows a convolution or linear that nothing else reads."""
+    source = node.args[0]
+    return (
+        isinstance(source, fx.Node)
+        and source.name in inference.layers
+        and len(source.users) == 1
+        and inference.layers[source.name].kind in ("conv", "linear")
+    )
+
+
+def end_layers(inference: Inference) -> tuple[set[str], set[str]]:
+    nodes = list(inference.graph_module.graph.nodes)
+    layers = inference.layers
+
+    def reached(order: Sequence[fx.Node], neighbours: Callable[[fx.Node], Any], start: str) -> set[str]:
+        clear: set[fx.Node] = set()
+        found: set[str] = set()
+        for node in order:
+            if isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat)):
+                continue  # a size carries no values from one layer to another
+            if node.op == start or any(n in clear for n in neighbours(node)):
+                if node.name in layers:
+                    found.add(node.name)
+                else:
+                    clear.add(node)
+        return found
+
+    return reached(nodes, lambda n: n.all_input_nodes, "placeholder"), reached(nodes[::-1], lambda n: n.users, "output")

@@ -1,0 +1,129 @@
+"""`Problem`: what every searcher is given; `SearchResult`: what it gives back.
+
+In: a traced float model, its analyses, a budget, settings. Out: limits in absolute numbers, the space, prices of plans.
+Holds: a plan fits if its price is at most every limit, by whole numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx
+
+from sbs_fx.passes import ChannelGroups, CostModel
+from sbs_fx.plan import Budget, Plan, Policy
+from sbs_fx.plan.errors import InfeasibleBudget
+from sbs_fx.search.space import Space, SpaceSettings
+
+
+@dataclass(frozen=True)
+class Considered:
+    """A plan that was considered: how it came about, its loss as estimated and as predicted, the gap to the bound on
+    the estimated loss, and whether the solver ran to its end."""
+
+    name: str
+    estimated: float
+    predicted: float
+    gap: float
+    proven: bool
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A plan, and what belongs to it.
+
+    Attributes:
+        tensors: parameters and buffers that the search left, by their names in the traced graph.
+        notes: for the report. considered: plans that were compared; this one is that of least predicted loss.
+    """
+
+    plan: Plan
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    considered: tuple[Considered, ...] = ()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One search: a graph, its price, what may be decided and how much may be left.
+
+    Attributes:
+        graph: from `trace`; nothing changes it. groups, cost: of it.
+        limits: measure -> the most that a plan may cost, whole numbers but for latency.
+        inputs: example inputs of the graph. seed: of everything random.
+    """
+
+    graph: fx.GraphModule
+    groups: ChannelGroups
+    cost: CostModel
+    limits: Mapping[str, Any]
+    space: Space
+    inputs: tuple[Tensor, ...]
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        cost: CostModel,
+        budget: Budget,
+        inputs: tuple[Tensor, ...],
+        space: SpaceSettings | None = None,
+        seed: int = 0,
+    ) -> Problem:
+        """The problem of a traced graph, that of the cost model, under a budget."""
+        groups = cost.groups
+        graph, limits = groups.inference.graph_module, budget.absolute(cost.whole)
+        return cls(graph, groups, cost, limits, Space(groups, cost, space), tuple(inputs), seed)
+
+    def within(self, **settings: Any) -> Problem:
+        """The same problem in a space with other settings."""
+        changed = self.space.settings.model_copy(update=settings)
+        return replace(self, space=Space(self.groups, self.cost, changed))
+
+    # -- prices --------------------------------------------------------------------------------------------------------
+
+    def price(self, plan: Plan) -> dict[str, Any]:
+        """Cost by measure of what is limited."""
+        x, over = self.cost.values(plan)
+        return {measure: self.cost.polynomials[measure](x, over) for measure in self.limits}
+
+    def fits(self, plan: Plan) -> bool:
+        price = self.price(plan)
+        return all(price[measure] <= limit for measure, limit in self.limits.items())
+
+    def used(self, plan: Plan) -> float:
+        """Price over limit, the largest of all measures: at most 1 is within the limits."""
+        price = self.price(plan)
+        return max(price[measure] / limit for measure, limit in self.limits.items())
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """The limits as shares of the float model."""
+        return {measure: limit / self.cost.whole[measure] for measure, limit in self.limits.items()}
+
+    def check_feasible(self, method: str) -> None:
+        """Raise InfeasibleBudget if the least of everything is over a limit: prices grow with each decision."""
+        if not self.fits(self.space.least):
+            raise self.infeasible(method, self.space.least)
+
+    def infeasible(self, method: str, least: Plan) -> InfeasibleBudget:
+        """The error that says what a method reaches, and which constraints and settings keep it from less."""
+        price = self.price(least)
+        reached = {measure: price[measure] / self.cost.whole[measure] for measure in self.limits}
+        over = [measure for measure, limit in self.limits.items() if price[measure] > limit] or list(self.limits)
+        binding = []
+        for name, settings in self.space.relaxations():
+            relaxed = self.price(Space(self.groups, self.cost, settings).least)
+            shares = [f"{measure} {relaxed[measure] / self.cost.whole[measure]:.4g}" for measure in over]
+            if any(relaxed[measure] < self.price(self.space.least)[measure] for measure in over):
+                binding.append(f"{name} (without it {', '.join(shares)})")
+        return InfeasibleBudget.of(self.shares, reached, f"method {method!r} reaches", binding)
+
+    def policy(self, plan: Plan, method: str) -> Policy:
+        """A plan with the identity of the model that it is for."""
+        return Policy.of(
+            plan, self.groups.fingerprint, {g.name: g.size for g in self.groups.values()}, method, self.seed
+        )

@@ -1,0 +1,151 @@
+"""The registry of methods: a method is one file that registers itself.
+
+In: a decorated function, here or in another package (entry point group "sbs_fx.methods": a module that registers as it
+is imported). Out: entries by name, which `compress`, `compare`, the command line and "auto" read. Holds: nothing else
+depends on a method's name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from torch import Tensor
+
+from sbs_fx.plan import Plan
+from sbs_fx.plan.errors import DataError, MethodError
+from sbs_fx.search.problem import Problem, SearchResult
+from sbs_fx.training import Checkpoints, Training
+from sbs_fx.training.progress import Observer
+
+Needs = Literal["nothing", "images", "labels"]
+Occasion = Literal["without data", "with data", "with training"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method is given beside the problem.
+
+    Attributes:
+        data: iterable of batches, more than once; None: there is none.
+        settings: of the method, of the class that it registered.
+        training: how weights are trained. ranges: how ranges are chosen, as in `calibrate`.
+        fine_tunes: whether training follows, so that what is lost may be won back.
+        checkpoints, observer: of a method that takes long.
+    """
+
+    data: Any = None
+    settings: Any = None
+    training: Training = field(default_factory=Training)
+    ranges: str = "mse"
+    fine_tunes: bool = False
+    checkpoints: Checkpoints | None = None
+    observer: Observer | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry.
+
+    Attributes:
+        search: the method itself. help: its one line.
+        needs: "nothing", "images" or "labels". trains: whether weights are trained while it searches.
+        settings: class of its settings; section: their name in `Config`, which several methods may share.
+        resumes: it leaves checkpoints of its own and goes on from them.
+        reconstructs: rounding is reconstructed block by block afterwards, where nothing is fine-tuned.
+        automatic: when "auto" means this one.
+        restore: tensors that follow from a plan of this method and the float model alone, for `apply`.
+    """
+
+    name: str
+    search: Callable[[Problem, Run], SearchResult]
+    help: str
+    needs: Needs = "nothing"
+    trains: bool = False
+    settings: type[BaseModel] | None = None
+    section: str = ""
+    resumes: bool = False
+    reconstructs: bool = False
+    automatic: Occasion | None = None
+    restore: Callable[[Problem, Plan, Any], Mapping[str, Tensor]] | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        return self.needs != "nothing"
+
+
+Search = Callable[[Problem, Run], SearchResult]
+_METHODS: dict[str, Method] = {}
+_GROUP = "sbs_fx.methods"
+
+
+def method(name: str, **entry: Any) -> Callable[[Search], Search]:
+    """Register a function as a method; `entry` has the other fields of `Method`. Raises MethodError if the name is
+    taken."""
+
+    def register(search: Search) -> Search:
+        if name in _METHODS and _METHODS[name].search.__module__ != search.__module__:
+            raise MethodError(f"there are two methods of the name {name!r}: give one of them another")
+        _METHODS[name] = Method(name, search, **entry)
+        return search
+
+    return register
+
+
+def methods() -> Mapping[str, Method]:
+    """All methods by name, those of other installed packages included."""
+    _load_plugins()
+    return _METHODS
+
+
+@functools.cache
+def _load_plugins() -> None:
+    import sbs_fx.search  # noqa: F401  reason: its methods register themselves
+
+    for point in importlib.metadata.entry_points(group=_GROUP):
+        try:
+            point.load()
+        except Exception as error:
+            raise MethodError(
+                f"the method {point.name!r} of another package cannot be loaded from {point.value!r}: "
+                f"{type(error).__name__}: {error}; update or uninstall that package"
+            ) from error
+
+
+def names() -> tuple[str, ...]:
+    """What `method=` may be."""
+    return ("auto", *methods())
+
+
+def sections() -> dict[str, type[BaseModel]]:
+    """Names of settings in `Config` -> their classes."""
+    return {m.section or m.name: m.settings for m in methods().values() if m.settings is not None}
+
+
+def chosen(name: str, has_data: bool, fine_tunes: bool) -> Method:
+    """The method of a name, or what "auto" stands for.
+
+    Raises:
+        MethodError: an unknown name. DataError: it needs data and there is none.
+    """
+    if name == "auto":
+        occasion = ("with training" if fine_tunes else "with data") if has_data else "without data"
+        return next(entry for entry in methods().values() if entry.automatic == occasion)
+    check_names([name])
+    entry = methods()[name]
+    if entry.needs_data and not has_data:
+        without = tuple(other.name for other in methods().values() if not other.needs_data)
+        raise DataError(f"method {name!r} needs data; give it, or use one of {without}")
+    return entry
+
+
+def check_names(wanted: Iterable[str]) -> None:
+    """Raise MethodError for names that no method has."""
+    unknown = [name for name in wanted if name not in names()]
+    if unknown:
+        text = repr(unknown[0]) if len(unknown) == 1 else f"{unknown}"
+        raise MethodError(f"unknown method {text}; expected one of {names()}", known=names())
