@@ -13,7 +13,7 @@ half step to spare at either end, and for s_b = v/(2^b - 1) on an unsigned one, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,51 +22,45 @@ from torch.autograd.function import once_differentiable
 from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.errors import InputError, PolicyError
 
-Grid = Literal["symmetric", "paper"]
 Bounds = tuple[Any, Any, Any]  # low, high, divisor: three numbers, or three tensors that broadcast over the input
 SEARCHING = -1  # how a searching quantiser is written in a state dict
 LEAST_RANGE = 2.0**-40  # reason: a channel of zeros has range 0; below this, a range acts as if it were this wide
 
 
 class Level(NamedTuple):
-    """Integer grid of one bitwidth: values are code * range / divisor, codes from low to high in steps of stride."""
+    """Integer grid of one bitwidth: values are code * range / divisor, codes from low to high."""
 
     low: int
     high: int
     divisor: float
-    stride: int
 
 
 def max_level(bits: int, signed: bool) -> int:
-    """Outermost integer level of the symmetric grid: 1, 7, 127 signed and 3, 15, 255 unsigned for 2, 4, 8 bits."""
+    """Outermost integer level of a bitwidth: 1, 7, 127 signed and 3, 15, 255 unsigned for 2, 4, 8 bits."""
     return (1 << bits - signed) - 1
 
 
-def level(bits: int, signed: bool, grid: Grid = "symmetric") -> Level:
-    """The grid of a bitwidth; of 0 bits, zero alone. The signed paper grid has the odd integers to 2^b - 1."""
-    steps = 2**bits - 1
+def level(bits: int, signed: bool) -> Level:
+    """The grid of a bitwidth; of 0 bits, zero alone."""
     if bits == 0:
-        return Level(0, 0, 1.0, 1)
-    if signed and grid == "paper":
-        return Level(-steps, steps, steps, 2)
-    high = max_level(bits, signed)
-    return Level(-high, high, steps / 2, 1) if signed else Level(0, high, steps, 1)
+        return Level(0, 0, 1.0)
+    steps, high = 2**bits - 1, max_level(bits, signed)
+    return Level(-high, high, steps / 2) if signed else Level(0, high, steps)
 
 
-def _encode(x: Tensor, scale: Tensor, low: Any, high: Any, stride: int) -> Tensor:
-    """clamp(round(x * (1/s)), low, high), as the static graph does it; for stride 2, the nearest odd integer. A new
-    tensor; what is in between is not kept (reason: on a CPU, fresh memory costs more than the arithmetic)."""
-    code = x * (1 / scale)
-    code = code.round_() if stride == 1 else code.sub_(low).div_(2).round_().mul_(2).add_(low)
+def _encode(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
+    """clamp(round(x * (1/s)), low, high), as the static graph does it. A new tensor; what is in between is not kept
+    (reason: on a CPU, fresh memory costs more than the arithmetic)."""
+    code = (x * (1 / scale)).round_()
     if isinstance(high, Tensor):
         return torch.minimum(torch.maximum(code, low), high)
     return code.clamp_(low, high)
 
 
-def _rounded(x: Tensor, width: Tensor, low: Any, high: Any, divisor: Any, stride: int) -> Tensor:
+def _rounded(x: Tensor, width: Tensor, low: Any, high: Any, divisor: Any) -> Tensor:
     """x on one grid, a new tensor."""
     scale = width / divisor
-    return _encode(x, scale, low, high, stride).mul_(scale)
+    return _encode(x, scale, low, high).mul_(scale)
 
 
 def _chain(x: Tensor, width: Tensor, levels: Sequence[Level]) -> Iterator[Tensor]:
@@ -80,12 +74,12 @@ def _chosen(opened: Tensor, levels: Sequence[Level]) -> Bounds:
     """Low, high and divisor of the last level that every gate before it lets through; each of shape (), or a number
     where gates can be looked at for nothing (reason: an eager step is 3 to 7 % faster with bounds that are numbers)."""
     if opened.device.type == "cpu" and not torch.compiler.is_compiling():
-        return levels[[*opened.tolist(), False].index(False)][:3]
-    chosen: list[Any] = [float(number) for number in levels[0][:3]]
+        return levels[[*opened.tolist(), False].index(False)]
+    chosen: list[Any] = [float(number) for number in levels[0]]
     passed: Any = True
     for gate, level_ in zip(opened, levels[1:], strict=True):
         passed = gate & passed
-        chosen = [torch.where(passed, float(new), old) for new, old in zip(level_[:3], chosen, strict=True)]
+        chosen = [torch.where(passed, float(new), old) for new, old in zip(level_, chosen, strict=True)]
     return tuple(torch.as_tensor(number) for number in chosen)  # type: ignore[return-value]
 
 
@@ -121,16 +115,14 @@ class _Fixed(torch.autograd.Function):
     """Plain quantiser of given bounds, numbers or tensors; keeps its input and its range."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, range_: Tensor, low: Any, high: Any, divisor: Any, stride: int, signed: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, range_: Tensor, low: Any, high: Any, divisor: Any, signed: bool) -> Tensor:
         bounds = (low, high, divisor)
         ctx.save_for_backward(x, range_, *(b for b in bounds if isinstance(b, Tensor)))
         ctx.bounds = None if isinstance(high, Tensor) else bounds
-        ctx.stride, ctx.signed = stride, signed
+        ctx.signed = signed
         ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
         value, width = _ranges(x, range_)
-        return _rounded(value, width, *bounds, stride).to(x.dtype)
+        return _rounded(value, width, *bounds).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -138,11 +130,11 @@ class _Fixed(torch.autograd.Function):
         saved_x, range_, *tensors = ctx.saved_tensors
         low, high, divisor = ctx.bounds or tensors
         x, width = _ranges(saved_x, range_)
-        y = _rounded(x, width, low, high, divisor, ctx.stride)
+        y = _rounded(x, width, low, high, divisor)
         inside = _inside(x, width, ctx.signed)
         if isinstance(high, Tensor) and high.ndim:
             inside = inside * (high > 0)  # a pruned channel is zero whatever its input
-        return *_straight_through(grad.to(x.dtype), y, x, width, inside, ctx), None, None, None, None, None
+        return *_straight_through(grad.to(x.dtype), y, x, width, inside, ctx), None, None, None, None
 
 
 class _Search(torch.autograd.Function):
@@ -156,9 +148,9 @@ class _Search(torch.autograd.Function):
         clipped = value.clamp(-width if signed else torch.zeros_like(width), width)
         norms = threshold.new_empty(threshold.shape)
         for index, z in enumerate(_chain(value, width, levels[:-1])):
-            steps = z.sub_(clipped).mul_(levels[index].divisor / levels[index].stride / width)
+            steps = z.sub_(clipped).mul_(levels[index].divisor / width)
             norms[index] = _mean(steps.square_(), shared).sqrt().to(norms.dtype)
-        y = _rounded(value, width, *_chosen(norms > threshold, levels), levels[0].stride)
+        y = _rounded(value, width, *_chosen(norms > threshold, levels))
         ctx.save_for_backward(x, range_, threshold, norms)
         ctx.levels, ctx.signed = levels, signed
         ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
@@ -178,7 +170,7 @@ class _Search(torch.autograd.Function):
             if previous is not None:
                 offsets.append(-previous.sub_(z).mul_(grad).sum())
             previous = z
-        y = _rounded(x, width, *_chosen(opened, ctx.levels), ctx.levels[0].stride)
+        y = _rounded(x, width, *_chosen(opened, ctx.levels))
         grad_x, grad_range = _straight_through(grad, y, x, width, _inside(x, width, ctx.signed), ctx)
         # dy/dg_j = (product of the gates before it) * (eps_j + g_{j+1}(eps_{j+1} + ...))
         gates = opened.to(x.dtype)
@@ -230,7 +222,6 @@ class SuperBitQuantizer(nn.Module):
         channel_dim: dimension that carries them.
         signed: levels on both sides of zero, else from zero up.
         candidates: bitwidths, ascending, each a multiple of the one before, so that the grids nest.
-        grid: "symmetric" has zero among its levels; "paper" is SBS's zero-free one (signed) with 2^b levels.
 
     Attributes:
         range: what x is clipped to, in units of x; shape () or (channels,); initially 1.
@@ -253,14 +244,13 @@ class SuperBitQuantizer(nn.Module):
         channel_dim: int = 0,
         signed: bool = True,
         candidates: Sequence[int] = (2, 4, 8),
-        grid: Grid = "symmetric",
     ) -> None:
         super().__init__()
         nested = all(b > a and b % a == 0 for a, b in zip(candidates, candidates[1:], strict=False))
         if not nested or not candidates or min(candidates) < 2 or max(candidates) > 8:
             raise PolicyError(f"candidates {tuple(candidates)}; expected 2 to 8 bits, each a multiple of the last")
         self.channels, self.channel_dim, self.signed = channels, channel_dim, signed
-        self.candidates, self.grid = tuple(candidates), grid
+        self.candidates = tuple(candidates)
         self.range = nn.Parameter(torch.ones(() if channels is None else channels))
         self.threshold = nn.Parameter(torch.zeros(len(self.candidates) - 1))
         self.register_buffer("norms", torch.full((len(self.candidates) - 1,), torch.inf), persistent=False)
@@ -328,7 +318,7 @@ class SuperBitQuantizer(nn.Module):
         """Integer levels of x at the fixed bits, int32, of x's shape."""
         low, high, divisor = (self._along(bound, x) for bound in self._bounds(_precision(x)))
         value, width = _ranges(x, self._along(self.range, x))
-        return _encode(value, width / divisor, low, high, self._stride).to(torch.int32)
+        return _encode(value, width / divisor, low, high).to(torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
         """x on its grid, of x's shape and dtype; see the table above."""
@@ -336,30 +326,26 @@ class SuperBitQuantizer(nn.Module):
             return x
         range_ = self._along(self.range, x)
         if self.bits is None:
-            levels = tuple(level(bits, self.signed, self.grid) for bits in self.candidates)
+            levels = tuple(level(bits, self.signed) for bits in self.candidates)
             if self.held:
                 bounds = _chosen(self.norms > self.threshold.detach(), levels)
-                return _Fixed.apply(x, range_, *bounds, self._stride, self.signed)
+                return _Fixed.apply(x, range_, *bounds, self.signed)
             y, norms = _Search.apply(x, range_, self.threshold, levels, self.signed, self.across_processes)
             self.norms.copy_(norms)
             return y
         bounds = tuple(self._along(bound, x) for bound in self._bounds(_precision(x)))
-        return _Fixed.apply(x, range_, *bounds, self._stride, self.signed)
-
-    @property
-    def _stride(self) -> int:
-        return level(self.candidates[0], self.signed, self.grid).stride
+        return _Fixed.apply(x, range_, *bounds, self.signed)
 
     def _bounds(self, dtype: torch.dtype) -> Bounds:
         """Low, high and divisor: numbers, or tensors (channels,) of this dtype if bits differ by channel."""
         if self.channel_bits is not None:
-            table = [level(bits, self.signed, self.grid)[:3] for bits in range(9)]
+            table = [level(bits, self.signed) for bits in range(9)]
             chosen = torch.tensor(table, dtype=dtype, device=self.range.device)[self.channel_bits]
             return chosen[:, 0], chosen[:, 1], chosen[:, 2]
         if self._bits is None or self._bits == FLOAT_BITS:
             state = "searching" if self._bits is None else "open at float precision"
             raise PolicyError(f"a quantiser that is {state} has no scale; call fix with one of {self.candidates} first")
-        return level(self._bits, self.signed, self.grid)[:3]
+        return level(self._bits, self.signed)
 
     def _along(self, values: Any, x: Tensor) -> Any:
         """Per-channel values in the shape that broadcasts over x; anything else as it is."""
@@ -383,4 +369,4 @@ class SuperBitQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         bits = "searching" if self.bits is None else self._bits or "per channel"
-        return f"channels={self.channels}, signed={self.signed}, candidates={self.candidates}, bits={bits}, {self.grid}"
+        return f"channels={self.channels}, signed={self.signed}, candidates={self.candidates}, bits={bits}"

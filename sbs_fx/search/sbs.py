@@ -21,7 +21,6 @@ from sbs_fx.passes import ChannelGroups, CostModel, insert_gates
 from sbs_fx.passes.channels.importance import group_importance, kernel_multiple
 from sbs_fx.plan import Budget
 from sbs_fx.plan.errors import DataError, InfeasibleBudget
-from sbs_fx.quantizer.superbit import Grid
 from sbs_fx.search.gate_search import Draft, GateSearch, Search, may_be_pruned, while_searching
 from sbs_fx.search.searched import Searched, policy_of
 from sbs_fx.search.settle import Ranges, Space, divergence_of, judged_on, ranges_by_bits, settle, use_ranges
@@ -46,7 +45,7 @@ def sbs(
     inputs: Sequence[Tensor],
     search: Search | None = None,
     settings: Training | None = None,
-    grid: Grid = "symmetric",
+    grid: Any = "symmetric",
     candidates: tuple[int, ...] = (2, 4, 8),
     seed: int = 0,
     checkpoints: Checkpoints | None = None,
@@ -73,9 +72,7 @@ def sbs(
     search, settings = search or Search(), settings or Training()
     check_training_data(data)
     blocks = {name: search.block or kernel_multiple(groups[name], None, cost.timing) for name in groups}
-    network = insert_gates(
-        graph, groups, channels=search.decisions != "bits", candidates=candidates, grid=grid, block=blocks
-    )
+    network = insert_gates(graph, groups, channels=search.decisions != "bits", candidates=candidates, block=blocks)
     ends = end_bits(cost)
     fixed = (ends.weights, ends.activations)
     steps = search.epochs * len(data) if isinstance(data, Sized) else None
@@ -163,7 +160,7 @@ def _planned(
     training: GateSearch,
     data: Iterable[Any],
     inputs: Sequence[Tensor],
-    grid: Grid,
+    grid: Any,
     candidates: tuple[int, ...],
     seed: int,
 ) -> Draft:

@@ -26,7 +26,7 @@ from sbs_fx.passes.channels.importance import kernel_multiple
 from sbs_fx.plan import Budget, Value
 from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.errors import InputError
-from sbs_fx.quantizer.superbit import Grid, SuperBitQuantizer
+from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.search.dynamic_norm import Predictor
 from sbs_fx.search.gate_search import Draft, Search, may_be_pruned
 from sbs_fx.search.searched import Searched, policy_of
@@ -108,7 +108,7 @@ def two_stage(
     *,
     inputs: Sequence[Tensor],
     search: TwoStage | None = None,
-    grid: Grid = "symmetric",
+    grid: Any = "symmetric",
     candidates: tuple[int, ...] = (2, 4, 8),
     seed: int = 0,
     ranges: str = "mse",
@@ -214,7 +214,7 @@ def evidence(
     weights: Sequence[str],
     activations: Sequence[str],
     prunable: Iterable[str],
-    grid: Grid = "symmetric",
+    grid: Any = "symmetric",
     candidates: Sequence[int] = (2, 4, 8),
     seed: int = 0,
     ranges: str = "mse",
@@ -224,7 +224,7 @@ def evidence(
     device = inputs[0].device
     batches = [(x.to(device), labels) for x, labels in _read(data, search.images)]
     images = [x for x, _ in batches]
-    network = insert_gates(graph, groups, channels=search.decisions == "joint", candidates=tuple(candidates), grid=grid)
+    network = insert_gates(graph, groups, channels=search.decisions == "joint", candidates=tuple(candidates))
     names = list(weight_gates(network)), list(activation_gates(network))
     gates = gates_by_bits(network, *names, candidates, images, inputs, ranges, len(images))
     apply_bits(network, *(dict.fromkeys(each, FLOAT_BITS) for each in names))
@@ -273,7 +273,7 @@ def _rounded(
     moments = input_moments(network, images, parameters)
     found: dict[str, dict[int, Tensor]] = {}
     for (kind, name, bits), gate in gates.items():
-        if kind == "w" and name in moments and gate.grid == "symmetric":
+        if kind == "w" and name in moments:
             found.setdefault(name, {})[bits] = compensated(parameters[name], gate, moments[name])
     return found
 

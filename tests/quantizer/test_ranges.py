@@ -16,11 +16,10 @@ from tests.oracles.gated import error_of, quantiser
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("grid", ["symmetric", "paper"])
 @pytest.mark.parametrize("signed", [True, False])
-def test_largest_value_as_top_is_the_outermost_level(bits: int, grid: str, signed: bool) -> None:
+def test_largest_value_as_top_is_the_outermost_level(bits: int, signed: bool) -> None:
     x = torch.randn(500) if signed else torch.randn(500).abs()
-    gate = quantiser(bits, signed=signed, grid=grid)
+    gate = quantiser(bits, signed=signed)
     set_range(gate, x.abs().max().view(1))
     codes = gate.codes(x)
     assert codes.abs().max() == grid_of(gate)[1]
@@ -28,11 +27,10 @@ def test_largest_value_as_top_is_the_outermost_level(bits: int, grid: str, signe
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, [0, 2, 4, 8, 8, 2]])
-@pytest.mark.parametrize("grid", ["symmetric", "paper"])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_least_error_is_never_above_that_of_the_largest_value(bits: Any, grid: str, dim: int) -> None:
+def test_least_error_is_never_above_that_of_the_largest_value(bits: Any, dim: int) -> None:
     weight = torch.randn(6, 6, 3, 5) ** 3
-    gate = quantiser(bits, channels=6, channel_dim=dim, grid=grid)
+    gate = quantiser(bits, channels=6, channel_dim=dim)
     largest, best = weight_top(weight, gate, "minmax"), weight_top(weight, gate, "mse")
     assert torch.equal(largest, weight.movedim(dim, 0).flatten(1).abs().amax(1))
     assert (best <= largest).all()
@@ -42,10 +40,9 @@ def test_least_error_is_never_above_that_of_the_largest_value(bits: Any, grid: s
 
 def test_error_is_that_of_the_quantiser() -> None:
     weight = torch.randn(6, 40)
-    for grid in ("symmetric", "paper"):
-        gate = quantiser([0, 2, 4, 8, 8, 2], channels=6, grid=grid)
-        top = torch.rand(6) + 0.5
-        assert torch.allclose(squared_error(weight, top, grid_of(gate)), error_of(gate, weight, top), rtol=1e-4)
+    gate = quantiser([0, 2, 4, 8, 8, 2], channels=6)
+    top = torch.rand(6) + 0.5
+    assert torch.allclose(squared_error(weight, top, grid_of(gate)), error_of(gate, weight, top), rtol=1e-4)
 
 
 def test_least_error_is_near_that_of_a_fine_search() -> None:
@@ -109,11 +106,10 @@ def test_percentile_is_exact_to_a_bin(percent: float) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("grid", ["symmetric", "paper"])
-def test_least_error_by_histogram_is_that_of_the_values(bits: int, signed: bool, grid: str) -> None:
+def test_least_error_by_histogram_is_that_of_the_values(bits: int, signed: bool) -> None:
     parts = [torch.randn(4000), torch.randn(4000) * 1.5]
     parts = parts if signed else [part.relu() for part in parts]
-    gate, x = quantiser(bits, signed=signed, grid=grid), torch.cat(parts)
+    gate, x = quantiser(bits, signed=signed), torch.cat(parts)
     by_histogram = histogram(*parts).top(gate, "mse", 0)
     by_values = best_top(x[None], x.abs().max().view(1), grid_of(gate))
     # A bin is at most a 2048th of the largest value, an eighth of an 8-bit step.

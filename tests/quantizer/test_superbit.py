@@ -14,30 +14,26 @@ from torch import Tensor
 
 from sbs_fx.plan.errors import InputError, PolicyError
 from sbs_fx.quantizer.channel_gate import ChannelGate
-from sbs_fx.quantizer.superbit import Grid, SuperBitQuantizer, level, max_level
+from sbs_fx.quantizer.superbit import SuperBitQuantizer, level, max_level
 
-GRIDS: list[tuple[bool, Grid]] = [(True, "symmetric"), (False, "symmetric"), (True, "paper"), (False, "paper")]
 CANDIDATES = st.sampled_from([(2, 4, 8), (2, 4), (4, 8), (2, 8), (3, 6), (8,)])
 
 
-def plain(x: Tensor, width: Tensor | float, bits: int, signed: bool, grid: Grid) -> Tensor:
+def plain(x: Tensor, width: Tensor | float, bits: int, signed: bool) -> Tensor:
     """The b-bit quantiser as the papers write it, in float64, sharing no code with the module."""
     x, width = x.double(), torch.as_tensor(width).double()
     steps = 2**bits - 1
-    if signed and grid == "paper":  # v * (2 D((clip(w/v, -1, 1) + 1)/2) - 1)
-        z = ((x / width).clamp(-1, 1) + 1) / 2
-        return width * (2 * (z * steps).round() / steps - 1)
     if signed:  # outer level (2^b - 2)/2 of a step of 2v/(2^b - 1)
         step = 2 * width / steps
         return (x / step).round().clamp(-(steps // 2), steps // 2) * step
     return width * ((x / width).clamp(0, 1) * steps).round() / steps
 
 
-def tied(x: Tensor, width: float, signed: bool, grid: Grid, candidates: tuple[int, ...]) -> Tensor:
+def tied(x: Tensor, width: float, signed: bool, candidates: tuple[int, ...]) -> Tensor:
     """Where x lies within rounding error of the middle between two levels of any candidate."""
     near = torch.zeros(x.shape, dtype=torch.bool)
     for steps in (2**bits - 1 for bits in candidates):
-        unit = x.double() / width * (steps / 2 if signed else steps) + (steps / 2 if signed and grid == "paper" else 0)
+        unit = x.double() / width * (steps / 2 if signed else steps)
         near |= (unit - unit.floor() - 0.5).abs() < 1e-3
     return near
 
@@ -63,26 +59,25 @@ def close_gates_from(quantizer: SuperBitQuantizer, number: int) -> None:
 def test_levels() -> None:
     assert [max_level(bits, True) for bits in (2, 4, 8)] == [1, 7, 127]
     assert [max_level(bits, False) for bits in (2, 4, 8)] == [3, 15, 255]
-    for signed, grid in GRIDS:
-        divisors = [level(bits, signed, grid).divisor for bits in (2, 4, 8)]
+    for signed in (True, False):
+        divisors = [level(bits, signed).divisor for bits in (2, 4, 8)]
         assert [b / a for a, b in zip(divisors, divisors[1:], strict=False)] == [5, 17], "s_4 = s_2/5, s_8 = s_4/17"
 
 
-@given(st.sampled_from(GRIDS), CANDIDATES, st.integers(0, 10**6), st.floats(1e-3, 1e3), st.data())
+@given(st.booleans(), CANDIDATES, st.integers(0, 10**6), st.floats(1e-3, 1e3), st.data())
 def test_chain_is_the_plain_quantiser(
-    kind: tuple[bool, Grid], candidates: tuple[int, ...], seed: int, width: float, data: st.DataObject
+    signed: bool, candidates: tuple[int, ...], seed: int, width: float, data: st.DataObject
 ) -> None:
-    signed, grid = kind
     width = torch.tensor(width).item()  # as float32 has it
     x = torch.randn(200, generator=torch.Generator().manual_seed(seed)) * width
-    quantizer = make(signed=signed, grid=grid, candidates=candidates)
+    quantizer = make(signed=signed, candidates=candidates)
     set_range(quantizer, width)
     number = data.draw(st.integers(0, len(candidates) - 1))
     close_gates_from(quantizer, number)
     chain, bits = quantizer(x), candidates[number]
     assert quantizer.decided_bits() == quantizer.expected_bits().item() == bits
-    difference = (chain.double() - plain(x, width, bits, signed, grid)).abs()
-    same = ~tied(x, width, signed, grid, candidates)
+    difference = (chain.double() - plain(x, width, bits, signed)).abs()
+    same = ~tied(x, width, signed, candidates)
     assert same.sum() > 150, "or this test says nothing"
     assert difference[same].max() < 1e-5 * width
     assert difference.max() < 2 * width / (2**bits - 1) * 1.0001, "a tie moves a value by one step"
@@ -91,10 +86,10 @@ def test_chain_is_the_plain_quantiser(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("signed", "grid"), GRIDS)
+@pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_fixed_is_the_static_arithmetic(dtype: torch.dtype, signed: bool, grid: Grid, bits: int) -> None:
-    quantizer = make(bits, dtype, channels=5, channel_dim=1, signed=signed, grid=grid)
+def test_fixed_is_the_static_arithmetic(dtype: torch.dtype, signed: bool, bits: int) -> None:
+    quantizer = make(bits, dtype, channels=5, channel_dim=1, signed=signed)
     set_range(quantizer, torch.rand(5) + 0.1)
     s = quantizer.scale().view(1, 5, 1, 1)
     x = torch.randn(40, 5, 3, 3, dtype=dtype)
@@ -103,10 +98,9 @@ def test_fixed_is_the_static_arithmetic(dtype: torch.dtype, signed: bool, grid: 
     assert codes.dtype == torch.int32
     assert torch.equal(codes.to(dtype) * s, y)
     assert torch.equal(quantizer.codes(y), codes), "quantising twice changes nothing"
-    if grid == "symmetric" or not signed:
-        high = max_level(bits, signed)
-        low = -high if signed else 0
-        assert torch.equal((x * (1 / s)).round().clamp(low, high) * s, y)
+    high = max_level(bits, signed)
+    low = -high if signed else 0
+    assert torch.equal((x * (1 / s)).round().clamp(low, high) * s, y)
     for channel in range(5):
         assert len(y[:, channel].unique()) <= 2**bits
 
@@ -130,11 +124,10 @@ def test_static_graph_operators_agree() -> None:
     assert torch.equal(ops.dequantize_per_tensor(codes, scale, 0, 0, 255, torch.uint8), activation(x))
 
 
-@given(st.lists(st.sampled_from([0, 2, 4, 8]), min_size=1, max_size=8), st.sampled_from(GRIDS), st.integers(0, 10**6))
-def test_bits_per_channel(bits: list[int], kind: tuple[bool, Grid], seed: int) -> None:
-    signed, grid = kind
+@given(st.lists(st.sampled_from([0, 2, 4, 8]), min_size=1, max_size=8), st.booleans(), st.integers(0, 10**6))
+def test_bits_per_channel(bits: list[int], signed: bool, seed: int) -> None:
     x = torch.randn(len(bits), 300, generator=torch.Generator().manual_seed(seed), requires_grad=True)
-    mixed = make(bits, channels=len(bits), signed=signed, grid=grid)
+    mixed = make(bits, channels=len(bits), signed=signed)
     set_range(mixed, torch.linspace(0.5, 2, len(bits)))
     y = mixed(x)
     y.sum().backward()
@@ -147,7 +140,7 @@ def test_bits_per_channel(bits: list[int], kind: tuple[bool, Grid], seed: int) -
             assert not x.grad[channel].any()
             assert not mixed.range.grad[channel].any()
             continue
-        alone = make(b, signed=signed, grid=grid)
+        alone = make(b, signed=signed)
         set_range(alone, mixed.range[channel])
         assert torch.equal(alone(x[channel]), y[channel])
         assert torch.equal(alone.codes(x[channel]), mixed.codes(x)[channel])
@@ -193,12 +186,12 @@ def test_channel_of_zeros() -> None:
 def relaxed(quantizer: SuperBitQuantizer, x0: Tensor, width0: Tensor, threshold0: Tensor) -> Any:
     """The function that the backward pass belongs to: every rounding error (in units of the range) and every clipping
     decision frozen at one point, every gate 1[A > a0] + sigma(A - a) - sigma(A - a0) with its norm A frozen."""
-    signed, grid = quantizer.signed, quantizer.grid
-    values = [plain(x0, width0, bits, signed, grid) for bits in quantizer.candidates]
+    signed = quantizer.signed
+    values = [plain(x0, width0, bits, signed) for bits in quantizer.candidates]
     clip0 = torch.minimum(torch.maximum(x0, -width0 if signed else torch.zeros_like(width0)), width0)
     errors = [(value - clip0) / width0 for value in values]
-    levels = [level(bits, signed, grid) for bits in quantizer.candidates]
-    steps = [width0 * each.stride / each.divisor for each in levels]
+    levels = [level(bits, signed) for bits in quantizer.candidates]
+    steps = [width0 / each.divisor for each in levels]
     norms = torch.stack(
         [((clip0 - value) / step).square().mean().sqrt() for value, step in zip(values, steps, strict=True)]
     )[:-1]
@@ -231,14 +224,14 @@ def finite_differences(function: Any, arguments: list[Tensor], grad: Tensor, ste
 
 
 @pytest.mark.parametrize("channels", [None, 3])
-@pytest.mark.parametrize(("signed", "grid"), GRIDS)
+@pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize(
     ("bits", "thresholds"),
     [(None, (0, 0)), (None, (0, 1)), (None, (1, 0)), (None, (1, 1)), (None, (0.2, 0.1)), (2, ()), (4, ()), (8, ())],
 )
-def test_gradients(channels: int | None, signed: bool, grid: Grid, bits: int | None, thresholds: Any) -> None:
+def test_gradients(channels: int | None, signed: bool, bits: int | None, thresholds: Any) -> None:
     candidates = (2, 4, 8) if bits is None else (bits,)
-    quantizer = make(bits, torch.float64, channels=channels, signed=signed, grid=grid, candidates=candidates)
+    quantizer = make(bits, torch.float64, channels=channels, signed=signed, candidates=candidates)
     set_range(quantizer, 0.8 if channels is None else torch.tensor([0.5, 0.8, 1.3]))
     with torch.no_grad():
         quantizer.threshold.copy_(torch.tensor(thresholds))

@@ -126,7 +126,7 @@ class HardConcreteQuantizer(SuperBitQuantizer):
         if self.bits is not None:
             return super().forward(x)
         gates = drawn_gates(self.phi) if self.training else decided_gates(self.phi)
-        levels = tuple(level(bits, self.signed, self.grid) for bits in self.candidates)
+        levels = tuple(level(bits, self.signed) for bits in self.candidates)
         return _Mixture.apply(x, self._along(self.range, x), gates, levels, self.signed)
 
 
