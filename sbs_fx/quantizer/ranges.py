@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.quantizer.superbit import SuperBitQuantizer, level
 
 BINS = 4096
@@ -31,8 +32,9 @@ Grid = tuple[Tensor, Tensor, Tensor]  # low, high, divisor, each (channels,) or 
 
 
 def grid_of(gate: SuperBitQuantizer) -> Grid:
-    """The grid a gate rounds to: that of its fixed bits; that of its middle candidate while it searches."""
-    bits = gate.candidates[len(gate.candidates) // 2] if gate.bits is None else gate.bits
+    """The grid a gate rounds to: that of its fixed bits; searching, that of its middle candidate below float."""
+    searched = [bits for bits in gate.candidates if bits != FLOAT_BITS]
+    bits = searched[len(searched) // 2] if gate.bits is None else gate.bits
     each = bits.tolist() if isinstance(bits, Tensor) else [bits]
     low, high, divisor = torch.tensor([level(b, gate.signed) for b in each], device=gate.range.device).T
     return low, high, divisor

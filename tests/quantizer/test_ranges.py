@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from sbs_fx.plan.bits import BITS
 from sbs_fx.quantizer.ranges import BINS, Histogram, best_top, grid_of, set_range, squared_error, weight_top
+from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from tests.oracles.gated import error_of, quantiser
 
 # Tops
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("signed", [True, False])
 def test_largest_value_as_top_is_the_outermost_level(bits: int, signed: bool) -> None:
     x = torch.randn(500) if signed else torch.randn(500).abs()
@@ -26,7 +28,7 @@ def test_largest_value_as_top_is_the_outermost_level(bits: int, signed: bool) ->
     assert float(gate(x).detach().abs().max()) == pytest.approx(float(x.abs().max()), rel=1e-6)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8, [0, 2, 4, 8, 8, 2]])
+@pytest.mark.parametrize("bits", [*BITS, [0, 2, 4, 8, 8, 2], [3, 5, 6, 0, 3, 8]])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_least_error_is_never_above_that_of_the_largest_value(bits: Any, dim: int) -> None:
     weight = torch.randn(6, 6, 3, 5) ** 3
@@ -40,7 +42,7 @@ def test_least_error_is_never_above_that_of_the_largest_value(bits: Any, dim: in
 
 def test_error_is_that_of_the_quantiser() -> None:
     weight = torch.randn(6, 40)
-    gate = quantiser([0, 2, 4, 8, 8, 2], channels=6)
+    gate = quantiser([0, 2, 3, 5, 6, 8], channels=6)
     top = torch.rand(6) + 0.5
     assert torch.allclose(squared_error(weight, top, grid_of(gate)), error_of(gate, weight, top), rtol=1e-4)
 
@@ -53,6 +55,15 @@ def test_least_error_is_near_that_of_a_fine_search() -> None:
         fine = torch.stack([squared_error(distribution, largest * k / 400, grid_of(gate)) for k in range(4, 401)])
         # Shares 4 % apart: at most 2 % from the optimum, of an error that is flat there.
         assert (found <= 1.02 * fine.amin(0)).all()
+
+
+@pytest.mark.parametrize(
+    ("candidates", "middle"), [((2, 4, 8), 4), ((2, 4, 8, 32), 4), ((3, 32), 3), ((2, 3, 5, 6), 5), ((2, 32), 2)]
+)
+def test_a_searching_gate_has_the_grid_of_its_middle_candidate(candidates: tuple[int, ...], middle: int) -> None:
+    gate = SuperBitQuantizer(candidates=candidates)
+    gate.search()
+    assert grid_of(gate) == grid_of(quantiser(middle))
 
 
 def test_known_optimum_for_a_normal_weight_of_two_bits() -> None:
@@ -104,7 +115,7 @@ def test_percentile_is_exact_to_a_bin(percent: float) -> None:
         assert found.percentile(percent) == float(values.max())
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("signed", [True, False])
 def test_least_error_by_histogram_is_that_of_the_values(bits: int, signed: bool) -> None:
     parts = [torch.randn(4000), torch.randn(4000) * 1.5]
