@@ -17,7 +17,7 @@ from torch import fx, nn
 
 import sbs_fx
 from sbs_fx.calibration.calibrate import calibrate
-from sbs_fx.passes import activation_gates, apply_bits, channel_groups, cost_model, insert_gates, trace, weight_gates
+from sbs_fx.passes import apply_bits, channel_groups, cost_model, insert_gates, trace
 from sbs_fx.search import Search
 from sbs_fx.search.uniform import uniform_bits
 from sbs_fx.training import Checkpoints, Training, evaluate, fine_tune
@@ -152,9 +152,6 @@ def uniform_network(
     cost = cost_model(graph, groups)
     table = uniform_bits(cost, bits, bits)
     gated = insert_gates(graph, groups, channels=False)
-    for gates, chosen in ((weight_gates(gated), table.weights), (activation_gates(gated), table.activations)):
-        for name, gate in gates.items():
-            gate.candidates = (chosen[name],)  # reason: 3 bits do not nest with the 8 of the first and last layer
     apply_bits(gated, table.weights, table.activations)
     calibrate(gated, train, inputs=(images,))
     return gated, cost.evaluate({}, table.weights, table.activations)

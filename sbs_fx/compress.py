@@ -239,7 +239,7 @@ def _realise(
     job.stage("slim", 0.4)
     weight_bits = kept_bits(groups, cost, policy)
     slimmed = slim(with_tensors(traced.graph, searched.tensors), groups, policy.kept)
-    gated = insert_gates(slimmed, groups, channels=False, grid=policy.grid)
+    gated = insert_gates(slimmed, groups, channels=False)
     apply_bits(gated, weight_bits, policy.activation_bits)
     job.stage("calibrate", 0.5)
     calibrate(gated, data, inputs=traced.inputs, method=config.ranges, max_batches=config.calibration_batches)

@@ -92,7 +92,6 @@ def insert_gates(
     *,
     channels: bool = True,
     candidates: tuple[int, ...] = (2, 4, 8),
-    grid: str = "symmetric",
     per_channel: bool = True,
     block: int | Mapping[str, int] = 1,
 ) -> fx.GraphModule:
@@ -102,14 +101,14 @@ def insert_gates(
         graph_module: the graph `groups` was found on, or its slim version (then pass `channels=False`).
         groups: from `channel_groups`.
         channels: insert channel gates and masked statistics.
-        candidates, grid: of every super-bit quantiser (`sbs_fx.quantizer.superbit`).
+        candidates: of every super-bit quantiser (`sbs_fx.quantizer.superbit`).
         per_channel: one weight range per output channel; False: one per tensor.
         block: channels that share one pruning decision, one number or one by group name.
 
     The modules are found with `weight_gates`, `activation_gates` and `channel_gates`.
     """
     result = copy_graph(graph_module)
-    builder = _Builder(result, groups, candidates, grid, per_channel)
+    builder = _Builder(result, groups, candidates, per_channel)
     if channels:
         builder.insert_channel_gates(block)
     builder.insert_quantizers()
@@ -174,11 +173,10 @@ def non_negative(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 class _Builder:
     def __init__(
-        self, result: fx.GraphModule, groups: ChannelGroups, candidates: tuple[int, ...], grid: str, per_channel: bool
+        self, result: fx.GraphModule, groups: ChannelGroups, candidates: tuple[int, ...], per_channel: bool
     ) -> None:
         self.module, self.graph, self.groups = result, result.graph, groups
-        self.options = {"candidates": candidates, "grid": grid}
-        self.per_channel = per_channel
+        self.candidates, self.per_channel = candidates, per_channel
         self.nodes = {node.name: node for node in result.graph.nodes}
         self.types = {node.name: dims for node, dims in groups.inference.dims.items()}
         self.masks: dict[Axis, fx.Node] = {}
@@ -293,7 +291,7 @@ class _Builder:
         weights, activations = quantized_tensors(self.groups)
         unsigned = {n.name for n in non_negative(self.groups.inference.graph_module.graph.nodes)}
         for name, places in activations.items():
-            gate = SuperBitQuantizer(signed=name not in unsigned, **self.options)
+            gate = SuperBitQuantizer(signed=name not in unsigned, candidates=self.candidates)
             self._quantize("activation_gates", name, places, gate)
         for name, places in weights.items():
             layer, path = places[0]
@@ -304,7 +302,7 @@ class _Builder:
                 "weight_gates",
                 name,
                 places,
-                SuperBitQuantizer(channels=channels, channel_dim=dim, signed=True, **self.options),
+                SuperBitQuantizer(channels=channels, channel_dim=dim, signed=True, candidates=self.candidates),
             )
 
     def _quantize(self, kind: str, name: str, places: list[tuple[Layer, Path]], gate: nn.Module) -> None:

@@ -59,8 +59,8 @@ def finalize(gated: fx.GraphModule) -> fx.GraphModule:
     batch are kept; a float parameter stays a parameter, without gradient.
 
     Raises:
-        GraphError: the graph has no gates, or has channel gates; a gate is still searching, has no usable range, or has
-            the signed paper grid, whose levels do not fit int8; a quantised tensor is float64.
+        GraphError: the graph has no gates, or has channel gates; a gate is still searching or has no usable range; a
+            quantised tensor is float64.
     """
     gates = _checked(gated)
     lowering = _Lowering(gated, gates)
@@ -89,15 +89,7 @@ def _checked(gated: fx.GraphModule) -> dict[str, tuple[str, SuperBitQuantizer]]:
             found[gated.meta[kind][name]] = (name, gate)
             if gate.bits is None:
                 raise fail(f"the gate of {name!r} is still searching; fix its bitwidth first (apply_bits)", name)
-            if gate.is_float:
-                continue
-            if gate.grid != "symmetric" and gate.signed:
-                raise fail(
-                    f"the gate of {name!r} has the {gate.grid} grid, whose 8-bit levels reach 255, more than "
-                    "int8 holds; search and finalise on the symmetric grid",
-                    name,
-                )
-            if not bool(torch.isfinite(gate.range).all()):
+            if not gate.is_float and not bool(torch.isfinite(gate.range).all()):
                 raise fail(f"the range of {name!r} is not finite; calibrate the gates on clean data first", name)
     return found
 
@@ -224,7 +216,7 @@ class _Lowering:
         shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
         scale = gate.scale().float().expand(weight.shape[axis]).view(shape)
         if factor is not None:
-            codes = torch.where(factor < 0, -codes, codes)  # reason: a scale must be positive; the grid is symmetric
+            codes = torch.where(factor < 0, -codes, codes)  # reason: a scale must be positive; levels are symmetric
             scale = (scale.double() * factor.abs()).float()
         name = self._name(node.args[0])
         bits = gate.bits if isinstance(gate.bits, int) else tuple(gate.bits.tolist())

@@ -1,10 +1,13 @@
 """Packing: weights at their bitwidth, as a graph.
 
-In: a static graph whose weights are int8 codes. Out of `pack`: the same graph, its codes stored with 8 / bits of them
-in a byte and unpacked by plain ATen nodes. `unpack` goes back. Invariant: both leave every value as it is, bit for bit.
+In: a static graph whose weights are int8 codes. Out of `pack`: the same graph, its codes stored at their bits and
+unpacked by plain ATen nodes. `unpack` goes back. Invariants: both leave every value as it is, bit for bit; of a plane,
+less than a byte is padding.
 
-    one bitwidth      (bytes >> shifts) & mask, two or four codes a byte, row by row; minus the offset that made them
-                      non-negative; the padding of the last byte cut off
+    plane of 1, 2, 4  (bytes >> shifts) & mask: 8 / width codes a byte, whatever the weight's shape; the padding of the
+    bits              last byte cut off
+    one bitwidth      its planes, low | high << width of the low one: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2; minus the offset
+                      that made codes non-negative
     several           one such block per bitwidth, channels of 0 bits as zeros, then put back into order
 """
 
@@ -24,9 +27,12 @@ from sbs_fx.quantizer.superbit import max_level
 
 aten = torch.ops.aten
 
-_PACKED = "_packed_"  # "conv.weight" is stored as "conv.weight_packed_4"; several bitwidths give several of them
+# "conv.weight" is stored as "conv.weight_packed_4"; several bitwidths give several of them, and so do several planes,
+# each named by the place of its lowest bit: "conv.weight_packed_6_0" and "conv.weight_packed_6_4".
+_PACKED = "_packed_"
 _SHIFTS = "unpacking_shifts_"
 BYTE = 8
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}  # bits -> widths, each a divisor of a byte; lowest first
 
 
 def pack(static: fx.GraphModule) -> fx.GraphModule:
@@ -82,6 +88,8 @@ def _is_unpacking(node: fx.Node) -> bool:
 
 _UNPACKING = {
     aten.bitwise_right_shift.Tensor,
+    aten.bitwise_left_shift.Tensor_Scalar,
+    aten.bitwise_or.Tensor,
     aten.__rshift__.Tensor,
     aten.bitwise_and.Scalar,
     aten.__and__.Scalar,
@@ -99,26 +107,28 @@ _UNPACKING = {
 }
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes from -L to L as bytes.
+def pack_codes(codes: Tensor, bits: int) -> list[Tensor]:
+    """Codes from -L to L as bytes, one tensor a plane, that of the lowest bits first.
 
     Args:
         codes: int8, any shape, within the signed levels of that bitwidth.
-        bits: 2, 4 or 8.
+        bits: 2, 3, 4, 5 or 6.
 
     Returns:
-        uint8 of shape (ceil(codes / (8 / bits)), 1), the first code in the lowest bits; for 8 bits `codes` itself.
+        uint8 of shape (ceil(codes / (8 / width)), 1) for each plane's width, the first code in a byte's lowest bits.
     """
-    if bits == BYTE:
-        return codes
-    per_byte = BYTE // bits
-    flat = codes.flatten().to(torch.int16) + max_level(bits, signed=True)
-    padded = torch.cat([flat, flat.new_zeros(-len(flat) % per_byte)]).view(-1, per_byte)
-    return (padded << _shifts(bits).to(padded)).sum(1, keepdim=True).to(torch.uint8)
+    rest = codes.flatten().to(torch.int16) + max_level(bits, signed=True)
+    packed = []
+    for width in PLANES[bits]:
+        plane = rest & (1 << width) - 1
+        rest = rest >> width
+        rows = torch.cat([plane, plane.new_zeros(-len(plane) % (BYTE // width))]).view(-1, BYTE // width)
+        packed.append((rows << _shifts(width).to(rows)).sum(1, keepdim=True).to(torch.uint8))
+    return packed
 
 
-def _shifts(bits: int) -> Tensor:
-    return torch.arange(0, BYTE, bits, dtype=torch.uint8)
+def _shifts(width: int) -> Tensor:
+    return torch.arange(0, BYTE, width, dtype=torch.uint8)
 
 
 class _Packer:
@@ -144,15 +154,26 @@ class _Packer:
 
     def _unpacked(self, name: str, codes: Tensor, bits: int) -> fx.Node:
         """A flat tensor of codes."""
-        packed = self._get(f"{name}{_PACKED}{bits}", pack_codes(codes, bits).to(codes.device))
+        name = f"{name}{_PACKED}{bits}"
         if bits == BYTE:
-            return self._reshape(packed, [-1])
-        shifts = self._get(f"{_SHIFTS}{bits}", _shifts(bits).to(codes.device))
-        node = self._call(aten.bitwise_right_shift.Tensor, packed, shifts)
-        node = self._call(aten.bitwise_and.Scalar, node, (1 << bits) - 1)
+            return self._reshape(self._get(name, codes), [-1])
+        place, node = 0, None
+        for width, packed in zip(PLANES[bits], pack_codes(codes, bits), strict=True):
+            read = self._get(name if width == bits else f"{name}_{place}", packed)
+            plane = self._plane(read, width, codes)
+            if node is not None:
+                plane = self._call(aten.bitwise_left_shift.Tensor_Scalar, plane, place)
+            node = plane if node is None else self._call(aten.bitwise_or.Tensor, node, plane)
+            place += width
         node = self._call(aten.to.dtype, node, torch.int8)
-        node = self._reshape(self._call(aten.sub.Tensor, node, max_level(bits, signed=True)), [-1])
-        if codes.numel() % (BYTE // bits):
+        return self._call(aten.sub.Tensor, node, max_level(bits, signed=True))
+
+    def _plane(self, packed: fx.Node, width: int, codes: Tensor) -> fx.Node:
+        """These bits of each code, a flat tensor of uint8."""
+        shifts = self._get(f"{_SHIFTS}{width}", _shifts(width).to(codes.device))
+        node = self._call(aten.bitwise_right_shift.Tensor, packed, shifts)
+        node = self._reshape(self._call(aten.bitwise_and.Scalar, node, (1 << width) - 1), [-1])
+        if codes.numel() % (BYTE // width):
             node = self._call(aten.slice.Tensor, node, 0, 0, codes.numel())
         return node
 

@@ -2,4 +2,5 @@
 
 from typing import Final
 
+BITS: Final = (2, 3, 4, 5, 6, 8)
 FLOAT_BITS: Final = 32

@@ -18,14 +18,15 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from sbs_fx.plan.bits import BITS, FLOAT_BITS
 from sbs_fx.plan.errors import FileError, PolicyError, PolicyMismatch
 from sbs_fx.plan.files import checksum_of, parse_object, write_atomic
 from sbs_fx.plan.plan import Bits, Plan
 from sbs_fx.plan.value import Value
 
 FORMAT: Final = 2
-BITS = (2, 4, 8, 32)  # of a whole layer or tensor; 32 leaves it in float
-CHANNEL_BITS = (0, 2, 4, 8)  # of one output channel; 0 prunes it
+LAYER_BITS: Final = (*BITS, FLOAT_BITS)  # of a whole layer or tensor; 32 leaves it in float
+CHANNEL_BITS: Final = (0, *BITS)  # of one output channel; 0 prunes it
 
 
 def current_versions() -> dict[str, str]:
@@ -48,8 +49,8 @@ class Policy(Value):
         versions: package -> version at the time of writing; see `current_versions`.
         kept: channel group -> coordinates that stay, ascending, at least one.
         sizes: channel group -> its size in the float model; the same groups as `kept`.
-        weight_bits: layer -> 2, 4, 8 or 32 (float), or a list with 0, 2, 4 or 8 for every output channel.
-        activation_bits: tensor (graph node) -> 2, 4, 8 or 32 (float).
+        weight_bits: layer -> one of `LAYER_BITS`, or a list with one of `CHANNEL_BITS` for every output channel.
+        activation_bits: tensor (graph node) -> one of `LAYER_BITS`.
         nonzeros: layer -> how many of its single weights stay, the largest, where the others are pruned.
 
     Raises:
@@ -73,7 +74,7 @@ class Policy(Value):
     @classmethod
     def _known_bits(cls, table: dict[str, int | list[int]]) -> dict[str, int | list[int]]:
         for name, bits in table.items():
-            allowed = BITS if isinstance(bits, int) else CHANNEL_BITS
+            allowed = LAYER_BITS if isinstance(bits, int) else CHANNEL_BITS
             wrong = ({bits} if isinstance(bits, int) else set(bits)) - set(allowed)
             if wrong or bits == []:
                 raise ValueError(f"{name!r} has {sorted(wrong) or 'an empty list of'} bits; expected some of {allowed}")

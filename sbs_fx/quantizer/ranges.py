@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.quantizer.superbit import SuperBitQuantizer, level
 
 BINS = 4096
@@ -27,22 +28,22 @@ _COARSE = tuple(0.85**k for k in range(29))
 _FINE = tuple(0.85 ** (k / 4) for k in (-3, -2, -1, 1, 2, 3))
 _HOPELESS = 4.0  # reason: past the best share the error only grows; this far past, nothing better is met
 
-Grid = tuple[Tensor, Tensor, Tensor, int]  # low, high, divisor, each (channels,) or (1,); stride of the codes
+Grid = tuple[Tensor, Tensor, Tensor]  # low, high, divisor, each (channels,) or (1,)
 
 
 def grid_of(gate: SuperBitQuantizer) -> Grid:
-    """The grid a gate rounds to: that of its fixed bits; that of its middle candidate while it searches."""
-    bits = gate.candidates[len(gate.candidates) // 2] if gate.bits is None else gate.bits
+    """The grid a gate rounds to: that of its fixed bits; searching, that of its middle candidate below float."""
+    searched = [bits for bits in gate.candidates if bits != FLOAT_BITS]
+    bits = searched[len(searched) // 2] if gate.bits is None else gate.bits
     each = bits.tolist() if isinstance(bits, Tensor) else [bits]
-    levels = [level(b, gate.signed, gate.grid) for b in each]
-    low, high, divisor = torch.tensor([found[:3] for found in levels], device=gate.range.device).T
-    return low, high, divisor, max(found.stride for found in levels)
+    low, high, divisor = torch.tensor([level(b, gate.signed) for b in each], device=gate.range.device).T
+    return low, high, divisor
 
 
 def set_range(gate: SuperBitQuantizer, top: Tensor) -> None:
     """Make the outermost level of a gate's grid stand for `top`, (channels,) or (1,). A top of zero becomes 1, so that
     a tensor of zeros is as good a zero as any."""
-    _, high, divisor, _ = grid_of(gate)  # high is 0 in a channel of 0 bits, whose range means nothing
+    _, high, divisor = grid_of(gate)  # high is 0 in a channel of 0 bits, whose range means nothing
     top = torch.where(top > 0, top.clamp_min(LEAST_TOP), torch.ones_like(top))
     with torch.no_grad():
         gate.range.copy_((top * (divisor / high.clamp_min(1))).view(gate.range.shape))
@@ -101,8 +102,7 @@ def squared_error(values: Tensor, top: Tensor, grid: Grid, weights: Tensor | Non
     rows = max(1, _BLOCK // values.shape[1])
     found = []
     for part, s, lo, hi in zip(*(t.split(rows) for t in (values, scale, low, high)), strict=True):
-        code = part / s
-        code = code.round_() if grid[3] == 1 else code.sub_(lo).div_(2).round_().mul_(2).add_(lo)
+        code = (part / s).round_()
         code = code.clamp_(float(lo[0]), float(hi[0])) if alike else torch.minimum(torch.maximum(code, lo), hi)
         error = code.mul_(s).sub_(part).square_()
         found.append(error.sum(1) if weights is None else error.to(weights.dtype) @ weights)
@@ -177,5 +177,5 @@ class Histogram:
         used = self.counts.nonzero()[:, 0]
         values = torch.cat([torch.zeros(1), ((used + 0.5) * self.width).to(torch.float32).clamp_max(self.largest)])
         weights = torch.cat([torch.tensor([self.zeros], dtype=torch.float64), self.counts[used]])
-        low, high, divisor, stride = grid_of(gate)
-        return best_top(values[None], largest, (low.cpu(), high.cpu(), divisor.cpu(), stride), weights)
+        low, high, divisor = (bound.cpu() for bound in grid_of(gate))
+        return best_top(values[None], largest, (low, high, divisor), weights)

@@ -5,87 +5,83 @@ Source: Single-path Bit Sharing (arXiv 2101.04935), its nested chain z_2 + g_4(e
 Holds: every value is an integer level times `scale()`; open at float precision the very same tensor comes back; what is
 kept for the backward pass is the input, the ranges and a few numbers per gate, and no tensor per candidate.
 
-One *range* v serves all bitwidths, so the step sizes nest: s_4 = s_2/5, s_8 = s_4/17, and a coarse value is a whole
-number of fine steps. That asks for s_b = 2v/(2^b - 1) on a signed grid, whose outer levels are +-1, +-7, +-127 with a
-half step to spare at either end, and for s_b = v/(2^b - 1) on an unsigned one, with levels 0 to 3, 15, 255.
+One *range* v serves all bitwidths: s_b = 2v/(2^b - 1) on a signed grid, whose outer levels are +-1, +-7, +-127 at 2, 4
+and 8 bits with a half step to spare at either end, and s_b = v/(2^b - 1) on an unsigned one, with levels 0 to 3, 15,
+255. z_b is x rounded on the grid of b, whatever the coarser candidates are. Where each bitwidth divides the next, as in
+2, 4, 8, the step sizes nest (s_4 = s_2/5, s_8 = s_4/17) and that is the paper's z_2 plus rounded residuals, ties apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sbs_fx.plan.bits import FLOAT_BITS
+from sbs_fx.plan.bits import BITS, FLOAT_BITS
 from sbs_fx.plan.errors import InputError, PolicyError
 
-Grid = Literal["symmetric", "paper"]
 Bounds = tuple[Any, Any, Any]  # low, high, divisor: three numbers, or three tensors that broadcast over the input
 SEARCHING = -1  # how a searching quantiser is written in a state dict
 LEAST_RANGE = 2.0**-40  # reason: a channel of zeros has range 0; below this, a range acts as if it were this wide
 
 
 class Level(NamedTuple):
-    """Integer grid of one bitwidth: values are code * range / divisor, codes from low to high in steps of stride."""
+    """Integer grid of one bitwidth: values are code * range / divisor, codes from low to high."""
 
     low: int
     high: int
     divisor: float
-    stride: int
 
 
 def max_level(bits: int, signed: bool) -> int:
-    """Outermost integer level of the symmetric grid: 1, 7, 127 signed and 3, 15, 255 unsigned for 2, 4, 8 bits."""
+    """Outermost integer level of a bitwidth: 1, 7, 127 signed and 3, 15, 255 unsigned for 2, 4, 8 bits."""
     return (1 << bits - signed) - 1
 
 
-def level(bits: int, signed: bool, grid: Grid = "symmetric") -> Level:
-    """The grid of a bitwidth; of 0 bits, zero alone. The signed paper grid has the odd integers to 2^b - 1."""
-    steps = 2**bits - 1
+def level(bits: int, signed: bool) -> Level:
+    """The grid of a bitwidth; of 0 bits, zero alone."""
     if bits == 0:
-        return Level(0, 0, 1.0, 1)
-    if signed and grid == "paper":
-        return Level(-steps, steps, steps, 2)
-    high = max_level(bits, signed)
-    return Level(-high, high, steps / 2, 1) if signed else Level(0, high, steps, 1)
+        return Level(0, 0, 1.0)
+    steps, high = 2**bits - 1, max_level(bits, signed)
+    return Level(-high, high, steps / 2) if signed else Level(0, high, steps)
 
 
-def _encode(x: Tensor, scale: Tensor, low: Any, high: Any, stride: int) -> Tensor:
-    """clamp(round(x * (1/s)), low, high), as the static graph does it; for stride 2, the nearest odd integer. A new
-    tensor; what is in between is not kept (reason: on a CPU, fresh memory costs more than the arithmetic)."""
-    code = x * (1 / scale)
-    code = code.round_() if stride == 1 else code.sub_(low).div_(2).round_().mul_(2).add_(low)
+def _encode(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
+    """clamp(round(x * (1/s)), low, high), as the static graph does it. A new tensor; what is in between is not kept
+    (reason: on a CPU, fresh memory costs more than the arithmetic)."""
+    code = (x * (1 / scale)).round_()
     if isinstance(high, Tensor):
         return torch.minimum(torch.maximum(code, low), high)
     return code.clamp_(low, high)
 
 
-def _rounded(x: Tensor, width: Tensor, low: Any, high: Any, divisor: Any, stride: int) -> Tensor:
+def _rounded(x: Tensor, width: Tensor, low: Any, high: Any, divisor: Any) -> Tensor:
     """x on one grid, a new tensor."""
     scale = width / divisor
-    return _encode(x, scale, low, high, stride).mul_(scale)
+    return _encode(x, scale, low, high).mul_(scale)
 
 
 def _chain(x: Tensor, width: Tensor, levels: Sequence[Level]) -> Iterator[Tensor]:
-    """z_b1, z_b2, ...: x on the grid of each bitwidth, one at a time. A coarse value is a whole number of fine steps,
-    so that z_b1 plus the rounded residual is, ties apart, x on the fine grid: that is what is computed."""
+    """z_b1, z_b2, ...: x on the grid of each bitwidth, one at a time."""
     for each in levels:
         yield _rounded(x, width, *each)
 
 
 def _chosen(opened: Tensor, levels: Sequence[Level]) -> Bounds:
     """Low, high and divisor of the last level that every gate before it lets through; each of shape (), or a number
-    where gates can be looked at for nothing (reason: an eager step is 3 to 7 % faster with bounds that are numbers)."""
+    where gates can be looked at for nothing (reason: an eager step is 3 to 7 % faster with bounds that are numbers).
+    A gate behind the last level leads to float and does not count."""
+    opened = opened[: len(levels) - 1]
     if opened.device.type == "cpu" and not torch.compiler.is_compiling():
-        return levels[[*opened.tolist(), False].index(False)][:3]
-    chosen: list[Any] = [float(number) for number in levels[0][:3]]
+        return levels[[*opened.tolist(), False].index(False)]
+    chosen: list[Any] = [float(number) for number in levels[0]]
     passed: Any = True
     for gate, level_ in zip(opened, levels[1:], strict=True):
         passed = gate & passed
-        chosen = [torch.where(passed, float(new), old) for new, old in zip(level_[:3], chosen, strict=True)]
+        chosen = [torch.where(passed, float(new), old) for new, old in zip(level_, chosen, strict=True)]
     return tuple(torch.as_tensor(number) for number in chosen)  # type: ignore[return-value]
 
 
@@ -99,13 +95,19 @@ def _ranges(x: Tensor, range_: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _straight_through(
-    grad: Tensor, y: Tensor, x: Tensor, width: Tensor, inside: Tensor, ctx: Any
+    grad: Tensor, y: Tensor, x: Tensor, width: Tensor, inside: Tensor, ctx: Any, unrounded: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients to input and range; y is used up. Rounding counts as the identity, so y = v * (clip(x/v) + constant):
-    to x, 1 inside the range; to v, (y - x)/v inside and y/v outside, that of learned step sizes (arXiv 1902.08153)."""
+    to x, 1 inside the range; to v, (y - x)/v inside and y/v outside, that of learned step sizes (arXiv 1902.08153).
+
+    `unrounded`, of shape (), is the share of the output that is x itself, of gradient 1 to x and 0 to v; y is then the
+    rest of the output.
+    """
     grad_x = grad_range = None
+    if unrounded is not None:
+        inside = inside * (1 - unrounded)
     if ctx.needs_input_grad[0]:
-        grad_x = (grad * inside).to(ctx.input_dtype)
+        grad_x = (grad * (inside if unrounded is None else inside + unrounded)).to(ctx.input_dtype)
     if ctx.needs_input_grad[1]:
         moved = y.sub_(x * inside).div_(width).mul_(grad)
         grad_range = moved.sum_to_size(width.shape).to(ctx.range_dtype)
@@ -121,16 +123,14 @@ class _Fixed(torch.autograd.Function):
     """Plain quantiser of given bounds, numbers or tensors; keeps its input and its range."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, range_: Tensor, low: Any, high: Any, divisor: Any, stride: int, signed: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, range_: Tensor, low: Any, high: Any, divisor: Any, signed: bool) -> Tensor:
         bounds = (low, high, divisor)
         ctx.save_for_backward(x, range_, *(b for b in bounds if isinstance(b, Tensor)))
         ctx.bounds = None if isinstance(high, Tensor) else bounds
-        ctx.stride, ctx.signed = stride, signed
+        ctx.signed = signed
         ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
         value, width = _ranges(x, range_)
-        return _rounded(value, width, *bounds, stride).to(x.dtype)
+        return _rounded(value, width, *bounds).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -138,15 +138,18 @@ class _Fixed(torch.autograd.Function):
         saved_x, range_, *tensors = ctx.saved_tensors
         low, high, divisor = ctx.bounds or tensors
         x, width = _ranges(saved_x, range_)
-        y = _rounded(x, width, low, high, divisor, ctx.stride)
+        y = _rounded(x, width, low, high, divisor)
         inside = _inside(x, width, ctx.signed)
         if isinstance(high, Tensor) and high.ndim:
             inside = inside * (high > 0)  # a pruned channel is zero whatever its input
-        return *_straight_through(grad.to(x.dtype), y, x, width, inside, ctx), None, None, None, None, None
+        return *_straight_through(grad.to(x.dtype), y, x, width, inside, ctx), None, None, None, None
 
 
 class _Search(torch.autograd.Function):
-    """The whole chain with its gates. Keeps the input, the ranges and one norm and one threshold a gate."""
+    """The whole chain with its gates. Keeps the input, the ranges and one norm and one threshold a gate.
+
+    There are as many gates as levels if the last gate leads to float, else one less.
+    """
 
     @staticmethod
     def forward(
@@ -155,10 +158,13 @@ class _Search(torch.autograd.Function):
         value, width = _ranges(x, range_)
         clipped = value.clamp(-width if signed else torch.zeros_like(width), width)
         norms = threshold.new_empty(threshold.shape)
-        for index, z in enumerate(_chain(value, width, levels[:-1])):
-            steps = z.sub_(clipped).mul_(levels[index].divisor / levels[index].stride / width)
+        for index, z in enumerate(_chain(value, width, levels[: len(norms)])):
+            steps = z.sub_(clipped).mul_(levels[index].divisor / width)
             norms[index] = _mean(steps.square_(), shared).sqrt().to(norms.dtype)
-        y = _rounded(value, width, *_chosen(norms > threshold, levels), levels[0].stride)
+        opened = norms > threshold
+        y = _rounded(value, width, *_chosen(opened, levels))
+        if len(opened) == len(levels):
+            y = torch.where(opened.all(), value, y)
         ctx.save_for_backward(x, range_, threshold, norms)
         ctx.levels, ctx.signed = levels, signed
         ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
@@ -173,13 +179,17 @@ class _Search(torch.autograd.Function):
         grad = grad.to(x.dtype)
         opened = norms > threshold
         offsets = []  # <grad, eps_b>, one number a gate
-        previous = None
+        previous: Any = None
         for z in _chain(x, width, ctx.levels):
             if previous is not None:
                 offsets.append(-previous.sub_(z).mul_(grad).sum())
             previous = z
-        y = _rounded(x, width, *_chosen(opened, ctx.levels), ctx.levels[0].stride)
-        grad_x, grad_range = _straight_through(grad, y, x, width, _inside(x, width, ctx.signed), ctx)
+        y, unrounded = _rounded(x, width, *_chosen(opened, ctx.levels)), None
+        if len(opened) == len(ctx.levels):
+            offsets.append((x - previous).mul_(grad).sum())
+            unrounded = opened.all().to(x.dtype)
+            y.mul_(1 - unrounded)
+        grad_x, grad_range = _straight_through(grad, y, x, width, _inside(x, width, ctx.signed), ctx, unrounded)
         # dy/dg_j = (product of the gates before it) * (eps_j + g_{j+1}(eps_{j+1} + ...))
         gates = opened.to(x.dtype)
         grad_threshold = torch.zeros_like(threshold)
@@ -221,16 +231,18 @@ class SuperBitQuantizer(nn.Module):
     | searching             | `search()`                | z_2 + g_4(eps_4 + g_8 eps_8), gates by their thresholds     |
 
     A gate is open if the root mean square of the residual z - z_b over the whole tensor, in steps of the coarser grid,
-    is above its threshold. The paper names no norm and no start; this one grows neither with the tensor nor with the
-    step (evenly spread residuals give 0.29 for every gate), and thresholds start at 0, so that all gates are open.
-    Rounding is done in float32 (float64 for float64 input); the output has x's dtype.
+    is above its threshold; z is x cut off at the range. The paper names no norm and no start; this one grows neither
+    with the tensor nor with the step nor with outliers (evenly spread residuals give 0.29 for every gate), and
+    thresholds start at 0, so that all gates are open. Rounding is done in float32 (float64 for float64 input); the
+    output has x's dtype. With 32 as last candidate, the last offset is x - z_b: all gates open, x passes as it is, with
+    gradient 1 and none to the range.
 
     Args:
         channels: number of ranges, one per coordinate of `channel_dim`; None for one range per tensor.
         channel_dim: dimension that carries them.
         signed: levels on both sides of zero, else from zero up.
-        candidates: bitwidths, ascending, each a multiple of the one before, so that the grids nest.
-        grid: "symmetric" has zero among its levels; "paper" is SBS's zero-free one (signed) with 2^b levels.
+        candidates: what a search chooses from: some of 2, 3, 4, 5, 6, 8, ascending, and 32 as the last one or not.
+            `fix` takes any of them all.
 
     Attributes:
         range: what x is clipped to, in units of x; shape () or (channels,); initially 1.
@@ -240,7 +252,7 @@ class SuperBitQuantizer(nn.Module):
             from the output, and a step costs what it costs at fixed bits.
 
     Raises:
-        PolicyError: candidates that do not nest, bits that are no candidate, an input with other channels.
+        PolicyError: candidates or bits that are not such. InputError: an input with other channels.
     """
 
     norms: Tensor
@@ -253,14 +265,15 @@ class SuperBitQuantizer(nn.Module):
         channel_dim: int = 0,
         signed: bool = True,
         candidates: Sequence[int] = (2, 4, 8),
-        grid: Grid = "symmetric",
     ) -> None:
         super().__init__()
-        nested = all(b > a and b % a == 0 for a, b in zip(candidates, candidates[1:], strict=False))
-        if not nested or not candidates or min(candidates) < 2 or max(candidates) > 8:
-            raise PolicyError(f"candidates {tuple(candidates)}; expected 2 to 8 bits, each a multiple of the last")
+        chosen = set(candidates)
+        if list(candidates) != sorted(chosen) or not chosen & set(BITS) or not chosen <= {*BITS, FLOAT_BITS}:
+            raise PolicyError(
+                f"candidates {tuple(candidates)}; expected some of {BITS}, ascending, with or without {FLOAT_BITS} last"
+            )
         self.channels, self.channel_dim, self.signed = channels, channel_dim, signed
-        self.candidates, self.grid = tuple(candidates), grid
+        self.candidates = tuple(candidates)
         self.range = nn.Parameter(torch.ones(() if channels is None else channels))
         self.threshold = nn.Parameter(torch.zeros(len(self.candidates) - 1))
         self.register_buffer("norms", torch.full((len(self.candidates) - 1,), torch.inf), persistent=False)
@@ -284,11 +297,11 @@ class SuperBitQuantizer(nn.Module):
         if isinstance(bits, Tensor):
             bits = bits.tolist()
         if isinstance(bits, int):
-            if bits not in (*self.candidates, FLOAT_BITS):
-                raise PolicyError(f"cannot fix {bits} bits; expected one of {(*self.candidates, FLOAT_BITS)}")
+            if bits not in (*BITS, FLOAT_BITS):
+                raise PolicyError(f"cannot fix {bits} bits; expected one of {(*BITS, FLOAT_BITS)}")
             self._bits, self.channel_bits = bits, None
             return
-        allowed = {0, *self.candidates}
+        allowed = {0, *BITS}
         if self.channels is None or len(bits) != self.channels or not set(bits) <= allowed:
             raise PolicyError(f"cannot fix bits {list(bits)}; expected {self.channels} values of {sorted(allowed)}")
         self._bits, self.channel_bits = None, torch.tensor(bits, dtype=torch.int64, device=self.range.device)
@@ -307,8 +320,8 @@ class SuperBitQuantizer(nn.Module):
         return self.candidates[closed[0] if closed else -1]
 
     def expected_bits(self) -> Tensor:
-        """Bits as a scalar tensor for a cost: 2 + g_4(2 + 4 g_8), differentiable in the thresholds while searching;
-        a constant (the mean over channels) otherwise."""
+        """Bits as a scalar tensor for a cost, differentiable in the thresholds while searching: 2 + g_4(2 + 4 g_8) for
+        candidates 2, 4, 8. A constant (the mean over channels) otherwise."""
         if self._bits is not None:
             return torch.full((), float(self._bits), dtype=self.range.dtype, device=self.range.device)
         if self.channel_bits is not None:
@@ -328,7 +341,7 @@ class SuperBitQuantizer(nn.Module):
         """Integer levels of x at the fixed bits, int32, of x's shape."""
         low, high, divisor = (self._along(bound, x) for bound in self._bounds(_precision(x)))
         value, width = _ranges(x, self._along(self.range, x))
-        return _encode(value, width / divisor, low, high, self._stride).to(torch.int32)
+        return _encode(value, width / divisor, low, high).to(torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
         """x on its grid, of x's shape and dtype; see the table above."""
@@ -336,30 +349,31 @@ class SuperBitQuantizer(nn.Module):
             return x
         range_ = self._along(self.range, x)
         if self.bits is None:
-            levels = tuple(level(bits, self.signed, self.grid) for bits in self.candidates)
+            levels = self._levels()
             if self.held:
-                bounds = _chosen(self.norms > self.threshold.detach(), levels)
-                return _Fixed.apply(x, range_, *bounds, self._stride, self.signed)
+                opened = self.norms > self.threshold.detach()
+                y = _Fixed.apply(x, range_, *_chosen(opened, levels), self.signed)
+                return torch.where(opened.all(), x, y) if len(opened) == len(levels) else y
             y, norms = _Search.apply(x, range_, self.threshold, levels, self.signed, self.across_processes)
             self.norms.copy_(norms)
             return y
         bounds = tuple(self._along(bound, x) for bound in self._bounds(_precision(x)))
-        return _Fixed.apply(x, range_, *bounds, self._stride, self.signed)
+        return _Fixed.apply(x, range_, *bounds, self.signed)
 
-    @property
-    def _stride(self) -> int:
-        return level(self.candidates[0], self.signed, self.grid).stride
+    def _levels(self) -> tuple[Level, ...]:
+        """The grids of the candidates below float."""
+        return tuple(level(bits, self.signed) for bits in self.candidates if bits != FLOAT_BITS)
 
     def _bounds(self, dtype: torch.dtype) -> Bounds:
         """Low, high and divisor: numbers, or tensors (channels,) of this dtype if bits differ by channel."""
         if self.channel_bits is not None:
-            table = [level(bits, self.signed, self.grid)[:3] for bits in range(9)]
+            table = [level(bits, self.signed) for bits in range(max(BITS) + 1)]
             chosen = torch.tensor(table, dtype=dtype, device=self.range.device)[self.channel_bits]
             return chosen[:, 0], chosen[:, 1], chosen[:, 2]
         if self._bits is None or self._bits == FLOAT_BITS:
             state = "searching" if self._bits is None else "open at float precision"
-            raise PolicyError(f"a quantiser that is {state} has no scale; call fix with one of {self.candidates} first")
-        return level(self._bits, self.signed, self.grid)[:3]
+            raise PolicyError(f"a quantiser that is {state} has no scale; call fix with one of {BITS} first")
+        return level(self._bits, self.signed)
 
     def _along(self, values: Any, x: Tensor) -> Any:
         """Per-channel values in the shape that broadcasts over x; anything else as it is."""
@@ -383,4 +397,4 @@ class SuperBitQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         bits = "searching" if self.bits is None else self._bits or "per channel"
-        return f"channels={self.channels}, signed={self.signed}, candidates={self.candidates}, bits={bits}, {self.grid}"
+        return f"channels={self.channels}, signed={self.signed}, candidates={self.candidates}, bits={bits}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from sbs_fx.passes import ChannelGroups
 from sbs_fx.plan import Cost, Policy
-from sbs_fx.quantizer.superbit import Grid
 from sbs_fx.search.gate_search import Draft
 
 
@@ -26,7 +26,7 @@ class Searched:
     notes: tuple[str, ...] = ()
 
 
-def policy_of(decided: Draft, groups: ChannelGroups, method: str, seed: int, grid: Grid) -> Policy:
+def policy_of(decided: Draft, groups: ChannelGroups, method: str, seed: int, grid: Any) -> Policy:
     """The policy that decisions amount to."""
     return Policy(
         fingerprint=groups.fingerprint,

@@ -35,9 +35,9 @@ NETWORKS = [
 ]
 
 
-def gated_network(module: nn.Module, x: Tensor, bits: int = 4, grid: str = "symmetric") -> fx.GraphModule:
+def gated_network(module: nn.Module, x: Tensor, bits: int = 4) -> fx.GraphModule:
     graph_module = trace(module, x)
-    gated = insert_gates(graph_module, channel_groups(graph_module), channels=False, grid=grid)
+    gated = insert_gates(graph_module, channel_groups(graph_module), channels=False)
     apply_bits(gated, dict.fromkeys(weight_gates(gated), bits), dict.fromkeys(activation_gates(gated), bits))
     return gated
 

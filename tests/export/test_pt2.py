@@ -29,10 +29,11 @@ from sbs_fx.passes.channels.groups import channel_groups
 from sbs_fx.passes.gates.insertion import insert_gates
 from sbs_fx.passes.oracles.static import count_levels
 from sbs_fx.passes.static.finalize import StoredWeight, finalize
+from sbs_fx.plan.bits import BITS
 from sbs_fx.plan.errors import FileError, GraphError
 from sbs_fx.quantizer.superbit import max_level
 from tests.networks.models import Recipe, step
-from tests.oracles.gated import BITS, Together, bundles, check_static, draw_bits, gate
+from tests.oracles.gated import Together, bundles, check_static, draw_bits, gate
 
 SLACK = 200_000  # bytes, for the graph and the headers of the archive
 
@@ -74,9 +75,16 @@ def test_packing_is_exact_and_tight(drawn: tuple[Tensor, StoredWeight]) -> None:
     assert sum(b.numel() for b in held.values()) <= math.ceil(bits / 8) + len(held)
 
 
-def test_two_codes_to_a_byte_and_four() -> None:
-    assert pack_codes(torch.tensor([1, -7, 7], dtype=torch.int8), 4).tolist() == [[0x08], [0x0E]]
-    assert pack_codes(torch.tensor([1, 0, -1, 1, 1], dtype=torch.int8), 2).tolist() == [[0b10000110], [0b10]]
+def test_planes_of_two_four_and_eight_codes_a_byte() -> None:
+    def packed(codes: list[int], bits: int) -> list[list[list[int]]]:
+        return [plane.tolist() for plane in pack_codes(torch.tensor(codes, dtype=torch.int8), bits)]
+
+    assert packed([1, -7, 7], 4) == [[[0x08], [0x0E]]]
+    assert packed([1, 0, -1, 1, 1], 2) == [[[0b10000110], [0b10]]]
+    # plus 31: 0b10_0000, 0b00_0000, 0b11_1110: the four low bits of each, then the two high ones
+    assert packed([1, -31, 31], 6) == [[[0x00], [0x0E]], [[0b110010]]]
+    assert packed([1, -3, 3], 3) == [[[0b100000]], [[0b101]]]  # plus 3: 0b1_00, 0b0_00, 0b1_10
+    assert packed([1, -15], 5) == [[[0x00]], [[0b01]]]  # plus 15: 0b1_0000, 0b0_0000
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +170,7 @@ def check_size(static: fx.GraphModule, path: Path) -> None:
     assert path.stat().st_size <= 1.1 * bits / 8 + SLACK
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_a_file_is_as_large_as_its_bits(bits: int, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(600, 2000), nn.ReLU(), nn.Linear(2000, 600)).eval()
     gated = gate(model, torch.randn(2, 600))

@@ -17,11 +17,11 @@ from sbs_fx.passes.channels.groups import channel_groups
 from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.passes.oracles.static import compare_static, count_levels
 from sbs_fx.passes.static.finalize import finalize
+from sbs_fx.plan.bits import BITS
 from sbs_fx.quantizer.ranges import set_range
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from tests.networks.models import SMALLEST, SMALLEST_RECIPES, Recipe
 
-BITS = (2, 4, 8)
 # Rounding ties after folding: one code in 10,000, by one step; a small tensor may have one all the same.
 TIES = 1e-4
 

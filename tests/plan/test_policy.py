@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from sbs_fx.plan import Budget, Cost, LayerCost, Policy, current_versions, errors
 from sbs_fx.plan.errors import BudgetError, FileError, InfeasibleBudget, PolicyError, PolicyMismatch, SbsError
+from sbs_fx.plan.policy import CHANNEL_BITS, LAYER_BITS
 
 NAMES = st.text(min_size=1, max_size=12)
-LAYER_BITS = st.sampled_from([2, 4, 8, 32]) | st.lists(st.sampled_from([0, 2, 4, 8]), min_size=1, max_size=9)
+WEIGHT_BITS = st.sampled_from(LAYER_BITS) | st.lists(st.sampled_from(CHANNEL_BITS), min_size=1, max_size=9)
 
 
 @st.composite
@@ -35,8 +36,8 @@ def policies(draw: st.DrawFn) -> Policy:
         grid=draw(st.sampled_from(["symmetric", "paper"])),
         kept=kept,
         sizes=sizes,
-        weight_bits=draw(st.dictionaries(NAMES, LAYER_BITS, max_size=5)),
-        activation_bits=draw(st.dictionaries(NAMES, st.sampled_from([2, 4, 8, 32]), max_size=5)),
+        weight_bits=draw(st.dictionaries(NAMES, WEIGHT_BITS, max_size=5)),
+        activation_bits=draw(st.dictionaries(NAMES, st.sampled_from(LAYER_BITS), max_size=5)),
     )
 
 
@@ -93,8 +94,8 @@ def test_policy_is_a_value() -> None:
         ({"kept": {"stem": [0]}}, ["['stage']", "only one of"]),
         ({"kept": {"stem": [0.0], "stage": [1]}}, ["kept.stem.0", "0.0"]),
         ({"sizes": {"stem": 0, "stage": 2}}, ["'stem'"]),
-        ({"weight_bits": {"conv": 3}}, ["'conv'", "[3]", "(2, 4, 8, 32)"]),
-        ({"weight_bits": {"conv": [2, 32]}}, ["'conv'", "[32]", "(0, 2, 4, 8)"]),
+        ({"weight_bits": {"conv": 7}}, ["'conv'", "[7]", "(2, 3, 4, 5, 6, 8, 32)"]),
+        ({"weight_bits": {"conv": [2, 32]}}, ["'conv'", "[32]", "(0, 2, 3, 4, 5, 6, 8)"]),
         ({"weight_bits": {"conv": []}}, ["'conv'", "empty"]),
         ({"activation_bits": {"relu": 0}}, ["'relu'", "[0]"]),
         ({"activation_bits": {"relu": True}}, ["activation_bits.relu"]),

@@ -9,30 +9,30 @@ import pytest
 import torch
 from torch import Tensor
 
+from sbs_fx.plan.bits import BITS
 from sbs_fx.quantizer.ranges import BINS, Histogram, best_top, grid_of, set_range, squared_error, weight_top
+from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from tests.oracles.gated import error_of, quantiser
 
 # Tops
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("grid", ["symmetric", "paper"])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("signed", [True, False])
-def test_largest_value_as_top_is_the_outermost_level(bits: int, grid: str, signed: bool) -> None:
+def test_largest_value_as_top_is_the_outermost_level(bits: int, signed: bool) -> None:
     x = torch.randn(500) if signed else torch.randn(500).abs()
-    gate = quantiser(bits, signed=signed, grid=grid)
+    gate = quantiser(bits, signed=signed)
     set_range(gate, x.abs().max().view(1))
     codes = gate.codes(x)
     assert codes.abs().max() == grid_of(gate)[1]
     assert float(gate(x).detach().abs().max()) == pytest.approx(float(x.abs().max()), rel=1e-6)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8, [0, 2, 4, 8, 8, 2]])
-@pytest.mark.parametrize("grid", ["symmetric", "paper"])
+@pytest.mark.parametrize("bits", [*BITS, [0, 2, 4, 8, 8, 2], [3, 5, 6, 0, 3, 8]])
 @pytest.mark.parametrize("dim", [0, 1])
-def test_least_error_is_never_above_that_of_the_largest_value(bits: Any, grid: str, dim: int) -> None:
+def test_least_error_is_never_above_that_of_the_largest_value(bits: Any, dim: int) -> None:
     weight = torch.randn(6, 6, 3, 5) ** 3
-    gate = quantiser(bits, channels=6, channel_dim=dim, grid=grid)
+    gate = quantiser(bits, channels=6, channel_dim=dim)
     largest, best = weight_top(weight, gate, "minmax"), weight_top(weight, gate, "mse")
     assert torch.equal(largest, weight.movedim(dim, 0).flatten(1).abs().amax(1))
     assert (best <= largest).all()
@@ -42,10 +42,9 @@ def test_least_error_is_never_above_that_of_the_largest_value(bits: Any, grid: s
 
 def test_error_is_that_of_the_quantiser() -> None:
     weight = torch.randn(6, 40)
-    for grid in ("symmetric", "paper"):
-        gate = quantiser([0, 2, 4, 8, 8, 2], channels=6, grid=grid)
-        top = torch.rand(6) + 0.5
-        assert torch.allclose(squared_error(weight, top, grid_of(gate)), error_of(gate, weight, top), rtol=1e-4)
+    gate = quantiser([0, 2, 3, 5, 6, 8], channels=6)
+    top = torch.rand(6) + 0.5
+    assert torch.allclose(squared_error(weight, top, grid_of(gate)), error_of(gate, weight, top), rtol=1e-4)
 
 
 def test_least_error_is_near_that_of_a_fine_search() -> None:
@@ -56,6 +55,15 @@ def test_least_error_is_near_that_of_a_fine_search() -> None:
         fine = torch.stack([squared_error(distribution, largest * k / 400, grid_of(gate)) for k in range(4, 401)])
         # Shares 4 % apart: at most 2 % from the optimum, of an error that is flat there.
         assert (found <= 1.02 * fine.amin(0)).all()
+
+
+@pytest.mark.parametrize(
+    ("candidates", "middle"), [((2, 4, 8), 4), ((2, 4, 8, 32), 4), ((3, 32), 3), ((2, 3, 5, 6), 5), ((2, 32), 2)]
+)
+def test_a_searching_gate_has_the_grid_of_its_middle_candidate(candidates: tuple[int, ...], middle: int) -> None:
+    gate = SuperBitQuantizer(candidates=candidates)
+    gate.search()
+    assert grid_of(gate) == grid_of(quantiser(middle))
 
 
 def test_known_optimum_for_a_normal_weight_of_two_bits() -> None:
@@ -107,13 +115,12 @@ def test_percentile_is_exact_to_a_bin(percent: float) -> None:
         assert found.percentile(percent) == float(values.max())
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("grid", ["symmetric", "paper"])
-def test_least_error_by_histogram_is_that_of_the_values(bits: int, signed: bool, grid: str) -> None:
+def test_least_error_by_histogram_is_that_of_the_values(bits: int, signed: bool) -> None:
     parts = [torch.randn(4000), torch.randn(4000) * 1.5]
     parts = parts if signed else [part.relu() for part in parts]
-    gate, x = quantiser(bits, signed=signed, grid=grid), torch.cat(parts)
+    gate, x = quantiser(bits, signed=signed), torch.cat(parts)
     by_histogram = histogram(*parts).top(gate, "mse", 0)
     by_values = best_top(x[None], x.abs().max().view(1), grid_of(gate))
     # A bin is at most a 2048th of the largest value, an eighth of an 8-bit step.

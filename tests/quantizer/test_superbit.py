@@ -12,32 +12,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sbs_fx.plan.bits import BITS, FLOAT_BITS
 from sbs_fx.plan.errors import InputError, PolicyError
 from sbs_fx.quantizer.channel_gate import ChannelGate
-from sbs_fx.quantizer.superbit import Grid, SuperBitQuantizer, level, max_level
+from sbs_fx.quantizer.superbit import SuperBitQuantizer, level, max_level
 
-GRIDS: list[tuple[bool, Grid]] = [(True, "symmetric"), (False, "symmetric"), (True, "paper"), (False, "paper")]
-CANDIDATES = st.sampled_from([(2, 4, 8), (2, 4), (4, 8), (2, 8), (3, 6), (8,)])
+CANDIDATES = st.lists(st.sampled_from(BITS), min_size=1, unique=True).map(lambda drawn: tuple(sorted(drawn)))
 
 
-def plain(x: Tensor, width: Tensor | float, bits: int, signed: bool, grid: Grid) -> Tensor:
+def plain(x: Tensor, width: Tensor | float, bits: int, signed: bool) -> Tensor:
     """The b-bit quantiser as the papers write it, in float64, sharing no code with the module."""
     x, width = x.double(), torch.as_tensor(width).double()
     steps = 2**bits - 1
-    if signed and grid == "paper":  # v * (2 D((clip(w/v, -1, 1) + 1)/2) - 1)
-        z = ((x / width).clamp(-1, 1) + 1) / 2
-        return width * (2 * (z * steps).round() / steps - 1)
     if signed:  # outer level (2^b - 2)/2 of a step of 2v/(2^b - 1)
         step = 2 * width / steps
         return (x / step).round().clamp(-(steps // 2), steps // 2) * step
     return width * ((x / width).clamp(0, 1) * steps).round() / steps
 
 
-def tied(x: Tensor, width: float, signed: bool, grid: Grid, candidates: tuple[int, ...]) -> Tensor:
+def tied(x: Tensor, width: float, signed: bool, candidates: tuple[int, ...]) -> Tensor:
     """Where x lies within rounding error of the middle between two levels of any candidate."""
     near = torch.zeros(x.shape, dtype=torch.bool)
     for steps in (2**bits - 1 for bits in candidates):
-        unit = x.double() / width * (steps / 2 if signed else steps) + (steps / 2 if signed and grid == "paper" else 0)
+        unit = x.double() / width * (steps / 2 if signed else steps)
         near |= (unit - unit.floor() - 0.5).abs() < 1e-3
     return near
 
@@ -61,28 +58,27 @@ def close_gates_from(quantizer: SuperBitQuantizer, number: int) -> None:
 
 
 def test_levels() -> None:
-    assert [max_level(bits, True) for bits in (2, 4, 8)] == [1, 7, 127]
-    assert [max_level(bits, False) for bits in (2, 4, 8)] == [3, 15, 255]
-    for signed, grid in GRIDS:
-        divisors = [level(bits, signed, grid).divisor for bits in (2, 4, 8)]
+    assert [max_level(bits, True) for bits in BITS] == [1, 3, 7, 15, 31, 127]
+    assert [max_level(bits, False) for bits in BITS] == [3, 7, 15, 31, 63, 255]
+    for signed in (True, False):
+        divisors = [level(bits, signed).divisor for bits in (2, 4, 8)]
         assert [b / a for a, b in zip(divisors, divisors[1:], strict=False)] == [5, 17], "s_4 = s_2/5, s_8 = s_4/17"
 
 
-@given(st.sampled_from(GRIDS), CANDIDATES, st.integers(0, 10**6), st.floats(1e-3, 1e3), st.data())
+@given(st.booleans(), CANDIDATES, st.integers(0, 10**6), st.floats(1e-3, 1e3), st.data())
 def test_chain_is_the_plain_quantiser(
-    kind: tuple[bool, Grid], candidates: tuple[int, ...], seed: int, width: float, data: st.DataObject
+    signed: bool, candidates: tuple[int, ...], seed: int, width: float, data: st.DataObject
 ) -> None:
-    signed, grid = kind
     width = torch.tensor(width).item()  # as float32 has it
     x = torch.randn(200, generator=torch.Generator().manual_seed(seed)) * width
-    quantizer = make(signed=signed, grid=grid, candidates=candidates)
+    quantizer = make(signed=signed, candidates=candidates)
     set_range(quantizer, width)
     number = data.draw(st.integers(0, len(candidates) - 1))
     close_gates_from(quantizer, number)
     chain, bits = quantizer(x), candidates[number]
     assert quantizer.decided_bits() == quantizer.expected_bits().item() == bits
-    difference = (chain.double() - plain(x, width, bits, signed, grid)).abs()
-    same = ~tied(x, width, signed, grid, candidates)
+    difference = (chain.double() - plain(x, width, bits, signed)).abs()
+    same = ~tied(x, width, signed, candidates)
     assert same.sum() > 150, "or this test says nothing"
     assert difference[same].max() < 1e-5 * width
     assert difference.max() < 2 * width / (2**bits - 1) * 1.0001, "a tie moves a value by one step"
@@ -91,10 +87,10 @@ def test_chain_is_the_plain_quantiser(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("signed", "grid"), GRIDS)
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_fixed_is_the_static_arithmetic(dtype: torch.dtype, signed: bool, grid: Grid, bits: int) -> None:
-    quantizer = make(bits, dtype, channels=5, channel_dim=1, signed=signed, grid=grid)
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_fixed_is_the_static_arithmetic(dtype: torch.dtype, signed: bool, bits: int) -> None:
+    quantizer = make(bits, dtype, channels=5, channel_dim=1, signed=signed)
     set_range(quantizer, torch.rand(5) + 0.1)
     s = quantizer.scale().view(1, 5, 1, 1)
     x = torch.randn(40, 5, 3, 3, dtype=dtype)
@@ -103,10 +99,9 @@ def test_fixed_is_the_static_arithmetic(dtype: torch.dtype, signed: bool, grid: 
     assert codes.dtype == torch.int32
     assert torch.equal(codes.to(dtype) * s, y)
     assert torch.equal(quantizer.codes(y), codes), "quantising twice changes nothing"
-    if grid == "symmetric" or not signed:
-        high = max_level(bits, signed)
-        low = -high if signed else 0
-        assert torch.equal((x * (1 / s)).round().clamp(low, high) * s, y)
+    high = max_level(bits, signed)
+    low = -high if signed else 0
+    assert torch.equal((x * (1 / s)).round().clamp(low, high) * s, y)
     for channel in range(5):
         assert len(y[:, channel].unique()) <= 2**bits
 
@@ -122,19 +117,19 @@ def test_static_graph_operators_agree() -> None:
     codes = ops.quantize_per_channel(x, weight.scale(), zero, 1, -127, 127, torch.int8)
     assert torch.equal(codes.int(), weight.codes(x))
     assert torch.equal(ops.dequantize_per_channel(codes, weight.scale(), zero, 1, -127, 127, torch.int8), weight(x))
-    activation = make(4, signed=False)
-    set_range(activation, 1.7)
-    scale = float(activation.scale())
-    codes = ops.quantize_per_tensor(x, scale, 0, 0, 255, torch.uint8).clamp_max(15)
-    assert torch.equal(codes.int(), activation.codes(x))
-    assert torch.equal(ops.dequantize_per_tensor(codes, scale, 0, 0, 255, torch.uint8), activation(x))
+    for bits in BITS:
+        activation = make(bits, signed=False)
+        set_range(activation, 1.7)
+        scale = float(activation.scale())
+        codes = ops.quantize_per_tensor(x, scale, 0, 0, 255, torch.uint8).clamp_max(2**bits - 1)
+        assert torch.equal(codes.int(), activation.codes(x))
+        assert torch.equal(ops.dequantize_per_tensor(codes, scale, 0, 0, 255, torch.uint8), activation(x))
 
 
-@given(st.lists(st.sampled_from([0, 2, 4, 8]), min_size=1, max_size=8), st.sampled_from(GRIDS), st.integers(0, 10**6))
-def test_bits_per_channel(bits: list[int], kind: tuple[bool, Grid], seed: int) -> None:
-    signed, grid = kind
+@given(st.lists(st.sampled_from([0, *BITS]), min_size=1, max_size=8), st.booleans(), st.integers(0, 10**6))
+def test_bits_per_channel(bits: list[int], signed: bool, seed: int) -> None:
     x = torch.randn(len(bits), 300, generator=torch.Generator().manual_seed(seed), requires_grad=True)
-    mixed = make(bits, channels=len(bits), signed=signed, grid=grid)
+    mixed = make(bits, channels=len(bits), signed=signed)
     set_range(mixed, torch.linspace(0.5, 2, len(bits)))
     y = mixed(x)
     y.sum().backward()
@@ -147,13 +142,51 @@ def test_bits_per_channel(bits: list[int], kind: tuple[bool, Grid], seed: int) -
             assert not x.grad[channel].any()
             assert not mixed.range.grad[channel].any()
             continue
-        alone = make(b, signed=signed, grid=grid)
+        alone = make(b, signed=signed)
         set_range(alone, mixed.range[channel])
         assert torch.equal(alone(x[channel]), y[channel])
         assert torch.equal(alone.codes(x[channel]), mixed.codes(x)[channel])
         assert torch.equal(alone.scale(), mixed.scale()[channel])
     assert torch.equal(mixed.codes(x) * mixed.scale()[:, None], y)
     assert float(mixed.expected_bits()) == pytest.approx(sum(bits) / len(bits))
+
+
+@pytest.mark.parametrize("bits", [*BITS, 32])
+def test_a_fixed_gate_need_not_be_a_candidate(bits: int) -> None:
+    x = torch.randn(100)
+    assert torch.equal(make(bits, candidates=(4, 8))(x), make(bits, candidates=BITS)(x))
+
+
+@given(CANDIDATES, st.booleans(), st.booleans(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+def test_the_last_gate_may_lead_to_float(
+    candidates: tuple[int, ...], signed: bool, held: bool, dtype: torch.dtype
+) -> None:
+    quantizer = make(candidates=(*candidates, 32), signed=signed).to(dtype)
+    set_range(quantizer, 0.7)
+    x = torch.randn(200, dtype=dtype, requires_grad=True)
+    for number, bits in enumerate((*candidates, 32)):
+        close_gates_from(quantizer, number)
+        quantizer.held = False
+        quantizer(x)
+        quantizer.held = held
+        x.grad = quantizer.range.grad = None
+        y = quantizer(x)
+        y.sum().backward()
+        assert quantizer.decided_bits() == quantizer.expected_bits().item() == bits
+        alone = make(bits, signed=signed).to(dtype)
+        set_range(alone, 0.7)
+        leaf = x.detach().clone().requires_grad_()
+        expected = alone(leaf)
+        expected.sum().backward()
+        assert torch.equal(y, expected), "at 32 bits x itself, uncut"
+        assert x.grad is not None
+        assert leaf.grad is not None
+        assert torch.equal(x.grad, leaf.grad)
+        assert quantizer.range.grad is not None
+        if bits == 32:
+            assert not quantizer.range.grad.any()
+        else:
+            assert torch.equal(quantizer.range.grad, alone.range.grad)
 
 
 def test_open_gives_the_same_object() -> None:
@@ -193,19 +226,20 @@ def test_channel_of_zeros() -> None:
 def relaxed(quantizer: SuperBitQuantizer, x0: Tensor, width0: Tensor, threshold0: Tensor) -> Any:
     """The function that the backward pass belongs to: every rounding error (in units of the range) and every clipping
     decision frozen at one point, every gate 1[A > a0] + sigma(A - a) - sigma(A - a0) with its norm A frozen."""
-    signed, grid = quantizer.signed, quantizer.grid
-    values = [plain(x0, width0, bits, signed, grid) for bits in quantizer.candidates]
+    signed = quantizer.signed
+    below = [bits for bits in quantizer.candidates if bits != FLOAT_BITS]
+    values = [plain(x0, width0, bits, signed) for bits in below]
     clip0 = torch.minimum(torch.maximum(x0, -width0 if signed else torch.zeros_like(width0)), width0)
     errors = [(value - clip0) / width0 for value in values]
-    levels = [level(bits, signed, grid) for bits in quantizer.candidates]
-    steps = [width0 * each.stride / each.divisor for each in levels]
+    levels = [level(bits, signed) for bits in below]
+    steps = [width0 / each.divisor for each in levels]
     norms = torch.stack(
         [((clip0 - value) / step).square().mean().sqrt() for value, step in zip(values, steps, strict=True)]
-    )[:-1]
+    )[: len(threshold0)]
 
     def function(x: Tensor, width: Tensor, threshold: Tensor) -> Tensor:
         clipped = torch.minimum(torch.maximum(x, -width if signed else torch.zeros_like(width)), width)
-        z = [clipped + width * error for error in errors]
+        z = [*(clipped + width * error for error in errors), x]  # x is the last candidate, or stays unused
         gates = (norms > threshold0).double() + torch.sigmoid(norms - threshold) - torch.sigmoid(norms - threshold0)
         offset = torch.zeros_like(x)
         for index in reversed(range(len(gates))):
@@ -231,14 +265,20 @@ def finite_differences(function: Any, arguments: list[Tensor], grad: Tensor, ste
 
 
 @pytest.mark.parametrize("channels", [None, 3])
-@pytest.mark.parametrize(("signed", "grid"), GRIDS)
+@pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize(
-    ("bits", "thresholds"),
-    [(None, (0, 0)), (None, (0, 1)), (None, (1, 0)), (None, (1, 1)), (None, (0.2, 0.1)), (2, ()), (4, ()), (8, ())],
+    ("candidates", "thresholds"),
+    [
+        *(((2, 4, 8), thresholds) for thresholds in [(0, 0), (0, 1), (1, 0), (1, 1), (0.2, 0.1)]),
+        ((2, 3, 5, 6), (0, 0, 1)),
+        *(((3, 6, 32), thresholds) for thresholds in [(0, 0), (0, 1), (1, 0)]),
+        *(((8, 32), thresholds) for thresholds in [(0,), (1,)]),
+        *(((bits,), ()) for bits in BITS),
+    ],
 )
-def test_gradients(channels: int | None, signed: bool, grid: Grid, bits: int | None, thresholds: Any) -> None:
-    candidates = (2, 4, 8) if bits is None else (bits,)
-    quantizer = make(bits, torch.float64, channels=channels, signed=signed, grid=grid, candidates=candidates)
+def test_gradients(channels: int | None, signed: bool, candidates: tuple[int, ...], thresholds: Any) -> None:
+    bits = None if thresholds else candidates[0]
+    quantizer = make(bits, torch.float64, channels=channels, signed=signed, candidates=candidates)
     set_range(quantizer, 0.8 if channels is None else torch.tensor([0.5, 0.8, 1.3]))
     with torch.no_grad():
         quantizer.threshold.copy_(torch.tensor(thresholds))
@@ -277,7 +317,7 @@ def test_expected_bits_gradients() -> None:
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("candidates", [(2, 4), (2, 4, 8)])
+@pytest.mark.parametrize("candidates", [(2, 4), (2, 4, 8), (2, 8, 32)])
 def test_nothing_is_kept_per_candidate(bits: int | None, candidates: tuple[int, ...]) -> None:
     quantizer = make(bits, channels=16, candidates=candidates)
     x = torch.randn(16, 1000, requires_grad=True)
@@ -294,16 +334,17 @@ def test_nothing_is_kept_per_candidate(bits: int | None, candidates: tuple[int, 
     y.sum().backward()
 
 
-@pytest.mark.parametrize("bits", [32, 2, 8, None, [0, 2, 4, 8]])
-def test_state_survives(bits: Any) -> None:
-    quantizer = make(bits, channels=4)
+@pytest.mark.parametrize("candidates", [(2, 4, 8), (3, 5, 32)])
+@pytest.mark.parametrize("bits", [32, 2, 6, 8, None, [0, 2, 4, 8], [3, 5, 6, 6]])
+def test_state_survives(bits: Any, candidates: tuple[int, ...]) -> None:
+    quantizer = make(bits, channels=4, candidates=candidates)
     set_range(quantizer, [0.5, 1.0, 2.0, 3.0])
     x = torch.randn(4, 20)
     y = quantizer(x)
     state = io.BytesIO()
     torch.save(quantizer.state_dict(), state)
     for start in (32, 4, None, [8, 8, 0, 2]):
-        loaded = make(start, channels=4)
+        loaded = make(start, channels=4, candidates=candidates)
         state.seek(0)
         loaded.load_state_dict(torch.load(state, weights_only=True))
         assert torch.equal(loaded(x), y)
@@ -321,7 +362,7 @@ def test_fixing_takes_lists_and_tensors() -> None:
         assert quantizer.bits.tolist() == [2, 8]
     quantizer.fix(torch.tensor(4))
     assert quantizer.bits == 4
-    for wrong in (3, 0, -1, [2], [2, 3], [2, 32], [2, 2, 2], []):
+    for wrong in (1, 7, 0, -1, 16, [2], [2, 7], [2, 32], [2, 2, 2], []):
         with pytest.raises(PolicyError):
             quantizer.fix(wrong)
     assert quantizer.bits == 4, "a refused change changes nothing"
@@ -330,7 +371,7 @@ def test_fixing_takes_lists_and_tensors() -> None:
 
 
 def test_refused_arguments() -> None:
-    for candidates in ((), (4, 2), (2, 2), (2, 3), (1, 2), (2, 16)):
+    for candidates in ((), (4, 2), (2, 2), (1, 2), (2, 7), (2, 16), (32,), (32, 2)):
         with pytest.raises(PolicyError):
             SuperBitQuantizer(candidates=candidates)
     with pytest.raises(InputError, match=r"\(4, 5\).*3 channels"):

@@ -122,7 +122,7 @@ def _replace_gates(network: fx.GraphModule) -> None:
             new = HardConcreteChannelGate(old.size, old.block).to(old.mask.device)
         else:
             assert isinstance(old, SuperBitQuantizer)
-            names = ("channels", "channel_dim", "signed", "candidates", "grid")
+            names = ("channels", "channel_dim", "signed", "candidates")
             new = HardConcreteQuantizer(**{n: getattr(old, n) for n in names}).to(old.range.device)
         network.set_submodule(target, new)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sbs_fx.quantizer.channel_gate import ChannelGate
-from sbs_fx.quantizer.superbit import Level, SuperBitQuantizer, _chain, _inside, _ranges, _straight_through, level
+from sbs_fx.quantizer.superbit import Level, SuperBitQuantizer, _chain, _inside, _ranges, _straight_through
 
 BETA, ZETA, GAMMA = 2 / 3, 1.1, -0.1
 FIRST_PHI = 6.0
@@ -44,7 +44,8 @@ def decided_gates(phi: Tensor) -> Tensor:
 
 class _Mixture(torch.autograd.Function):
     """z_2 + g_4(eps_4 + g_8 eps_8) for gates (candidates - 1,) in [0, 1], as (1 - g_4) z_2 + g_4(1 - g_8) z_4 + ..., so
-    that gates of 0 and 1 give the plain quantiser to the last bit."""
+    that gates of 0 and 1 give the plain quantiser to the last bit. With as many gates as levels, the last share is that
+    of x itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, range_: Tensor, gates: Tensor, levels: Sequence[Level], signed: bool) -> Tensor:
@@ -56,6 +57,8 @@ class _Mixture(torch.autograd.Function):
         y = torch.zeros_like(value)
         for index, z in enumerate(_chain(value, width, levels)):
             y = y + shares[index] * z
+        if len(gates) == len(levels):
+            y = y + shares[-1] * value
         return y.to(x.dtype)
 
     @staticmethod
@@ -73,12 +76,17 @@ class _Mixture(torch.autograd.Function):
             if index:
                 offsets.append((grad * (z - previous)).sum())
             previous = z
+        unrounded = None
+        if len(gates) == len(ctx.levels):
+            offsets.append((grad * (x - previous)).sum())
+            unrounded = shares[-1]
         grad_gates = torch.zeros_like(saved_gates)
         after = torch.zeros((), dtype=x.dtype, device=x.device)
         for index in reversed(range(len(offsets))):
             after = offsets[index] + (gates[index + 1] * after if index + 1 < len(offsets) else 0)
             grad_gates[index] = passed[index] * after
-        return *_straight_through(grad, y, x, width, _inside(x, width, ctx.signed), ctx), grad_gates, None, None
+        inside = _inside(x, width, ctx.signed)
+        return *_straight_through(grad, y, x, width, inside, ctx, unrounded), grad_gates, None, None
 
 
 def _passed(gates: Tensor) -> Tensor:
@@ -126,8 +134,7 @@ class HardConcreteQuantizer(SuperBitQuantizer):
         if self.bits is not None:
             return super().forward(x)
         gates = drawn_gates(self.phi) if self.training else decided_gates(self.phi)
-        levels = tuple(level(bits, self.signed, self.grid) for bits in self.candidates)
-        return _Mixture.apply(x, self._along(self.range, x), gates, levels, self.signed)
+        return _Mixture.apply(x, self._along(self.range, x), gates, self._levels(), self.signed)
 
 
 class HardConcreteChannelGate(ChannelGate):

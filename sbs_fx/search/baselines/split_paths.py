@@ -156,7 +156,7 @@ class _Splitter:
 
     def add_gate(self, kind: str, name: str, key: str, leaf: str, like: SuperBitQuantizer, bits: int) -> str:
         """A quantiser with the options of another, fixed; the path of the new module."""
-        options = {n: getattr(like, n) for n in ("channels", "channel_dim", "signed", "candidates", "grid")}
+        options = {n: getattr(like, n) for n in ("channels", "channel_dim", "signed", "candidates")}
         gate = SuperBitQuantizer(**options).to(like.range.device)
         gate.fix(bits)
         self.paths.get_submodule(key).add_module(leaf, gate)

@@ -147,9 +147,8 @@ def allocate(problem: Knapsack, time_limit: float = 60.0) -> Allocation:
     rounded = _rounded(problem, kept, starts, relaxed.x)
     if rounded is not None:
         # reason: a column that costs more than is open between the relaxation and this is in no better allocation
-        dear = relaxed.lower.marginals[:binary] > problem.loss(rounded) - relaxed.fun + _NOTHING * (
-            1 + abs(relaxed.fun)
-        )
+        gap = problem.loss(rounded) - relaxed.fun + _NOTHING * (1 + abs(relaxed.fun))
+        dear = relaxed.lower.marginals[:binary] > gap
         upper[:binary][dear] = 0
     found = scipy.optimize.milp(
         objective,
