@@ -24,7 +24,7 @@ from scipy.stats import kendalltau
 from torch.nn import functional as F
 
 from sbs_fx.calibration.calibrate import calibrate
-from sbs_fx.calibration.reconstruction import Refinement, refine
+from sbs_fx.calibration.reconstruction import Reconstruction, reconstruct
 from sbs_fx.compress import kept_bits
 from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
 from sbs_fx.passes.channels.importance import group_importance, kernel_multiple
@@ -85,8 +85,8 @@ def row_of(case: Case, weight_bits: int, activation_bits: int, options: argparse
     }
     gated = case.realise(policy, case.train)
     since = time.perf_counter()
-    settings = Refinement(steps=options.steps)
-    refine(gated, case.graph, case.train, inputs=case.inputs, groups=case.groups, kept=policy.kept, settings=settings)
+    settings = Reconstruction(steps=options.steps)
+    reconstruct(gated, case.graph, case.train, inputs=case.inputs, groups=case.groups, kept=policy.kept, settings=settings)
     row["refine_seconds"] = time.perf_counter() - since
     row["two_stage"] = evaluate(finalize(gated), case.test)
     return row
@@ -155,7 +155,7 @@ def time_to_plan(images: int = 256) -> dict[str, float]:
 def main() -> int:
     parser = cifar10_parser(__doc__ or "")
     parser.add_argument("--calibration", type=int, default=1024, help="training images")
-    parser.add_argument("--steps", type=int, default=Refinement().steps, help="of refinement, in each stretch")
+    parser.add_argument("--steps", type=int, default=Reconstruction().steps, help="of refinement, in each stretch")
     parser.add_argument("--policies", type=int, default=100, help="for the rank correlation")
     options = parser.parse_args()
     if options.data_dir is None or options.weights is None:

@@ -1,10 +1,14 @@
 """sbs-fx: prune and quantise vision models together, under a budget that is met."""
 
 from sbs_fx.compare import compare
-from sbs_fx.compress import Result, apply, compress
+from sbs_fx.compress import apply, compress
 from sbs_fx.config import Config
 from sbs_fx.export import load_pt2 as load
-from sbs_fx.plan import Budget, Cost, Policy
+from sbs_fx.plan import Budget, Cost, Plan, Policy
 from sbs_fx.plan.errors import SbsError
+from sbs_fx.result import Result
+from sbs_fx.search.constraints import Keep
 
-__all__ = ["Budget", "Config", "Cost", "Policy", "Result", "SbsError", "apply", "compare", "compress", "load"]
+__all__ = [
+    "Budget", "Config", "Cost", "Keep", "Plan", "Policy", "Result", "SbsError", "apply", "compare", "compress", "load",
+]  # fmt: skip

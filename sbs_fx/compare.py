@@ -20,14 +20,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from sbs_fx.compress import Data, Progress, Result, compress, prepare_directory, tune
+from sbs_fx.compress import Data, Job, Progress, compress, tune
 from sbs_fx.config import Config
 from sbs_fx.models import create_model
 from sbs_fx.passes import finalize
 from sbs_fx.plan import Budget, current_versions, write_atomic
-from sbs_fx.plan.errors import Interrupted, MethodError, SbsError
+from sbs_fx.plan.errors import Interrupted, SbsError
+from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report.comparison import Comparison, Point
-from sbs_fx.search.methods import METHODS
+from sbs_fx.result import Result
+from sbs_fx.search.registry import check_names
 from sbs_fx.training import Checkpoints, evaluate
 from sbs_fx.training.progress import Observer
 
@@ -62,8 +64,7 @@ def compare(
     Raises:
         MethodError: an unknown method. SbsError: the model cannot be measured. Errors of a method become its point's.
     """
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise MethodError(f"unknown methods {unknown}; expected some of {METHODS}", known=METHODS)
+    check_names(methods)
     budgets = [budget] if isinstance(budget, (Budget, float, int, str)) else list(budget)
     limits = [b if isinstance(b, Budget) else Budget.parse(str(b)) for b in budgets]
     config = (config or Config()).model_copy(update={"epochs": 0})
@@ -144,7 +145,9 @@ class _Trial:
             if place is not None:
                 checkpoints = stack.enter_context(Checkpoints(os.path.join(place, "fine-tuning"), settings))
             config = self.config.model_copy(update={"epochs": self.epochs})
-            tune(result.gated, self.module, self.data, config, result.masked, None, checkpoints, self.observer)
+            job = Job(config, self.data, observer=self.observer)
+            job.checkpoints = checkpoints
+            tune(result.gated, self.module, job, frozen_masks=bool(result.policy.nonzeros))
         return evaluate(finalize(result.gated), self.judged)
 
 

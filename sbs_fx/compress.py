@@ -1,31 +1,27 @@
-"""`compress` and `apply`: a float model in, a static quantised graph out, under a budget that is met.
+"""`compress`: one call from a float model to a static quantised graph under a budget; `apply`: a saved policy again.
 
-In: a module (or a timm model name), a budget or a saved policy, maybe data. Out: a `Result` with the graph, the plan
-and what both cost. Read `compress` top to bottom for the list of passes.
+In: a module or a timm model name, a budget or a policy, maybe data. Out: a `Result`. Holds: the model is not changed; a
+result that is returned meets the budget; what is saved is whole.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from sbs_fx.calibration.calibrate import calibrate, calibration_batches
-from sbs_fx.calibration.reconstruction import refine
+from sbs_fx.calibration.reconstruction import reconstruct
 from sbs_fx.config import Config
-from sbs_fx.export import Runner, export, runner, save_pt2
-from sbs_fx.export.benchmark import Benchmark, benchmark
 from sbs_fx.export.latency import latency_model
 from sbs_fx.models import create_model, input_config
 from sbs_fx.models import example_inputs as derive_inputs
 from sbs_fx.passes import (
-    ChannelGroups,
     CostModel,
     apply_bits,
     channel_groups,
@@ -34,17 +30,20 @@ from sbs_fx.passes import (
     insert_gates,
     integer_grid,
     integer_joins,
-    on_device,
     slim,
     trace,
 )
-from sbs_fx.passes.channels.slim import Slices
+from sbs_fx.passes.channels.slim import slim_bits
 from sbs_fx.passes.graph import with_tensors
-from sbs_fx.plan import Budget, Cost, Policy, current_versions
-from sbs_fx.plan.errors import FileError, GraphError, WeightsError
+from sbs_fx.plan import Budget, Plan, Policy, current_versions
+from sbs_fx.plan.bits import FLOAT_BITS
+from sbs_fx.plan.errors import BudgetError, GraphError, WeightsError
+from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report import Report
-from sbs_fx.search import Searched
-from sbs_fx.search.methods import QUICK, Traced, chosen_method, find_plan, with_norms
+from sbs_fx.result import Result
+from sbs_fx.search.problem import Problem, SearchResult
+from sbs_fx.search.registry import Method, Run, chosen, methods
+from sbs_fx.search.space import Space
 from sbs_fx.training import Checkpoints, TrainingStage, fine_tune
 from sbs_fx.training.frozen import FrozenMasks
 from sbs_fx.training.processes import Processes
@@ -52,78 +51,13 @@ from sbs_fx.training.progress import Observer
 
 Data = Iterable[Any]
 Progress = Callable[[str, float], None]
-
-
-@dataclass
-class Result:
-    """What `compress` gives back.
-
-    Attributes:
-        model: the static quantised graph, eval mode, plain ATen and `quantized_decomposed` operators, on the device of
-            the float model; what is saved, exported, compiled or timed is on the CPU.
-        policy: the plan it was made from. cost, baseline_cost: of the graph and of the float model.
-        report: layers, groups and pins as text and as data.
-        gated: the same network with fake quantisation, for further training; `finalize` turns it into `model` again.
-        masked: single weights are zero, and stay so in fine-tuning; `cost` counts them as coded.
-        metadata: kept in files: "mean" and "std" of images, where the model's configuration has them.
-        seconds: time spent per stage.
-    """
-
-    model: fx.GraphModule
-    policy: Policy
-    cost: Cost
-    report: Report
-    gated: fx.GraphModule
-    example_inputs: tuple[torch.Tensor, ...]
-    seconds: dict[str, float] = field(default_factory=dict)
-    masked: bool = False
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def baseline_cost(self) -> Cost:
-        assert self.cost.reference is not None
-        return self.cost.reference
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `policy.json`, `model.pt2` and the report (`.txt`, `.json`) into `directory`, each whole or not at all.
-
-        Raises:
-            FileError: the directory is a file or cannot be written, or the disk is full.
-        """
-        path = prepare_directory(directory)
-        save_pt2(*self._on_cpu(), os.path.join(path, "model.pt2"), self.metadata)
-        self.policy.save(os.path.join(path, "policy.json"))
-        for name in ("report.txt", "report.json"):
-            self.report.save(os.path.join(path, name))
-
-    def export(self, format: str, path: str | os.PathLike[str], **options: Any) -> Runner:
-        """Write `model` as a file of another tool; see `sbs_fx.export.export`."""
-        return export(*self._on_cpu(), format, path, **{"metadata": self.metadata, **options})
-
-    def compiled(self) -> Runner:
-        """`model` under torch's compiler with int8 kernels; `kernels` says which layers reached one.
-
-        Raises:
-            BackendError: torchao is not installed, or the compiler fails or computes something else.
-        """
-        return runner(*self._on_cpu(), "inductor")
-
-    def benchmark(self, **options: Any) -> Benchmark:
-        """Latency on the backends at hand and the fastest of them; see `sbs_fx.export.benchmark.benchmark`."""
-        return benchmark(*self._on_cpu(), **options)
-
-    def _on_cpu(self) -> tuple[fx.GraphModule, tuple[torch.Tensor, ...]]:
-        if all(x.device.type == "cpu" for x in self.example_inputs):
-            return self.model, self.example_inputs
-        return on_device(self.model, "cpu"), tuple(x.cpu() for x in self.example_inputs)
-
-    def __str__(self) -> str:
-        return str(self.report)
+Model = nn.Module | str
+Inputs = torch.Tensor | Sequence[torch.Tensor] | None
 
 
 def compress(
-    model: nn.Module | str,
-    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    model: Model,
+    example_inputs: Inputs = None,
     *,
     budget: Budget | float | str = 0.05,
     data: Data | None = None,
@@ -144,9 +78,8 @@ def compress(
         example_inputs: tensor(s) of shape (batch of 2 or more, ...); default: from the model's `pretrained_cfg`.
         budget: shares of the float model; a number or text means BOPs.
         data: iterable of (images, labels) or images, normalised as the model expects; None: data-free.
-        method: "opq" and "uniform" need no data, "two_stage" images, "ajpq" labelled ones; "sbs" trains on them, as do
-            the methods that papers compare it with ("prune_then_quantise", "multi_path", "bayesian_bits").
-            "auto": "opq" without data, "two_stage" with it, "sbs" if epochs of fine-tuning are asked for.
+        method: the name of a registered method (`sbs_fx.search.registry.methods()` lists them, with what each needs);
+            "auto": what suits the data and the epochs of fine-tuning that are asked for.
         config: settings; see `Config`.
         output_dir: also save the result there.
         validation: held-out (images, labels), read at each epoch's end of fine-tuning.
@@ -158,16 +91,18 @@ def compress(
         SbsError: any of `sbs_fx.plan.errors`; nothing is written in that case.
     """
     config = config or Config()
-    method = chosen_method(method, data is not None, config.epochs)
+    entry = chosen(method, data is not None, bool(config.epochs))
     budget = budget if isinstance(budget, Budget) else Budget.parse(str(budget))
     if output_dir is not None:
         prepare_directory(output_dir)
-    job = _Job(progress, observer)
-    traced = _traced(model, example_inputs, config, job, timed="latency" in budget.limits)
-    with _checkpoints(output_dir, traced, method, budget, config, restart) as checkpoints:
+    job = Job(config, data, validation, progress, observer)
+    priced = _priced(model, example_inputs, job, timed="latency" in budget.limits)
+    problem = Problem.of(priced.cost, budget, priced.inputs, config, config.seed)
+    identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.limits}
+    with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
         job.stage("search", 0.35)
-        searched = find_plan(traced, method, budget, data, config, checkpoints, observer)
-        result = _realise(traced, searched, data, config, job, validation, checkpoints)
+        found = _searched(problem, entry, job)
+        result = _realised(priced, found, problem.policy(found.plan, entry.name), job, reconstructs=entry.reconstructs)
         if not budget.is_satisfied_by(result.cost):
             raise GraphError(
                 f"the result costs {budget.shares(result.cost)} of the float model, over {budget}", pass_name="compress"
@@ -180,10 +115,11 @@ def compress(
 
 
 def apply(
-    model: nn.Module | str,
+    model: Model,
     policy: Policy,
-    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    example_inputs: Inputs = None,
     *,
+    budget: Budget | float | str | None = None,
     data: Data | None = None,
     config: Config | None = None,
     validation: Data | None = None,
@@ -192,22 +128,41 @@ def apply(
 ) -> Result:
     """A saved policy onto the float model again: what `compress` does after its search.
 
+    Args:
+        budget: what the policy must keep, such as one that was changed by hand; None: whatever it costs.
+
     Raises:
-        PolicyMismatch: the policy belongs to another model; names what differs.
+        PolicyMismatch: the policy belongs to another model; names what differs. BudgetError: it costs more than that.
     """
     config = config or Config()
-    job = _Job(progress, observer)
-    traced = _traced(model, example_inputs, config, job)
-    return _realise(traced, with_norms(traced, policy, config), data, config, job, validation, None)
+    job = Job(config, data, validation, progress, observer)
+    limits = None if budget is None else budget if isinstance(budget, Budget) else Budget.parse(str(budget))
+    priced = _priced(model, example_inputs, job, timed=limits is not None and "latency" in limits.limits)
+    _check_policy(priced.cost, policy)
+    if limits is not None and not limits.is_satisfied_by(cost := priced.cost.evaluate(policy.plan)):
+        raise BudgetError(
+            f"this policy costs {limits.shares(cost)} of the float model; expected at most {limits.limits}"
+        )
+    entry = methods().get(policy.method)
+    tensors: Mapping[str, torch.Tensor] = {}
+    if entry is not None and entry.restore is not None:
+        groups = priced.cost.groups
+        space = Space(groups, priced.cost)
+        problem = Problem(groups.inference.graph_module, groups, priced.cost, {}, space, priced.inputs, policy.seed)
+        tensors = entry.restore(problem, policy.plan, config.of(entry))
+    found = SearchResult(policy.plan, tensors)
+    return _realised(priced, found, policy, job, reconstructs=entry is not None and entry.reconstructs)
 
 
-def _traced(
-    model: nn.Module | str,
-    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None,
-    config: Config,
-    job: _Job,
-    timed: bool = False,
-) -> Traced:
+class _Priced(NamedTuple):
+    """A traced float model with its price; `metadata` has mean and std of images, if the model says so."""
+
+    cost: CostModel
+    inputs: tuple[torch.Tensor, ...]
+    metadata: dict[str, Any]
+
+
+def _priced(model: Model, example_inputs: Inputs, job: Job, *, timed: bool) -> _Priced:
     job.stage("trace", 0.0)
     module = create_model(model) if isinstance(model, str) else model
     _check_weights(module)
@@ -215,62 +170,76 @@ def _traced(
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
     graph = trace(module, inputs)
     job.stage("channel groups", 0.3)
-    groups = channel_groups(graph, keep_outputs=config.keep_outputs)
+    groups = channel_groups(graph, keep_outputs=job.config.keep_outputs)
     cost = cost_model(graph, groups)
     if timed:
         job.stage("latency", 0.32)
-        cost = cost_model(graph, groups, latency_model(graph, groups, cost, inputs, config.latency))
-    known = input_config(module)
-    return Traced(graph, groups, cost, inputs, {k: list(known[k]) for k in ("mean", "std") if k in known})
+        cost = cost_model(graph, groups, latency_model(graph, groups, cost, inputs, job.config.latency))
+    card = input_config(module)
+    return _Priced(cost, inputs, {key: list(card[key]) for key in ("mean", "std") if key in card})
 
 
-def _realise(
-    traced: Traced,
-    searched: Searched,
-    data: Data | None,
-    config: Config,
-    job: _Job,
-    validation: Data | None,
-    checkpoints: Checkpoints | None,
-) -> Result:
-    """Slim, gate, calibrate, maybe fine-tune or refine, finalise."""
-    groups, cost, policy = traced.groups, traced.cost, searched.policy
-    policy.check(groups.fingerprint, {g.name: g.size for g in groups.values()}, cost.weights, cost.activations)
+def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:
+    """What the method finds; from the checkpoints if they have it already."""
+    config, checkpoints = job.config, job.checkpoints if method.resumes else None
+    saved = None if checkpoints is None else checkpoints.load("searched")
+    if saved is not None:
+        plan = Policy.from_json(saved.state["policy"]).plan
+        return SearchResult(plan, saved.tensors, tuple(saved.state["notes"]))
+    run = Run(
+        job.data, config.of(method), config.training, config.ranges, bool(config.epochs), checkpoints, job.observer
+    )
+    found = method.search(problem, run)
+    if checkpoints is not None:
+        state = {"policy": problem.policy(found.plan, method.name).to_json(), "notes": found.notes}
+        checkpoints.save("searched", found.tensors, state)
+    return found
+
+
+def _realised(priced: _Priced, found: SearchResult, policy: Policy, job: Job, *, reconstructs: bool) -> Result:
+    """Slim, gate, calibrate, maybe fine-tune or reconstruct, finalise."""
+    cost, plan, config, data = priced.cost, found.plan, job.config, job.data
+    groups, graph = cost.groups, cost.groups.inference.graph_module
+    _check_policy(cost, policy)
     job.stage("slim", 0.4)
-    weight_bits = kept_bits(groups, cost, policy)
-    slimmed = slim(with_tensors(traced.graph, searched.tensors), groups, policy.kept)
-    gated = insert_gates(slimmed, groups, channels=False)
-    apply_bits(gated, weight_bits, policy.activation_bits)
-    job.stage("calibrate", 0.5)
-    calibrate(gated, data, inputs=traced.inputs, method=config.ranges, max_batches=config.calibration_batches)
-    masked = searched.coded is not None
+    gated = insert_gates(slim(with_tensors(graph, found.tensors), groups, plan.kept), groups, channels=False)
+    apply_bits(gated, slim_bits(groups, plan), plan.activation_bits)
+    rounds = _rounds(plan)
+    if rounds:
+        job.stage("calibrate", 0.5)
+        batches = config.calibration_batches
+        calibrate(gated, data, inputs=priced.inputs, method=config.ranges, max_batches=batches)
     if config.epochs and data is not None:
         job.stage("fine-tune", 0.6)
-        tune(gated, traced.graph, data, config, masked, validation, checkpoints, job.observer)
-    elif data is not None and policy.method == "two_stage":
-        job.stage("refine", 0.6)
-        refine(
-            gated,
-            traced.graph,
-            data,
-            inputs=traced.inputs,
-            groups=groups,
-            kept=policy.kept,
-            settings=config.refinement,
-            seed=config.seed,
-        )
+        tune(gated, graph, job, frozen_masks=bool(plan.nonzeros))
+    elif reconstructs and rounds and data is not None:
+        job.stage("reconstruct", 0.6)
+        options: dict[str, Any] = {"settings": config.reconstruction, "seed": config.seed}
+        reconstruct(gated, graph, data, inputs=priced.inputs, groups=groups, kept=plan.kept, **options)
     job.stage("finalise", 0.9)
-    static = _integer(finalize(gated), data, traced.inputs, config)
-    total = searched.coded or cost.evaluate(policy.kept, weight_bits, policy.activation_bits)
-    report = Report.of(groups, cost, policy, total, searched.notes)
+    static = finalize(gated)
+    if rounds:
+        static = _integer(static, priced.inputs, job)
+    total = cost.evaluate(plan)
+    report = Report.of(groups, cost, policy, total, found.notes)
     job.close()
-    return Result(static, policy, total, report, gated, traced.inputs, job.seconds, masked, traced.metadata)
+    return Result(static, policy, total, report, gated, priced.inputs, job.seconds, priced.metadata)
 
 
-def _integer(
-    static: fx.GraphModule, data: Data | None, inputs: tuple[torch.Tensor, ...], config: Config
-) -> fx.GraphModule:
+def _check_policy(cost: CostModel, policy: Policy) -> None:
+    """Raises PolicyMismatch."""
+    sizes = {group.name: group.size for group in cost.groups.values()}
+    policy.check(cost.groups.fingerprint, sizes, cost.weights, cost.activations)
+
+
+def _rounds(plan: Plan) -> bool:
+    """Whether anything is quantised at all."""
+    return any(bits != FLOAT_BITS for table in (plan.weight_bits, plan.activation_bits) for bits in table.values())
+
+
+def _integer(static: fx.GraphModule, inputs: tuple[torch.Tensor, ...], job: Job) -> fx.GraphModule:
     """A static graph in the form that compilers for integer kernels keep whole."""
+    config, data = job.config, job.data
     if config.integer_joins:
         batches = calibration_batches(data, inputs, config.calibration_batches)
         # reason: synthetic input has no outliers to cut off
@@ -278,65 +247,37 @@ def _integer(
     return integer_grid(static, exact=config.exact)
 
 
-def tune(
-    gated: fx.GraphModule,
-    teacher: nn.Module,
-    data: Data,
-    config: Config,
-    masked: bool,
-    validation: Data | None,
-    checkpoints: Checkpoints | None,
-    observer: Observer | None,
-) -> None:
-    """Fine-tune as the settings say, in place; weights that are `masked` stay zero."""
+def tune(gated: fx.GraphModule, teacher: nn.Module, job: Job, *, frozen_masks: bool) -> None:
+    """Fine-tune as the settings say, in place; `frozen_masks`: single weights that are zero stay so."""
+    config = job.config
+    assert job.data is not None
     fine_tune(
         gated,
-        data,
+        job.data,
         epochs=config.epochs,
         lr=config.learning_rate,
         settings=config.training,
         teacher=teacher if config.training.distillation else None,
-        validation=validation,
+        validation=job.validation,
         seed=config.seed,
-        checkpoints=checkpoints,
-        progress=observer,
-        stage=FrozenMasks if masked else TrainingStage,
+        checkpoints=job.checkpoints,
+        progress=job.observer,
+        stage=FrozenMasks if frozen_masks else TrainingStage,
     )
 
 
 @contextmanager
 def _checkpoints(
-    output_dir: str | os.PathLike[str] | None,
-    traced: Traced,
-    method: str,
-    budget: Budget,
-    config: Config,
-    restart: bool,
+    output_dir: str | os.PathLike[str] | None, method: Method, identity: dict[str, Any], config: Config, restart: bool
 ) -> Iterator[Checkpoints | None]:
     """Where training saves itself, if it trains and there is a place."""
-    if output_dir is None or (method in QUICK and not config.epochs):
+    if output_dir is None or not (method.resumes or config.epochs):
         yield None
         return
-    identity = {
-        "model": traced.groups.fingerprint,
-        "method": method,
-        "budget": budget.limits,
-        "version": current_versions()["sbs_fx"],
-        **config.model_dump(mode="json"),
-    }
-    first = Processes().is_first
-    with Checkpoints(os.path.join(output_dir, "checkpoints"), identity, restart=restart, writes=first) as found:
-        yield found
-
-
-def kept_bits(groups: ChannelGroups, cost: CostModel, policy: Policy) -> dict[str, int | list[int]]:
-    """Weight bits of the slim graph: where a policy has one number per output channel, those of the kept channels."""
-    index = Slices(groups, policy.kept)
-    result: dict[str, int | list[int]] = {}
-    outputs = {name: dims[dim] for layer in cost.layers for name, (dims, dim) in layer.weights.items()}
-    for name, bits in policy.weight_bits.items():
-        result[name] = bits if isinstance(bits, int) else [bits[i] for i in index.index(outputs[name]).tolist()]
-    return result
+    identity = {**identity, "version": current_versions()["sbs_fx"], **config.model_dump(mode="json")}
+    first, directory = Processes().is_first, os.path.join(output_dir, "checkpoints")
+    with Checkpoints(directory, identity, restart=restart, writes=first) as checkpoints:
+        yield checkpoints
 
 
 def _check_weights(module: nn.Module) -> None:
@@ -348,25 +289,20 @@ def _check_weights(module: nn.Module) -> None:
         )
 
 
-def prepare_directory(directory: str | os.PathLike[str]) -> str:
-    """Make sure that results can be written there, before hours are spent. Raises FileError."""
-    path = os.fspath(directory)
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise FileError(
-            f"cannot make the output directory {path!r}: {error.strerror}; expected a new name or a directory"
-        ) from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise FileError(f"the output directory {path!r} is not writable")
-    return path
+class Job:
+    """What a call brings along; reports stages and keeps their times."""
 
-
-class _Job:
-    """Reports stages and keeps their times."""
-
-    def __init__(self, progress: Progress | None, observer: Observer | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: Data | None = None,
+        validation: Data | None = None,
+        progress: Progress | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.config, self.data, self.validation = config, data, validation
         self.progress, self.observer = progress, observer
+        self.checkpoints: Checkpoints | None = None
         self._current: str | None = None
         self._since = time.perf_counter()
         self.seconds: dict[str, float] = {}

@@ -66,7 +66,7 @@ def run(directory: str) -> int:
         data=digits("train", augment=True),
         method="sbs",
         config=sbs_fx.Config(
-            search=Search(epochs=SEARCH_EPOCHS), epochs=TUNE_EPOCHS, learning_rate=TUNE_RATE, seed=SEED
+            methods={"search": Search(epochs=SEARCH_EPOCHS)}, epochs=TUNE_EPOCHS, learning_rate=TUNE_RATE, seed=SEED
         ),
         progress=lambda stage, share: print(f"  {stage}", flush=True),
     )

@@ -68,8 +68,8 @@ def kernel_multiple(
     group: ChannelGroup, round_to: int | None, preferred: int | None = None, *, fast: bool = False
 ) -> int:
     """What kept channels should be a multiple of: `round_to`; None: `preferred`, as measured, else 16, and half of
-    that in groups under four times as many channels, unless it is to be `fast`: layers with 24 of 32 channels were seen to
-    take up to 1.4 times as long as with all, with 8 of 16 twice as long.
+    that in groups under four times as many channels, unless it is to be `fast`: layers with 24 of 32 channels were seen
+    to take up to 1.4 times as long as with all, with 8 of 16 twice as long.
 
     Kernels step at multiples of the width of the whole tensor dimension, so a product axis needs a smaller one.
     """

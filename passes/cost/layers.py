@@ -90,7 +90,7 @@ def traced_sizes(inference: Inference) -> dict[sympy.Symbol, int]:
 
 def _symbols(inference: Inference) -> Iterator[tuple[int, sympy.Symbol, Any]]:
     """(dimension, symbol, symbolic size) of the inputs, each symbol once."""
-    seen = set()
+    seen: set[sympy.Symbol] = set()
     for node in inference.graph_module.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         for i, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):

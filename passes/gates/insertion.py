@@ -8,7 +8,7 @@ norm and dropout and keep eps, momentum and p.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from sbs_fx.passes.channels.groups import ChannelGroups, quantized_tensors
 from sbs_fx.passes.channels.inference import Layer, Path, Statistic, operand
 from sbs_fx.passes.gates import masked
 from sbs_fx.passes.graph import attribute, copy_graph
+from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.errors import GraphError
+from sbs_fx.plan.plan import Kind
 from sbs_fx.quantizer.channel_gate import ChannelGate
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
@@ -69,6 +71,10 @@ _SIGN_KEEPING = {
 }
 
 
+Candidates = Callable[[Kind, str], tuple[int, ...]]
+_DEFAULT = (2, 4, 8)
+
+
 class BatchNorm(nn.Module):
     """A batch-norm node as a module, so that `.train()` and `.eval()` reach it; eps and momentum stay.
 
@@ -91,7 +97,7 @@ def insert_gates(
     groups: ChannelGroups,
     *,
     channels: bool = True,
-    candidates: tuple[int, ...] = (2, 4, 8),
+    candidates: tuple[int, ...] | Candidates = _DEFAULT,
     per_channel: bool = True,
     block: int | Mapping[str, int] = 1,
 ) -> fx.GraphModule:
@@ -101,7 +107,8 @@ def insert_gates(
         graph_module: the graph `groups` was found on, or its slim version (then pass `channels=False`).
         groups: from `channel_groups`.
         channels: insert channel gates and masked statistics.
-        candidates: of every super-bit quantiser (`sbs_fx.quantizer.superbit`).
+        candidates: of every super-bit quantiser, or by ("weight" | "activation", name); where only float is among them,
+            the default.
         per_channel: one weight range per output channel; False: one per tensor.
         block: channels that share one pruning decision, one number or one by group name.
 
@@ -173,10 +180,11 @@ def non_negative(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 class _Builder:
     def __init__(
-        self, result: fx.GraphModule, groups: ChannelGroups, candidates: tuple[int, ...], per_channel: bool
+        self, result: fx.GraphModule, groups: ChannelGroups, candidates: tuple[int, ...] | Candidates, per_channel: bool
     ) -> None:
         self.module, self.graph, self.groups = result, result.graph, groups
-        self.candidates, self.per_channel = candidates, per_channel
+        self.candidates = candidates if callable(candidates) else lambda *_: candidates
+        self.per_channel = per_channel
         self.nodes = {node.name: node for node in result.graph.nodes}
         self.types = {node.name: dims for node, dims in groups.inference.dims.items()}
         self.masks: dict[Axis, fx.Node] = {}
@@ -291,7 +299,7 @@ class _Builder:
         weights, activations = quantized_tensors(self.groups)
         unsigned = {n.name for n in non_negative(self.groups.inference.graph_module.graph.nodes)}
         for name, places in activations.items():
-            gate = SuperBitQuantizer(signed=name not in unsigned, candidates=self.candidates)
+            gate = SuperBitQuantizer(signed=name not in unsigned, candidates=self._candidates("activation", name))
             self._quantize("activation_gates", name, places, gate)
         for name, places in weights.items():
             layer, path = places[0]
@@ -302,8 +310,14 @@ class _Builder:
                 "weight_gates",
                 name,
                 places,
-                SuperBitQuantizer(channels=channels, channel_dim=dim, signed=True, candidates=self.candidates),
+                SuperBitQuantizer(
+                    channels=channels, channel_dim=dim, signed=True, candidates=self._candidates("weight", name)
+                ),
             )
+
+    def _candidates(self, kind: Kind, name: str) -> tuple[int, ...]:
+        bits = self.candidates(kind, name)
+        return _DEFAULT if bits == (FLOAT_BITS,) else bits
 
     def _quantize(self, kind: str, name: str, places: list[tuple[Layer, Path]], gate: nn.Module) -> None:
         """One gate node after the tensor, read by every layer that multiplies it."""

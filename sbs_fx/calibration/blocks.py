@@ -1,8 +1,8 @@
-"""A graph cut where one tensor carries everything: the stretches between are run, measured and mended one by one.
+"""A graph cut where one tensor carries everything: the blocks between are run, measured and reconstructed one by one.
 
 In: a traced, slim or gated graph. Out: names of tensors that every path from input to output goes through, and the
-stretch between two of them as a graph of its own. Holds: a stretch shares parameters and modules with the graph, and
-the stretches one after the other compute what the graph computes.
+block between two of them as a graph of its own. Holds: a block shares parameters and modules with the graph, and
+the blocks one after the other compute what the graph computes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _live(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return live
 
 
-def stretch(graph_module: fx.GraphModule, begin: str | None, ends: Sequence[str]) -> fx.GraphModule:
+def subgraph(graph_module: fx.GraphModule, begin: str | None, ends: Sequence[str]) -> fx.GraphModule:
     """The part of a graph from the tensor `begin` (None: the inputs) to the tensors `ends`.
 
     Takes the graph's inputs and, unless it is None, the tensor `begin`; gives a tuple of tensors.

@@ -1,11 +1,11 @@
-"""`refine`: a calibrated network brought back towards the float one, stretch by stretch, without labels or training.
+"""`reconstruct`: a calibrated network brought back towards the float one, block by block, without labels or training.
 
 In: a gated graph (slim, bits fixed, calibrated), the float graph it came from, a few hundred images. Out: the same
 graph, with batch-norm statistics, biases, ranges and rounding of its own, in place. Sources: block-wise reconstruction
 (BRECQ, arXiv 2102.05426), adaptive rounding with a straight-through gradient (AdaQuant, arXiv 2006.10518), bias
-correction (arXiv 1906.04721), learned steps (arXiv 1902.08153). Each stretch reads what the quantised network before it
+correction (arXiv 1906.04721), learned steps (arXiv 1902.08153). Each block reads what the quantised network before it
 gives, and is brought towards what the float network gives at its end.
-Holds: no stretch is left worse than it was on these images; a weight that moved is a level of its gate, at most a step
+Holds: no block is left worse than it was on these images; a weight that moved is a level of its gate, at most a step
 and the rounding of it away, so `finalize` gives the same codes; the same seed gives the same network.
 """
 
@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
 
-from sbs_fx.calibration.blocks import cut_points, stretch
+from sbs_fx.calibration.blocks import cut_points, subgraph
 from sbs_fx.calibration.rounding import weight_parameters
 from sbs_fx.data.batches import read_batches, start_epoch
 from sbs_fx.passes import ChannelGroups, weight_gates
@@ -34,13 +34,13 @@ from sbs_fx.training.evaluation import mode
 aten = torch.ops.aten
 
 
-class Refinement(Value):
-    """Settings of `refine`.
+class Reconstruction(Value):
+    """Settings of `reconstruct`.
 
     Attributes:
         images: read from the data. batch: images of one step.
-        steps: of the gradient, in each stretch; 0: statistics and biases alone.
-        tolerance: a stretch is left as it is where its mean squared error is a smaller share of what the float network
+        steps: of the gradient, in each block; 0: statistics and biases alone.
+        tolerance: a block is left as it is where its mean squared error is a smaller share of what the float network
             gives, squared. At 8 bits that is 1e-4 to 1e-3, of which so few images mend a tenth.
         weight_rate: of weights, in steps of their grid. range_rate, affine_rate: of ranges, and of biases and norms, as
             a share of their size. All fall to zero as a cosine.
@@ -58,15 +58,15 @@ class Refinement(Value):
 
 
 @dataclass(frozen=True)
-class Mended:
-    """A stretch, named by the tensors at its end: its mean squared error before and after."""
+class Reconstructed:
+    """A block, named by the tensors at its end: its mean squared error before and after."""
 
     ends: tuple[str, ...]
     before: float
     after: float
 
 
-def refine(
+def reconstruct(
     gated: fx.GraphModule,
     teacher: fx.GraphModule,
     data: Iterable[Any],
@@ -74,10 +74,10 @@ def refine(
     inputs: Sequence[Tensor],
     groups: ChannelGroups,
     kept: Mapping[str, Sequence[int]] | None = None,
-    settings: Refinement | None = None,
+    settings: Reconstruction | None = None,
     seed: int = 0,
-) -> list[Mended]:
-    """Refine in place.
+) -> list[Reconstructed]:
+    """Reconstruct in place.
 
     Args:
         gated: from `insert_gates(..., channels=False)` on the slim graph, bits fixed, calibrated.
@@ -88,19 +88,19 @@ def refine(
     Raises:
         DataError: no batch, or one of another form. GraphError: gated has channel gates, or gates that still search.
     """
-    settings = settings or Refinement()
+    settings = settings or Reconstruction()
     if gated.meta["channel_gates"] or any(gate.bits is None for gate in weight_gates(gated).values()):
-        raise GraphError("refining takes a slim graph whose bits are fixed", pass_name="refine")
+        raise GraphError("reconstruction takes a slim graph whose bits are fixed", pass_name="reconstruct")
     work = _Work(gated, teacher, Slices(groups, kept or {}), settings, seed)
     images = _images(data, inputs, settings.images)
     begin: str | None = None
-    given, wanted = images, images  # what the stretch reads in the gated network, and in the float one
+    given, wanted = images, images  # what the block reads in the gated network, and in the float one
     found = []
     requires = {p: p.requires_grad for p in gated.parameters()}
     try:
         with mode(gated, training=False):
             for ends in _ends(gated, groups):
-                row, given_next, wanted_next = work.mend(begin, ends, given, wanted)
+                row, given_next, wanted_next = work.reconstruct(begin, ends, given, wanted)
                 found.append(row)
                 begin = ends[0]
                 given, wanted = [*images, given_next[0]], [*images, wanted_next[0]]
@@ -125,7 +125,7 @@ def _images(data: Iterable[Any], inputs: Sequence[Tensor], count: int) -> list[T
 
 
 def _ends(gated: fx.GraphModule, groups: ChannelGroups) -> list[tuple[str, ...]]:
-    """Ends of all stretches, tensors that the float graph has too; the last are those of the graph."""
+    """Ends of all blocks, tensors that the float graph has too; the last are those of the graph."""
     leaves = tuple(node.name for node in next(iter(gated.graph.find_nodes(op="output"))).all_input_nodes)
     cuts = cut_points(gated, groups.inference.layers, _alike(groups))
     return [*((cut,) for cut in cuts if cut not in leaves), leaves]
@@ -139,7 +139,7 @@ def _alike(groups: ChannelGroups) -> set[str]:
 
 class _Work:
     def __init__(
-        self, gated: fx.GraphModule, teacher: fx.GraphModule, index: Slices, settings: Refinement, seed: int
+        self, gated: fx.GraphModule, teacher: fx.GraphModule, index: Slices, settings: Reconstruction, seed: int
     ) -> None:
         self.gated, self.teacher, self.index, self.settings = gated, teacher, index, settings
         self.types = {node.name: dims for node, dims in index.groups.inference.dims.items()}
@@ -148,17 +148,17 @@ class _Work:
         self.parameters = weight_parameters(gated)
         self.calls, self.alike = _calls(gated), _alike(index.groups)
 
-    def mend(
+    def reconstruct(
         self, begin: str | None, ends: tuple[str, ...], given: list[Tensor], wanted: list[Tensor]
-    ) -> tuple[Mended, list[Tensor], list[Tensor]]:
-        """One stretch; also what it gives now and what the float network gives at its ends."""
-        float_ends = self._run(stretch(self.teacher, begin, ends), wanted)
+    ) -> tuple[Reconstructed, list[Tensor], list[Tensor]]:
+        """One block; also what it gives now and what the float network gives at its ends."""
+        float_ends = self._run(subgraph(self.teacher, begin, ends), wanted)
         targets = [self.index.select(y, self.types[end]) for end, y in zip(ends, float_ends, strict=True)]
-        part = stretch(self.gated, begin, ends)
+        part = subgraph(self.gated, begin, ends)
         results = self._run(part, given)
         before = best = _error(results, targets)
         if before <= self.settings.tolerance * sum(float(t.square().mean()) for t in targets):
-            return Mended(ends, before, before), results, float_ends
+            return Reconstructed(ends, before, before), results, float_ends
         state = {k: v.clone() for k, v in part.state_dict().items() if isinstance(v, Tensor)}
         for change in (self._norms, self._biases, self._reconstruct):
             change(part, begin, given, wanted, targets)
@@ -168,7 +168,7 @@ class _Work:
                 state = {k: v.clone() for k, v in part.state_dict().items() if isinstance(v, Tensor)}
             else:
                 part.load_state_dict(state)
-        return Mended(ends, before, best), results, float_ends
+        return Reconstructed(ends, before, best), results, float_ends
 
     @torch.no_grad()
     def _run(self, part: fx.GraphModule, given: Sequence[Tensor]) -> list[Tensor]:
@@ -199,9 +199,9 @@ class _Work:
             name = _bias(part, node)
             if name is None or node.name not in self.alike or not self._owns(part, name):
                 continue
-            mean = self._run(stretch(self.teacher, begin, [node.name]), wanted)[0]
+            mean = self._run(subgraph(self.teacher, begin, [node.name]), wanted)[0]
             mean = self.index.select(mean, self.types[node.name])
-            off = mean - self._run(stretch(self.gated, begin, [node.name]), given)[0]
+            off = mean - self._run(subgraph(self.gated, begin, [node.name]), given)[0]
             channel = off.ndim - 1 if node.target is aten.linear.default else 1
             bias = part.get_parameter(name)
             with torch.no_grad():
@@ -269,7 +269,7 @@ class _Work:
         return [(n, m) for n, m in found if n in self.parameters and self.parameters[n] in weights]
 
     def _owns(self, part: fx.GraphModule, name: str) -> bool:
-        """Whether a parameter or gate is read in this stretch alone."""
+        """Whether a parameter or gate is read in this block alone."""
         return _calls(part).get(name) == self.calls.get(name)
 
 

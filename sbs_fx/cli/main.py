@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sbs_fx.cli.models import NamedModel
-    from sbs_fx.compress import Result
     from sbs_fx.data.datasets import Batches
     from sbs_fx.report import Report
+    from sbs_fx.result import Result
 
 app = typer.Typer(
     add_completion=False,
@@ -282,7 +282,7 @@ def report(
 def _check_output(directory: str | None) -> None:
     """An output directory that cannot be written is known before anything is computed."""
     if directory is not None:
-        from sbs_fx.compress import prepare_directory
+        from sbs_fx.plan.files import prepare_directory
 
         prepare_directory(directory)
 

@@ -47,7 +47,7 @@ from sbs_fx.passes import (
     trace,
 )
 from sbs_fx.passes.channels.importance import kernel_multiple
-from sbs_fx.passes.cost.model import LayerExpression
+from sbs_fx.passes.cost.layers import LayerExpression
 from sbs_fx.plan import current_versions, write_atomic
 from sbs_fx.plan.errors import MethodError
 

@@ -41,6 +41,20 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
             os.unlink(temporary)
 
 
+def prepare_directory(directory: str | os.PathLike[str]) -> str:
+    """Make sure that results can be written there, before hours are spent. Raises FileError."""
+    path = os.fspath(directory)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"cannot make the output directory {path!r}: {error.strerror}; expected a new name or a directory"
+        ) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise FileError(f"the output directory {path!r} is not writable")
+    return path
+
+
 def checksum_of(fields: Mapping[str, Any]) -> str:
     """sha256 (hex) of the canonical JSON of all fields."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 Bits = int | Sequence[int]
 Kind = Literal["channels", "weight", "activation"]
+KINDS_OF_BITS: tuple[Kind, ...] = ("weight", "activation")
 FIELDS: Mapping[Kind, str] = {"channels": "kept", "weight": "weight_bits", "activation": "activation_bits"}
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sbs_fx.passes import ChannelGroups, CostModel
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis, Dim
-from sbs_fx.passes.cost.model import LayerExpression
+from sbs_fx.passes.cost.layers import LayerExpression
 from sbs_fx.plan import Cost, Policy, write_atomic
 from sbs_fx.plan.errors import FileError
 

@@ -1,20 +1,21 @@
-"""`ajpq`: two reinforcement-learning controllers choose a sparsity per layer and a bitwidth per kernel.
+"""`ajpq`: two reinforcement-learning controllers choose a sparsity per layer and a bitwidth per output channel.
 
-In: a traced float model, its analyses, a budget, a few labelled batches. Out: a policy with one bitwidth per kernel (0
-prunes it) that meets the budget, and the batch-norm statistics that belong to it.
+In: a problem, a few labelled batches. Out: a plan with one bitwidth for each output channel (0 prunes it) within the
+limits, and the batch-norm statistics that belong to it.
 Source: Automated Model Compression by Jointly Applied Pruning and Quantization (arXiv 2011.06231): pruning is
-channel-wise quantisation to 0 bit; a layer controller sets sparsity, a channel controller the bits of each kernel, both
-from one importance criterion. The criterion, the reward and how the controllers learn were not at hand; ours are:
+channel-wise quantisation to 0 bit; a layer controller sets sparsity, a channel controller the bits of each output
+channel, both from one importance criterion. The criterion, the reward and how the controllers learn were not at hand;
+ours are:
 
-* importance: L2 norm of a kernel times the scale of the batch norm behind it (`kernels.Kernels`);
-* an episode goes through the layers; in each, the layer controller's sparsity takes the least important kernels to 0
+* importance: L2 norm of a output channel times the scale of the batch norm behind it (`ChannelBits`);
+* an episode goes through the layers; in each, the layer controller's sparsity takes the least important channels to 0
   bits, the channel controller scores the others, and what exceeds the budget, with the least bits that may be chosen
-  in all later layers, is clipped; what is left at the end goes to the most important kernels: so each episode ends just
-  inside the budget;
+  in all later layers, is clipped; what is left at the end goes to the most important channels: so each episode ends
+  just inside the budget;
 * reward: accuracy with the batch-norm statistics that belong to the policy (`reward.Reward`);
 * learning: policy gradient over groups of episodes; exploration moves the scores of a layer together and along the
-  importance, since noise of each kernel alone would cancel out (`controllers.draw`). The first mean is the highest
-  level of scores that is in the budget without clipping, with next to no sparsity.
+  importance, since noise of each output channel alone would cancel out (`controllers.draw`). The first mean is the
+  highest level of scores that is in the budget without clipping, with next to no sparsity.
 
 Holds: an episode is a function of the seed, its number and the controllers; a run that was stopped goes on after its
 last group of episodes and ends as one that was not.
@@ -23,29 +24,25 @@ last group of episodes and ends as one that was not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from sbs_fx.passes import (
-    ChannelGroups,
-    CostModel,
-)
-from sbs_fx.plan import Budget, Policy, Value
-from sbs_fx.plan.errors import InfeasibleBudget, InputError, SbsError
+from sbs_fx.plan import Value
+from sbs_fx.plan.errors import InputError, SbsError
+from sbs_fx.search.channel_bits import BitsByChannel, ChannelBits
 from sbs_fx.search.controllers import ChannelController, Drawn, LayerController, bits_of, draw
-from sbs_fx.search.kernels import KernelBits, Kernels
+from sbs_fx.search.problem import Problem, SearchResult
+from sbs_fx.search.registry import Run, method
 from sbs_fx.search.reward import Reward
-from sbs_fx.search.searched import Searched
-from sbs_fx.search.uniform import end_bits
 from sbs_fx.training import Checkpoints
-from sbs_fx.training.progress import Observer, Progress
+from sbs_fx.training.progress import Progress
 
 STAGE = "ajpq"
+_ROOM = 4  # bits of weights that should fit beside the activations
 _OFFSETS = 24  # bisections of the first mean score
 
 
@@ -57,9 +54,7 @@ class Ajpq(Value):
         lr: of the controllers (Adam). noise: deviation of scores at the first episode; it falls to a third.
         norm_batches: batches on which batch-norm statistics are estimated. reward_batches: the following ones, on which
             accuracy is measured; the first ones again where the data has no more.
-        activation_bits: of all tensors but the ends' ones; None: the most with which weights of 4 bits fit.
-        most_sparse: largest share of a layer's kernels with 0 bits.
-        minor_groups: also prune the smaller factor of product axes (heads, group widths).
+        most_sparse: largest share of a layer's channels with 0 bits.
     """
 
     _error: ClassVar[type[SbsError]] = InputError
@@ -70,51 +65,37 @@ class Ajpq(Value):
     noise: float = Field(default=0.4, gt=0, allow_inf_nan=False)
     norm_batches: int = Field(default=2, ge=1)
     reward_batches: int = Field(default=4, ge=1)
-    activation_bits: int | None = None
     most_sparse: float = Field(default=0.5, ge=0, lt=1)
-    minor_groups: bool = False
 
 
 @dataclass
 class Trial:
-    """A plan that was tried: bits per kernel and weight, and its reward."""
+    """A plan that was tried: bits by channel and weight, and its reward."""
 
-    bits: KernelBits
+    bits: BitsByChannel
     reward: float = -math.inf
     scores: list[Tensor] = field(default_factory=list)
 
 
-def ajpq(
-    graph: fx.GraphModule,
-    groups: ChannelGroups,
-    cost: CostModel,
-    budget: Budget,
-    data: Iterable[Any],
-    *,
-    inputs: Sequence[Tensor],
-    search: Ajpq | None = None,
-    seed: int = 0,
-    checkpoints: Checkpoints | None = None,
-    progress: Observer | None = None,
-) -> Searched:
-    """Search by two controllers.
-
-    Args:
-        graph: from `trace`; not changed. groups, cost: of it.
-        data: yields (images, labels); only its first batches are read, once.
-        inputs: example inputs of the graph.
-        seed: of the controllers' weights and of all exploration.
-        checkpoints: the search saves itself there after each group of episodes, and goes on from there.
-        progress: called after each episode; `measures` has the best reward so far.
+@method(
+    "ajpq",
+    help="two controllers learn each layer's sparsity and each output channel's bits, 0 included",
+    needs="labels",
+    settings=Ajpq,
+    resumes=True,
+)
+def ajpq(problem: Problem, run: Run) -> SearchResult:
+    """Search by two controllers. Only the first batches of the data are read, once; the search saves itself after each
+    group of episodes and goes on from there.
 
     Raises:
-        DataError: no batch, no labels. InfeasibleBudget: the least bits are over the budget.
+        DataError: no batch, no labels. InfeasibleBudget: the least bits are over the limits.
     """
-    settings = search or Ajpq()
-    kernels = kernels_of(graph, groups, cost, budget, settings)
-    reward = Reward(graph, groups, kernels, data, inputs, settings.norm_batches, settings.reward_batches)
-    agent = Agent(kernels, settings, seed)
-    agent.resume(checkpoints)
+    settings = run.settings or Ajpq()
+    channels = channel_bits_of(problem, settings)
+    reward = Reward(channels, run.data, settings.norm_batches, settings.reward_batches)
+    agent = Agent(channels, settings, problem.seed)
+    agent.resume(run.checkpoints)
     while agent.episode < settings.episodes:
         count = min(settings.group, settings.episodes - agent.episode)
         trials = []
@@ -122,58 +103,39 @@ def ajpq(
             trials.append(agent.play())
             trials[-1].reward = reward(trials[-1].bits)
             agent.take(trials[-1])
-            if progress is not None:
-                progress(_report(agent, trials[-1], settings))
+            if run.observer is not None:
+                run.observer(_report(agent, trials[-1], settings))
         agent.learn(trials)
-        agent.save(checkpoints)
+        agent.save(run.checkpoints)
     assert agent.best is not None
     reward(agent.best.bits)
-    return Searched(policy_of(kernels, agent.best.bits, seed), reward.statistics())
+    return SearchResult(channels.plan(agent.best.bits), reward.statistics())
 
 
-def policy_of(kernels: Kernels, bits: KernelBits, seed: int) -> Policy:
-    """The policy that bits per kernel amount to."""
-    return Policy(
-        fingerprint=kernels.groups.fingerprint,
-        method="ajpq",
-        seed=seed,
-        kept=kernels.kept(bits),
-        sizes={g.name: g.size for g in kernels.groups.values()},
-        weight_bits=kernels.weight_bits(bits),
-        activation_bits=kernels.activation_bits,
-    )
-
-
-def kernels_of(
-    graph: fx.GraphModule, groups: ChannelGroups, cost: CostModel, budget: Budget, settings: Ajpq
-) -> Kernels:
-    """With activation bits that leave weights a choice."""
-    options = {"least_share": 1 - settings.most_sparse, "minor_groups": settings.minor_groups}
-    ends = end_bits(cost).activations
-    asked = (8, 4, 2) if settings.activation_bits is None else (settings.activation_bits,)
-    for least in (4, 2, 0):
-        for bits in asked:
-            found = {**dict.fromkeys(cost.activations, bits), **ends}
-            kernels = Kernels(graph, groups, cost, budget, found, **options)  # type: ignore[arg-type]
-            plan = {n: [least] * len(each) if least else each for n, each in kernels.least.items()}
-            if kernels.load(plan) <= 1:
-                return kernels
-    shares = budget.shares(kernels.cost_of(kernels.least))
-    raise InfeasibleBudget.of(
-        budget.limits, shares, "method 'ajpq' reaches on this model", "more sparsity (most_sparse)"
-    )
+def channel_bits_of(problem: Problem, settings: Ajpq) -> ChannelBits:
+    """With activation bits that leave weights a choice. Raises InfeasibleBudget."""
+    space = problem.space
+    candidates = sorted(space.settings.candidates, reverse=True)
+    least_share = 1 - settings.most_sparse
+    for least in (*(b for b in candidates if b <= _ROOM), 0):
+        for bits in candidates:
+            channels = ChannelBits(problem, space.plan(bits, bits).activation_bits, least_share)
+            plan = {n: [max(least, b) for b in each] if least else each for n, each in channels.least.items()}
+            if channels.used(plan) <= 1:
+                return channels
+    raise problem.infeasible("ajpq", channels.plan(channels.least))
 
 
 class Agent:
     """The controllers, the episodes that they have played, and the best plan among them."""
 
-    def __init__(self, kernels: Kernels, settings: Ajpq, seed: int) -> None:
-        self.kernels, self.settings, self.seed = kernels, settings, seed
+    def __init__(self, channels: ChannelBits, settings: Ajpq, seed: int) -> None:
+        self.channels, self.settings, self.seed = channels, settings, seed
         self.episode = 0
         self.best: Trial | None = None
         self.baseline: float | None = None
-        self.standard = {n: _standardised(kernels.importance[n]) for n in kernels.names}
-        self.sizes = _size_shares(kernels)
+        self.standard = {n: _standardised(channels.importance[n]) for n in channels.names}
+        self.sizes = _size_shares(channels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.actors = nn.ModuleDict({"layer": LayerController(-3.0), "channel": ChannelController(0.0)})
@@ -188,11 +150,11 @@ class Agent:
         low, high = -3.0, 3.0
         for _ in range(_OFFSETS):
             middle = (low + high) / 2
-            plan = {n: bits_of(middle + 0.5 * z) for n, z in self.standard.items()}
+            plan = {n: bits_of(middle + 0.5 * z, self.channels.levels[n]) for n, z in self.standard.items()}
             plan = {
-                n: [max(b, least) for b, least in zip(p, self.kernels.least[n], strict=True)] for n, p in plan.items()
+                n: [max(b, least) for b, least in zip(p, self.channels.least[n], strict=True)] for n, p in plan.items()
             }
-            low, high = (middle, high) if self.kernels.load(plan) <= 1 else (low, middle)
+            low, high = (middle, high) if self.channels.used(plan) <= 1 else (low, middle)
         return low
 
     # -- an episode ----------------------------------------------------------------------------------------------------
@@ -207,8 +169,8 @@ class Agent:
     def play(self) -> Trial:
         """One plan, drawn layer by layer."""
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.episode)
-        plan, scores, last = dict(self.kernels.least), [], (0.0, 0.0)
-        for place, name in enumerate(self.kernels.names):
+        plan, scores, last = dict(self.channels.least), [], (0.0, 0.0)
+        for place, name in enumerate(self.channels.names):
             z = self.standard[name]
             layer = self._features(place, name, plan, last)
             sparsity = draw(self.actors["layer"](layer), 2 * self.deviation, generator)
@@ -218,24 +180,27 @@ class Agent:
             basis = torch.stack([torch.ones_like(z), z])
             action = draw(self.actors["channel"](layer, features), self.deviation, generator, basis)
             plan[name] = self._chosen(name, share, action)
-            plan[name] = self.kernels.clip(plan, name)
+            plan[name] = self.channels.clip(plan, name)
             scores += [sparsity.score, action.score]
             last = (share, sum(plan[name]) / len(plan[name]) / 8)
         self.episode += 1
-        return Trial(self.kernels.fill(plan), scores=scores)
+        return Trial(self.channels.fill(plan), scores=scores)
 
     def _chosen(self, name: str, share: float, action: Drawn) -> list[int]:
-        """Bits from both actions; kernels that must stay have at least 2."""
-        bits, order = bits_of(action.value), self.standard[name].argsort(stable=True).tolist()
-        for kernel in order[: int(share * len(order))]:
-            bits[kernel] = 0
-        return [max(b, least) for b, least in zip(bits, self.kernels.least[name], strict=True)]
+        """Bits from both actions; channels that must stay have at least 2."""
+        bits, order = (
+            bits_of(action.value, self.channels.levels[name]),
+            self.standard[name].argsort(stable=True).tolist(),
+        )
+        for channel in order[: int(share * len(order))]:
+            bits[channel] = 0
+        return [max(b, least) for b, least in zip(bits, self.channels.least[name], strict=True)]
 
-    def _features(self, place: int, name: str, plan: KernelBits, last: tuple[float, float]) -> Tensor:
-        importance = self.kernels.importance[name]
+    def _features(self, place: int, name: str, plan: BitsByChannel, last: tuple[float, float]) -> Tensor:
+        importance = self.channels.importance[name]
         mean = float(importance.mean())
         spread = float(importance.std(correction=0)) / mean if mean > 0 else 0.0
-        layers = self.kernels.names
+        layers = self.channels.names
         return torch.tensor(
             [
                 1.0,
@@ -304,24 +269,24 @@ class Agent:
 
 
 def _standardised(importance: Tensor) -> Tensor:
-    """Logarithms with mean 0 and deviation 1, float32; all 0 where kernels weigh alike."""
+    """Logarithms with mean 0 and deviation 1, float32; all 0 where channels weigh alike."""
     logs = importance.clamp_min(1e-12).log()
     logs = logs - logs.mean()
     return (logs / logs.std(correction=0).clamp_min(1e-6)).float()
 
 
-def _size_shares(kernels: Kernels) -> dict[str, float]:
+def _size_shares(channels: ChannelBits) -> dict[str, float]:
     """Each layer's share of the weights that are decided on."""
-    counts = {
-        n: math.prod(x.size for x in dims) for layer in kernels.cost.layers for n, (dims, _) in layer.weights.items()
-    }
-    total = sum(counts[n] for n in kernels.names) or 1
-    return {n: counts[n] / total for n in kernels.names}
+    counts = {n: math.prod(x.size for x in dims) for n, (dims, _) in channels.problem.cost.dims_of_weights.items()}
+    total = sum(counts[n] for n in channels.names) or 1
+    return {n: counts[n] / total for n in channels.names}
 
 
 def _report(agent: Agent, trial: Trial, settings: Ajpq) -> Progress:
     assert agent.best is not None
-    shares = agent.kernels.budget.shares(agent.kernels.cost_of(trial.bits))
+    problem = agent.channels.problem
+    price = problem.price(agent.channels.plan(trial.bits))
+    shares = {measure: price[measure] / problem.cost.whole[measure] for measure in price}
     return Progress(
         stage=STAGE,
         epoch=0,
@@ -330,5 +295,5 @@ def _report(agent: Agent, trial: Trial, settings: Ajpq) -> Progress:
         steps=settings.episodes,
         loss=-trial.reward,
         rate=settings.lr,
-        measures={**shares, "budget": agent.kernels.budget.limits, "reward": trial.reward, "best": agent.best.reward},
+        measures={**shares, "budget": problem.shares, "reward": trial.reward, "best": agent.best.reward},
     )

@@ -22,6 +22,14 @@ from sbs_fx.plan.bits import BITS, FLOAT_BITS
 from sbs_fx.plan.errors import ConstraintError, SbsError
 
 
+def checked_bits(bits: Iterable[int]) -> tuple[int, ...]:
+    """Bitwidths, ascending. Raises ValueError for one that does not exist, or none."""
+    chosen = tuple(sorted(set(bits)))
+    if not chosen or set(chosen) - {*BITS, FLOAT_BITS}:
+        raise ValueError(f"expected some of {(*BITS, FLOAT_BITS)}")
+    return chosen
+
+
 class Keep(Value):
     """A constraint on what a search may decide.
 
@@ -94,14 +102,6 @@ class Keep(Value):
 
 
 ENDS = Keep(place="ends", weight_bits=8, activation_bits=8)  # the convention of the published tables
-
-
-def checked_bits(bits: Iterable[int]) -> tuple[int, ...]:
-    """Bitwidths, ascending. Raises ValueError for one that does not exist, or none."""
-    chosen = tuple(sorted(set(bits)))
-    if not chosen or set(chosen) - {*BITS, FLOAT_BITS}:
-        raise ValueError(f"expected some of {(*BITS, FLOAT_BITS)}")
-    return chosen
 
 
 @dataclass(frozen=True)

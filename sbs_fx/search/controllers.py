@@ -1,11 +1,12 @@
-"""The two actors of `ajpq`: one chooses a layer's sparsity, the other the bitwidth of each of its kernels.
+"""The two actors of `ajpq`: one chooses a layer's sparsity, the other the bitwidth of each of its channels.
 
-In: what is known of a layer and of its kernels. Out: means of actions, from which an episode draws. Both see kernels
+In: what is known of a layer and of its channels. Out: means of actions, from which an episode draws. Both see channels
 through one importance criterion.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,8 @@ from torch import Tensor, nn
 
 HIDDEN = 32
 LAYER_FEATURES = 9
-KERNEL_FEATURES = 3
-CLOSED = -1.5  # a score below is 0 bits, then 2, 4 and 8
-EDGES = (CLOSED, -0.5, 0.5)
-LEVELS = (0, 2, 4, 8)
+CHANNEL_FEATURES = 3
+TOP_EDGE = 0.5  # a score above is the most bits; each level below takes 1
 _SPREAD = 0.5  # of the first scores per deviation of log importance
 
 
@@ -32,16 +31,16 @@ class LayerController(nn.Module):
 
 
 class ChannelController(nn.Module):
-    """Features of a layer (LAYER_FEATURES,) and of its kernels (kernels, KERNEL_FEATURES), the first of which is their
-    standardised importance, to a score for each; `bits_of` turns scores into bits."""
+    """Features of a layer (LAYER_FEATURES,) and of its channels (channels, CHANNEL_FEATURES), the first of which is
+    their standardised importance, to a score for each; `bits_of` turns scores into bits."""
 
     def __init__(self, first: float) -> None:
         super().__init__()
-        self.net = _net(LAYER_FEATURES + KERNEL_FEATURES, first)
+        self.net = _net(LAYER_FEATURES + CHANNEL_FEATURES, first)
 
-    def forward(self, layer: Tensor, kernels: Tensor) -> Tensor:
-        both = torch.cat([layer.expand(len(kernels), -1), kernels], 1)
-        return self.net(both).squeeze(-1) + _SPREAD * kernels[:, 0]
+    def forward(self, layer: Tensor, channels: Tensor) -> Tensor:
+        both = torch.cat([layer.expand(len(channels), -1), channels], 1)
+        return self.net(both).squeeze(-1) + _SPREAD * channels[:, 0]
 
 
 def _net(inputs: int, first: float) -> nn.Sequential:
@@ -54,10 +53,11 @@ def _net(inputs: int, first: float) -> nn.Sequential:
     return net
 
 
-def bits_of(scores: Tensor) -> list[int]:
-    """0, 2, 4 or 8 for each score."""
-    places = torch.bucketize(scores.detach(), torch.tensor(EDGES, dtype=scores.dtype), right=True)
-    return [LEVELS[i] for i in places.tolist()]
+def bits_of(scores: Tensor, levels: Sequence[int]) -> list[int]:
+    """One of the levels, ascending, for each score."""
+    edges = [TOP_EDGE - k for k in reversed(range(len(levels) - 1))]
+    places = torch.bucketize(scores.detach(), torch.tensor(edges, dtype=scores.dtype), right=True)
+    return [levels[i] for i in places.tolist()]
 
 
 @dataclass(frozen=True)

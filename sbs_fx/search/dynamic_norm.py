@@ -103,7 +103,8 @@ class Predictor:
     def _apply(self, plan: Plan) -> None:
         put_at(self.network, plan, self.ranges)
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.forms[name].get(plan.weight_bits[name], self.originals[name]))
+            bits: Any = plan.weight_bits[name]
+            parameter.copy_(self.forms[name].get(bits, self.originals[name]))
 
     def reset(self) -> None:
         """Weights as they were, every gate open."""

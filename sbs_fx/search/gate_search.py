@@ -167,7 +167,7 @@ class GateSearch(TrainingStage):
         return [torch.optim.SGD(thresholds, lr=0.1 * lr, momentum=0.9)] if thresholds else []
 
     def _kinds(self) -> dict[str, dict[str, Any]]:
-        return {**self.searched, "channels": self.channels}
+        return {"weight": self.searched["weight"], "activation": self.searched["activation"], "channels": self.channels}
 
     def before_step(self, step: int, done: float) -> None:
         """Weight gates and activation gates take turns, as in the paper; those whose turn it is not are frozen."""

@@ -1,8 +1,8 @@
 """Budget repair: the last moves that bring a plan just under its limits.
 
 In: a searchable graph, a problem, a plan, a few batches. Out: a plan within the limits. Each move (one tensor to the
-next bitwidth, one group to the next count) is judged by the loss it costs on those batches per share of the limit it frees,
-with the ranges that suit the bits; then what is left over is spent the same way, backwards.
+next bitwidth, one group to the next count) is judged by the loss it costs on those batches per share of the limit it
+frees, with the ranges that suit the bits; then what is left over is spent the same way, backwards.
 Holds: the result never exceeds a limit; the same inputs give the same moves.
 """
 

@@ -90,15 +90,10 @@ class Space:
         names = Names(groups, cost)
         asked = tuple(names.scope(constraint) for constraint in self._constraints())
         self.scopes = (names.matched(ENDS), *asked) if self.settings.quantise else asked
-        self.choices = tuple(
-            Choice(kind, name, values)
-            for kind, named, values_of in (
-                ("weight", cost.weights, self._bits),
-                ("activation", cost.activations, self._bits),
-                ("channels", groups, self._counts),
-            )
-            for name in named
-            for values in (values_of(kind, name),)
+        self.choices = (
+            *(Choice("weight", name, self._bits("weight", name)) for name in cost.weights),
+            *(Choice("activation", name, self._bits("activation", name)) for name in cost.activations),
+            *(Choice("channels", name, self._counts(name)) for name in groups),
         )
 
     def _constraints(self) -> Iterable[Keep]:
@@ -123,9 +118,16 @@ class Space:
             bits = kept if kept is not None and name in named else bits
         return bits
 
-    def _counts(self, _: Kind, name: str) -> tuple[int, ...]:
+    def _counts(self, name: str) -> tuple[int, ...]:
         group = self.groups[name]
         return self.counts(name, self.multiple(group)) if self.may_be_pruned(name) else (group.size,)
+
+    def of_channels(self) -> Space:
+        """The space of channels alone, everything in float."""
+        asked = (c.model_copy(update={"weight_bits": None, "activation_bits": None}) for c in self.settings.constraints)
+        kept = tuple(c for c in asked if c.prune is not None or c.least is not None)
+        settings = self.settings.model_copy(update={"quantise": False, "prune": True, "constraints": kept})
+        return Space(self.groups, self.cost, settings)
 
     # -- what searchers ask --------------------------------------------------------------------------------------------
 
@@ -147,9 +149,10 @@ class Space:
     def plan(self, weight_bits: int, activation_bits: int, counts: Mapping[str, int] | None = None) -> Plan:
         """The same bits everywhere, or the most below them that the space has, or the least; the first so many channels
         of groups, or all."""
+        asked = {"weight": weight_bits, "activation": activation_bits}
         tables = {
             kind: {c.name: _at_most(c.values, bits) for c in self.choices if c.kind == kind}
-            for kind, bits in (("weight", weight_bits), ("activation", activation_bits))
+            for kind, bits in asked.items()
         }
         kept = {name: tuple(range((counts or {}).get(name, group.size))) for name, group in self.groups.items()}
         return Plan(kept, tables["weight"], tables["activation"])
@@ -178,6 +181,16 @@ class Space:
             if scope.constraint.least is not None and name in scope.groups:
                 least = scope.constraint.least
         return (*(n for n in range(multiple, size, multiple) if n >= least * size), size)
+
+    def least_share(self, weight: str) -> float:
+        """Share of a weight's output channels that constraints keep from going."""
+        names = {self.groups.of_axis[a].name for a in d.axes(self.groups.outputs[weight]) if a in self.groups.of_axis}
+        allowed, least = True, 0.0
+        for scope in self.scopes:
+            if names & scope.groups:
+                allowed = allowed if scope.constraint.prune is None else scope.constraint.prune
+                least = least if scope.constraint.least is None else scope.constraint.least
+        return least if allowed and self.settings.prune else 1.0
 
     def may_be_pruned(self, name: str) -> bool:
         """Whether channels of a group may go at all."""

@@ -3,15 +3,15 @@
 In: a problem, images with or without labels. Out: a plan within its limits.
 Source: Unified two-stage framework (Pattern Recognition 140, 2023) and MPQCO (arXiv 2110.06554): second-order estimates
 of what each decision costs, a knapsack over them, and Dynamic BN to judge what comes out. Ours are: weights are rounded
-in closed form before they are judged, so that what reconstruction will mend is not counted; estimates are brought to the
-scale of losses measured with Dynamic BN; channels and bits meet by decomposition (`allocation`); from
+in closed form before they are judged, so that what reconstruction will mend is not counted; estimates are brought to
+the scale of losses measured with Dynamic BN; channels and bits meet by decomposition (`allocation`); from
 the best plan on, losses are measured around it, as those of several decisions together are far more than their sum.
 Holds: no weight is trained; the same seed gives the same plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,14 +25,14 @@ from sbs_fx.passes import activation_gates, apply_bits, insert_gates, weight_gat
 from sbs_fx.plan import Plan, Value
 from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.errors import InputError
-from sbs_fx.plan.plan import Kind
+from sbs_fx.plan.plan import KINDS_OF_BITS, Kind
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.search.allocation import Allocator, Candidate, Decision
 from sbs_fx.search.dynamic_norm import Predictor
 from sbs_fx.search.problem import Considered, Problem, SearchResult
 from sbs_fx.search.ranges import gates_by_bits
 from sbs_fx.search.registry import Run, method
-from sbs_fx.search.sensitivity import Forms, Sensitivity, sensitivity
+from sbs_fx.search.sensitivity import Sensitivity, sensitivity
 
 _MOVES = (2, 4, 8, 16)  # decisions that change at once
 _NOTHING = 1e-3  # nats an image: so near the float model that there is nothing to gain
@@ -81,7 +81,7 @@ def two_stage(problem: Problem, run: Run) -> SearchResult:
     """
     space, search = problem.space, run.settings or TwoStage()
     problem.check_feasible("two_stage")
-    free = [(kind, name) for kind in ("weight", "activation") for name in space.free(kind)]
+    free = [(kind, name) for kind in KINDS_OF_BITS for name in space.free(kind)]
     prunable = [n for n in problem.groups if space.may_be_pruned(n)]
     counts = {n: _levels(space.values("channels", n), search.levels) for n in prunable}
     if not free and not prunable:
@@ -138,14 +138,12 @@ def evidence_of(problem: Problem, run: Run, search: TwoStage) -> tuple[Sensitivi
     ranges = {key: gate.range.detach() for key, gate in gates.items()}
     judged = torch.cat(images)[: search.judged]
     rounded = _rounded(network, judged.split(len(images[0])), gates)
-    weights = {
-        n: {b: _form(rounded.get(n, {}).get(b), gates["weight", n, b]) for b in space.values("weight", n)}
-        for n in space.free("weight")
+    forms: dict[Kind, dict[str, Any]] = {
+        kind: {n: {b: gates[kind, n, b] for b in space.values(kind, n)} for n in space.free(kind)}
+        for kind in KINDS_OF_BITS
     }
-    activations = {
-        n: {b: gates["activation", n, b] for b in space.values("activation", n)} for n in space.free("activation")
-    }
-    forms: dict[Kind, dict[str, Forms]] = {"weight": weights, "activation": activations}
+    for name, of_name in forms["weight"].items():
+        forms["weight"][name] = {**of_name, **{b: _constant(value) for b, value in rounded.get(name, {}).items()}}
     evidence = sensitivity(network, problem.groups, batches, forms, prunable, problem.seed)
     return evidence, Predictor(network, ranges, rounded, judged, problem.graph)
 
@@ -185,8 +183,8 @@ def _rounded(
     return rounded
 
 
-def _form(value: Tensor | None, gate: SuperBitQuantizer) -> Any:
-    return gate if value is None else lambda _: value
+def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda _: value
 
 
 def _losses(evidence: Sensitivity, kind: Kind, name: str, values: Sequence[int]) -> tuple[float, ...]:

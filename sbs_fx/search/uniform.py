@@ -7,7 +7,7 @@ share of its most important channels, bisected to land just under the limits, in
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from sbs_fx.passes.channels.importance import group_importance, most_important
 from sbs_fx.plan import Plan
@@ -85,7 +85,7 @@ def _kept(counts: Counts, share: float, space: Space) -> dict[str, int]:
     }
 
 
-def _largest_share(problem: Problem, pair: Sequence[int], counts: Counts) -> float | None:
+def _largest_share(problem: Problem, pair: tuple[int, int], counts: Counts) -> float | None:
     """The largest share of channels that is within the limits, by bisection over prices that grow with it."""
 
     def fits(share: float) -> bool:
@@ -102,7 +102,7 @@ def _largest_share(problem: Problem, pair: Sequence[int], counts: Counts) -> flo
     return low
 
 
-def _fill(problem: Problem, pair: Sequence[int], counts: Counts, kept: dict[str, int]) -> dict[str, int]:
+def _fill(problem: Problem, pair: tuple[int, int], counts: Counts, kept: dict[str, int]) -> dict[str, int]:
     """Spend what rounding left over: give groups one more multiple, the most pruned first, within the limits."""
     sizes = {name: problem.groups[name].size for name in kept}
     for name in sorted((n for n in kept if kept[n] < sizes[n]), key=lambda n: kept[n] / sizes[n]):

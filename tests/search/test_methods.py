@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sbs_fx
-from sbs_fx.calibration.reconstruction import Refinement
+from sbs_fx.calibration.reconstruction import Reconstruction
 from sbs_fx.passes.graph import attribute
 from sbs_fx.plan.errors import DataError, MethodError
 from sbs_fx.search import Ajpq, Opq, Search, TwoStage
@@ -19,7 +19,7 @@ QUICK = sbs_fx.Config(
     search=Search(epochs=1),
     ajpq=Ajpq(episodes=4, group=2),
     two_stage=TwoStage(images=32, judged=16, measured=4, rounds=1),
-    refinement=Refinement(images=32, steps=4, batch=16),
+    reconstruction=Reconstruction(images=32, steps=4, batch=16),
 )
 
 

@@ -6,28 +6,25 @@ of each layer, (share of the MACs) * sum_b b prod_{j <= b} q(g_j > 0).
 Ours are: mu, which is controlled so that a budget is met (as in `GateSearch`) unless `Search.lam` gives it; the shares,
 which are of all MACs (there: of the largest layer's, a constant factor in mu); the gate of 2 bits, which there prunes
 an output channel of one weight and here a block of a channel group with all its members, so that a value between 0 and
-1 multiplies each of them, and counts in R on both sides of a layer; and the last moves to the budget (`settle`).
+1 multiplies each of them, and counts in R on both sides of a layer; and the last moves to the budget (`BudgetRepair`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from sbs_fx.passes import ChannelGroups, CostModel
 from sbs_fx.passes.channels.dims import Axis
-from sbs_fx.plan import Budget
 from sbs_fx.quantizer.channel_gate import ChannelGate
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.search.baselines.hard_concrete import HardConcreteChannelGate, HardConcreteQuantizer
 from sbs_fx.search.gate_search import GateSearch, Search
-from sbs_fx.search.sbs import sbs
-from sbs_fx.search.searched import Searched
-from sbs_fx.training import Checkpoints, Training
-from sbs_fx.training.progress import Observer
+from sbs_fx.search.problem import Problem, SearchResult
+from sbs_fx.search.registry import Run, method
+from sbs_fx.search.sbs import GateTraining
+from sbs_fx.training import Training
 
 _TRAVEL = 10.0  # how far a phi can move in all; a gate closes at -0.9
 
@@ -43,20 +40,18 @@ class BayesianSearch(GateSearch):
     def __init__(
         self,
         network: fx.GraphModule,
-        groups: ChannelGroups,
-        cost: CostModel,
-        budget: Budget,
+        problem: Problem,
         search: Search,
         **options: Any,
     ) -> None:
         _replace_gates(network)
-        super().__init__(network, groups, cost, budget, search, **options)
+        super().__init__(network, problem, search, **options)
         self.drawn = {n: g for n, g in self.channels.items() if isinstance(g, HardConcreteChannelGate)}
         for gate in self.drawn.values():
             gate.search()
 
     def optimizers(self, settings: Training) -> list[torch.optim.Optimizer]:
-        gates = [*self.searched["w"].values(), *self.searched["a"].values(), *self.drawn.values()]
+        gates = [*self.searched["weight"].values(), *self.searched["activation"].values(), *self.drawn.values()]
         phis = [g.phi for g in gates if isinstance(g, (HardConcreteQuantizer, HardConcreteChannelGate))]
         lr = self.search.threshold_lr or _TRAVEL / (0.5 * self.steps)  # 0.5: the mean of a cosine
         return [torch.optim.Adam(phis, lr=lr, betas=(0.9, 0.99), eps=1e-12)] if phis else []
@@ -91,13 +86,13 @@ class BayesianSearch(GateSearch):
 
     def regulariser(self) -> Tensor:
         """R, a scalar: see the top of this file."""
-        sizes: dict[Axis, Tensor] = {self.groups[n].axis: g.expected_size() for n, g in self.drawn.items()}
+        sizes: dict[Axis, Tensor] = {self.problem.groups[n].axis: g.expected_size() for n, g in self.drawn.items()}
         bits = {("weight", n): _weighted_bits(g) for n, g in self.weights.items()}
         bits |= {("activation", n): _weighted_bits(g) for n, g in self.activations.items()}
         total = torch.zeros(())
-        for layer in self.cost.layers:
+        for layer in self.problem.cost.layers:
             for product in layer.products:
-                share = product.macs(lambda axis: sizes.get(axis, axis.size)) / self.cost.reference.macs
+                share = product.macs(lambda axis: sizes.get(axis, axis.size)) / self.problem.cost.reference.macs
                 for operand in (product.left, product.right):
                     total = total + share * bits[operand] if operand in bits else total
         return total
@@ -127,33 +122,16 @@ def _replace_gates(network: fx.GraphModule) -> None:
         network.set_submodule(target, new)
 
 
-def bayesian_bits(
-    graph: fx.GraphModule,
-    groups: ChannelGroups,
-    cost: CostModel,
-    budget: Budget,
-    data: Iterable[Any],
-    *,
-    inputs: Sequence[Tensor],
-    search: Search | None = None,
-    settings: Training | None = None,
-    seed: int = 0,
-    checkpoints: Checkpoints | None = None,
-    progress: Observer | None = None,
-) -> Searched:
-    """Search by hard-concrete gates. Arguments and errors are those of `sbs`; `search.lam` is mu, and
-    `search.threshold_lr` the rate of phi."""
-    return sbs(
-        graph,
-        groups,
-        cost,
-        budget,
-        data,
-        inputs=inputs,
-        search=search,
-        settings=settings,
-        seed=seed,
-        checkpoints=checkpoints,
-        progress=progress,
-        stage=BayesianSearch,
-    )
+@method(
+    "bayesian_bits",
+    help="hard-concrete gates over the same chain of offsets, a published baseline",
+    needs="labels",
+    trains=True,
+    settings=Search,
+    section="search",
+    resumes=True,
+)
+def bayesian_bits(problem: Problem, run: Run) -> SearchResult:
+    """Search by hard-concrete gates. Errors are those of `sbs`; `Search.lam` is mu, and `Search.threshold_lr` the rate
+    of phi."""
+    return GateTraining(problem, run, BayesianSearch).result()

@@ -6,14 +6,15 @@ quantiser and an activation quantiser of its own (`split_paths`), and what the p
 weights. A layer has one vector of architecture parameters, and so one bitwidth for weight and activation.
 Ours: the vectors are trained along with the weights (no second data set, no Gumbel noise); their expected bits go into
 the cost and the control of `GateSearch`; a tensor that several layers read counts with the mean of what they expect and
-gets the most that they choose; the last moves (`settle`), after which weight and activation may differ. Weights and
+gets the most that they choose; budget repair, after which weight and activation may differ. Weights and
 inputs of the first and last layers have one path at their fixed bits. Products of two activations, and those with a
 weight that is computed, keep one super-bit quantiser an operand, whose gates search as in `GateSearch`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections import Counter
+from collections.abc import Sized
 from typing import Any, ClassVar
 
 import torch
@@ -21,18 +22,18 @@ from torch import Tensor, fx
 
 from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.data.batches import read_batches
-from sbs_fx.passes import ChannelGroups, CostModel, activation_gates, apply_bits, insert_gates, weight_gates
+from sbs_fx.passes import activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.passes.graph import with_tensors
-from sbs_fx.plan import Budget
+from sbs_fx.plan import Plan
 from sbs_fx.plan.errors import InputError
-from sbs_fx.search.baselines.split_paths import MARK, Fixed, PathSum, split_paths
-from sbs_fx.search.gate_search import Draft, GateSearch, Search, bits_of, while_searching
+from sbs_fx.search.baselines.split_paths import MARK, PathSum, split_paths
+from sbs_fx.search.gate_search import GateSearch, Search, bits_of, while_searching
+from sbs_fx.search.problem import Problem, SearchResult
+from sbs_fx.search.ranges import ranges_by_bits
+from sbs_fx.search.registry import Run, method
+from sbs_fx.search.repair import BudgetRepair, Harm, judged_on
 from sbs_fx.search.sbs import check_training_data
-from sbs_fx.search.searched import Searched, policy_of
-from sbs_fx.search.settle import Space, judged_on, ranges_by_bits, settle
-from sbs_fx.search.uniform import end_bits
-from sbs_fx.training import Checkpoints, Training, train
-from sbs_fx.training.progress import Observer
+from sbs_fx.training import Training, train
 
 _TRAVEL = 5.0  # how far an architecture parameter can move in all
 
@@ -42,8 +43,6 @@ class MultiPathSearch(GateSearch):
 
     Arguments are those of `GateSearch`; the network, from `insert_gates` without channel gates, is rewritten.
 
-    Raises:
-        InputError: `search.decisions` is "channels".
     """
 
     method: ClassVar[str] = "multi_path"
@@ -52,39 +51,24 @@ class MultiPathSearch(GateSearch):
     def __init__(
         self,
         network: fx.GraphModule,
-        groups: ChannelGroups,
-        cost: CostModel,
-        budget: Budget,
+        problem: Problem,
         search: Search,
         *,
-        fixed: Fixed = ({}, {}),
         steps: int | None = None,
         name: str = "search",
     ) -> None:
-        if search.decisions == "channels":
-            raise InputError(
-                "decisions 'channels' with one path a bitwidth, which prunes nothing; use 'bits' or 'joint'"
-            )
-        self.fixed = fixed
-        self.choices = split_paths(network, cost, fixed)
+        self.fixed = problem.space.fixed("weight"), problem.space.fixed("activation")
+        self.choices = split_paths(network, problem.cost, self.fixed)
         of_paths = (
             {n: bits_of(g) for n, g in weight_gates(network).items() if MARK in n},
             {n: bits_of(g) for n, g in activation_gates(network).items() if MARK in n},
         )
-        super().__init__(
-            network,
-            groups,
-            cost,
-            budget,
-            search.model_copy(update={"decisions": "bits"}),
-            fixed=({**fixed[0], **of_paths[0]}, {**fixed[1], **of_paths[1]}),
-            steps=steps,
-            name=name,
-        )
+        fixed = Plan({}, {**self.fixed[0], **of_paths[0]}, {**self.fixed[1], **of_paths[1]})
+        super().__init__(network, problem, search, fixed=fixed, steps=steps, name=name)
         self.readers: dict[str, list[PathSum]] = {}  # searched tensor -> the layers with paths that read it
         for choice in self.choices.values():
             for tensor in choice.reads:
-                if tensor not in fixed[1]:
+                if tensor not in self.fixed[1]:
                     self.readers.setdefault(tensor, []).append(choice.paths)
 
     def optimizers(self, settings: Training) -> list[torch.optim.Optimizer]:
@@ -105,77 +89,73 @@ class MultiPathSearch(GateSearch):
             activations[name] = torch.stack([means[paths] for paths in readers] + apart).mean()
         return sizes, weights, activations
 
-    def draft(self) -> Draft:
-        found = super().draft()
-        weights = found.weight_bits | {n: choice.paths.decided_bits() for n, choice in self.choices.items()}
-        activations = {**self.fixed[1], **found.activation_bits}
+    def plan(self) -> Plan:
+        plan = super().plan()
+        weights = {**plan.weight_bits} | {n: choice.paths.decided_bits() for n, choice in self.choices.items()}
+        activations = {**self.fixed[1], **plan.activation_bits}
         for name, readers in self.readers.items():
             activations[name] = max([paths.decided_bits() for paths in readers] + [activations.get(name, 0)])
-        return Draft(
-            {name: weights[name] for name in self.cost.weights},
-            {name: activations[name] for name in self.cost.activations},
-            found.kept,
+        return Plan(
+            plan.kept,
+            {name: weights[name] for name in self.problem.cost.weights},
+            {name: activations[name] for name in self.problem.cost.activations},
         )
 
     def measures(self) -> dict[str, Any]:
-        draft = self.draft()
-        histograms = {}
-        for key, table in (("weight_bits", draft.weight_bits), ("activation_bits", draft.activation_bits)):
-            bits = list(table.values())
-            histograms[key] = {b: bits.count(b) for b in sorted(set(bits))}
+        plan = self.plan()
+        tables: dict[str, Any] = {"weight_bits": plan.weight_bits, "activation_bits": plan.activation_bits}
+        histograms = {key: dict(sorted(Counter(table.values()).items())) for key, table in tables.items()}
         return {**super().measures(), **histograms}
 
-    def tensors(self, graph: fx.GraphModule, weight_bits: Mapping[str, int]) -> dict[str, Tensor]:
-        """Parameters and buffers by their names in the traced graph, weights from the paths of these bits."""
+    def tensors(self, graph: fx.GraphModule, plan: Plan) -> dict[str, Tensor]:
+        """Parameters and buffers by their names in the traced graph, weights from the paths of a plan's bits."""
         state = self.network.state_dict()
-        chosen = {choice.weight: choice.copies[weight_bits[name]] for name, choice in self.choices.items()}
+        bits: dict[str, Any] = {**plan.weight_bits}
+        chosen = {choice.weight: choice.copies[bits[name]] for name, choice in self.choices.items()}
         names = [*dict(graph.named_parameters()), *dict(graph.named_buffers())]
         return {n: state[chosen.get(n, n)].detach().clone() for n in names if chosen.get(n, n) in state}
 
 
-def multi_path(
-    graph: fx.GraphModule,
-    groups: ChannelGroups,
-    cost: CostModel,
-    budget: Budget,
-    data: Iterable[Any],
-    *,
-    inputs: Sequence[Tensor],
-    search: Search | None = None,
-    settings: Training | None = None,
-    seed: int = 0,
-    checkpoints: Checkpoints | None = None,
-    progress: Observer | None = None,
-) -> Searched:
-    """Search by one path a bitwidth. Arguments and errors are those of `sbs`; channels are not among the decisions."""
-    search, settings = search or Search(), settings or Training()
-    check_training_data(data)
-    ends = end_bits(cost)
-    fixed = (ends.weights, ends.activations)
-    steps = search.epochs * len(data) if isinstance(data, Sized) else None
-    network = insert_gates(graph, groups, channels=False)
-    stage = MultiPathSearch(network, groups, cost, budget, search, fixed=fixed, steps=steps)
-    calibrate(network, data, inputs=inputs)
+@method(
+    "multi_path",
+    help="one path a bitwidth with softmax weights (DNAS), a published baseline; nothing is pruned",
+    needs="labels",
+    trains=True,
+    settings=Search,
+    section="search",
+    resumes=True,
+)
+def multi_path(problem: Problem, run: Run) -> SearchResult:
+    """Search by one path a bitwidth. Errors are those of `sbs`; channels are not among the decisions.
+
+    Raises:
+        InputError: the settings quantise nothing.
+    """
+    if not problem.space.settings.quantise:
+        raise InputError("quantise=False with one path a bitwidth, which prunes nothing: choose another method")
+    search: Search = run.settings or Search()
+    check_training_data(run.data)
+    problem = problem.within(prune=False)
+    space, groups = problem.space, problem.groups
+    network = insert_gates(problem.graph, groups, channels=False, candidates=space.values)
+    steps = search.epochs * len(run.data) if isinstance(run.data, Sized) else None
+    stage = MultiPathSearch(network, problem, search, steps=steps)
+    calibrate(network, run.data, inputs=problem.inputs)
     train(
         stage,
-        data,
+        run.data,
         epochs=search.epochs,
         lr=search.lr,
-        settings=while_searching(settings),
-        teacher=graph if settings.distillation else None,
-        seed=seed,
-        checkpoints=checkpoints,
-        progress=progress,
+        settings=while_searching(run.training),
+        teacher=problem.graph if run.training.distillation else None,
+        seed=problem.seed,
+        checkpoints=run.checkpoints,
+        progress=run.observer,
     )
-    draft = stage.draft()
-    single = insert_gates(with_tensors(graph, stage.tensors(graph, draft.weight_bits)), groups, channels=False)
-    apply_bits(single, draft.weight_bits, draft.activation_bits)
-    space = Space(
-        tuple(name for name in cost.weights if name not in fixed[0]),
-        tuple(name for name in cost.activations if name not in fixed[1]),
-        {},
-    )
-    batches = judged_on(graph, read_batches(data, max_batches=search.settle_batches))
-    decided = settle(single, cost, budget, draft, space, batches, ranges_by_bits(single, space, data, inputs))
-    policy = policy_of(decided, groups, stage.method, seed, "symmetric")
-    return Searched(policy, stage.tensors(graph, decided.weight_bits))
+    plan = stage.plan()
+    single = insert_gates(with_tensors(problem.graph, stage.tensors(problem.graph, plan)), groups, channels=False)
+    apply_bits(single, plan.weight_bits, plan.activation_bits)
+    batches = judged_on(problem.graph, read_batches(run.data, max_batches=search.repair_batches))
+    ranges = ranges_by_bits(single, space, run.data, problem.inputs)
+    decided = BudgetRepair(problem, Harm(single, batches, ranges), {})(plan)
+    return SearchResult(decided, stage.tensors(problem.graph, decided))

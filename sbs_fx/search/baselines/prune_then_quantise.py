@@ -1,95 +1,69 @@
 """`prune_then_quantise`: the two decisions one after the other, what joint search is compared with.
 
 In and out: as `sbs`. First channels alone are searched, at float precision, down to a share of the MACs; then bits
-alone are searched in the slim network, down to the budget. Weights are trained in both, each with half of the epochs.
+alone are searched in the slim network, down to the limits. Weights are trained in both, each with half of the epochs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import math
+from dataclasses import replace
 
-from torch import Tensor, fx
-
-from sbs_fx.passes import ChannelGroups, CostModel, channel_groups, cost_model, slim
+from sbs_fx.passes import CostModel, channel_groups, cost_model, slim
 from sbs_fx.passes.channels.slim import scatter
 from sbs_fx.passes.graph import attribute, with_tensors
-from sbs_fx.plan import Budget, Cost
+from sbs_fx.plan import Plan
 from sbs_fx.search.gate_search import Search
-from sbs_fx.search.sbs import sbs
-from sbs_fx.search.searched import Searched
-from sbs_fx.training import Checkpoints, Training
-from sbs_fx.training.progress import Observer
+from sbs_fx.search.problem import Problem, SearchResult
+from sbs_fx.search.registry import Run, method
+from sbs_fx.search.sbs import GateTraining
+from sbs_fx.search.space import Space
 
-PRUNED_MACS = 1 / 1.5  # share that pruning leaves if the budget names none: that of the published prune-only networks
+PRUNED_MACS = 1 / 1.5  # share that pruning leaves if no limit says it: that of the published prune-only networks
 
 
-def prune_then_quantise(
-    graph: fx.GraphModule,
-    groups: ChannelGroups,
-    cost: CostModel,
-    budget: Budget,
-    data: Iterable[Any],
-    *,
-    inputs: Sequence[Tensor],
-    search: Search | None = None,
-    settings: Training | None = None,
-    seed: int = 0,
-    checkpoints: Checkpoints | None = None,
-    progress: Observer | None = None,
-) -> Searched:
-    """Two searches, one after the other; `search.epochs` are those of both together, at least one each.
+@method(
+    "prune_then_quantise",
+    help="channels first, then bits, each learned with the weights: what joint search is compared with",
+    needs="labels",
+    trains=True,
+    settings=Search,
+    section="search",
+    resumes=True,
+)
+def prune_then_quantise(problem: Problem, run: Run) -> SearchResult:
+    """Two searches, one after the other; `epochs` are those of both together, at least one each.
 
     Raises: as `sbs`.
     """
-    search = search or Search()
+    problem.check_feasible("prune_then_quantise")
+    search: Search = run.settings or Search()
     first = max(1, search.epochs // 2)
-    shared: dict[str, Any] = {
-        "inputs": inputs,
-        "settings": settings,
-        "seed": seed,
-        "checkpoints": checkpoints,
-        "progress": progress,
-    }
-    pruned = sbs(
-        graph,
-        groups,
-        cost,
-        Budget(macs=budget.macs or PRUNED_MACS),
-        data,
-        search=search.model_copy(update={"epochs": first, "decisions": "channels"}),
-        name="prune",
-        **shared,
-    )
-    kept = pruned.policy.kept
-    slimmed = slim(with_tensors(graph, pruned.tensors), groups, kept)
-    slim_groups = channel_groups(slimmed)
-    slim_cost = cost_model(slimmed, slim_groups)
-    quantised = sbs(
-        slimmed,
-        slim_groups,
-        slim_cost,
-        _rest(budget, cost.reference, slim_cost.reference),
-        data,
-        search=search.model_copy(update={"epochs": max(1, search.epochs - first), "decisions": "bits"}),
-        name="quantise",
-        **shared,
-    )
-    policy = pruned.policy.model_copy(
-        update={
-            "method": "prune_then_quantise",
-            "weight_bits": quantised.policy.weight_bits,
-            "activation_bits": quantised.policy.activation_bits,
-        }
-    )
-    whole = {n: attribute(graph, n).detach() for n in quantised.tensors}
-    return Searched(policy, {n: scatter(groups, kept, n, whole[n], t) for n, t in quantised.tensors.items()})
+    one = replace(run, settings=search.model_copy(update={"epochs": first}))
+    pruned = GateTraining(_pruning(problem), one, name="prune").result()
+    kept = pruned.plan.kept
+    slimmed = slim(with_tensors(problem.graph, pruned.tensors), problem.groups, kept)
+    two = replace(run, settings=search.model_copy(update={"epochs": max(1, search.epochs - first)}))
+    quantised = GateTraining(
+        _quantising(problem, cost_model(slimmed, channel_groups(slimmed))), two, name="quantise"
+    ).result()
+    whole = {n: attribute(problem.graph, n).detach() for n in quantised.tensors}
+    tensors = {n: scatter(problem.groups, kept, n, whole[n], part) for n, part in quantised.tensors.items()}
+    return SearchResult(Plan(kept, quantised.plan.weight_bits, quantised.plan.activation_bits), tensors)
 
 
-def _rest(budget: Budget, whole: Cost, slim: Cost) -> Budget:
-    """The same absolute limits on bit operations and size as shares of the slim network."""
-    limits = {}
-    for measure, before, after in (("bops", whole.bops, slim.bops), ("size", whole.stored_bits, slim.stored_bits)):
-        if measure in budget.limits:
-            limits[measure] = min(1.0, budget.limits[measure] * before / after)
-    return Budget(**limits or {"macs": 1.0})
+def _pruning(problem: Problem) -> Problem:
+    """Channels alone, down to what the limits say of work or time, which bits do not change."""
+    limits = {m: limit for m, limit in problem.limits.items() if m in ("macs", "latency")}
+    limits = limits or {"macs": math.floor(PRUNED_MACS * problem.cost.whole["macs"])}
+    return replace(problem, limits=limits, space=problem.space.of_channels())
+
+
+def _quantising(problem: Problem, cost: CostModel) -> Problem:
+    """Bits alone in the slim graph, under the same limits; what pruning has met is left out."""
+    limits = {m: limit for m, limit in problem.limits.items() if m in ("bops", "size")}
+    space = Space(cost.groups, cost, problem.space.settings.model_copy(update={"prune": False}))
+    graph = cost.groups.inference.graph_module
+    return replace(
+        problem, graph=graph, groups=cost.groups, cost=cost, limits=limits or {"macs": cost.whole["macs"]}, space=space
+    )

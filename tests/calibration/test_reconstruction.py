@@ -1,4 +1,4 @@
-"""Refinement and rounding in closed form: exact where there is an exact answer, never worse than before elsewhere."""
+"""Reconstruction and rounding in closed form: exact where there is an exact answer, never worse than before elsewhere."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sbs_fx.calibration.blocks import cut_points, stretch
+from sbs_fx.calibration.blocks import cut_points, subgraph
 from sbs_fx.calibration.calibrate import calibrate
-from sbs_fx.calibration.reconstruction import Refinement, _ends, refine
+from sbs_fx.calibration.reconstruction import Reconstruction, _ends, reconstruct
 from sbs_fx.calibration.rounding import compensated, input_moments, weight_parameters
 from sbs_fx.passes import activation_gates, apply_bits, channel_groups, insert_gates, slim, trace, weight_gates
 from sbs_fx.plan.errors import DataError, GraphError
@@ -20,7 +20,7 @@ from tests.networks.models import SMALLEST, example
 from tests.oracles.gated import check_static, quantiser
 from tests.oracles.search_runs import IMAGES, network
 
-FAST = Refinement(images=64, batch=16, steps=20)
+FAST = Reconstruction(images=64, batch=16, steps=20)
 
 
 def prepared(module: nn.Module, x: Tensor, data: Tensor, bits: int = 2, kept: Any = None) -> Any:
@@ -49,7 +49,7 @@ def test_refined_is_closer_static_and_within_a_step(pruned: bool) -> None:
     weights = {n: p.detach().clone() for n, p in weight_parameters(gated).items()}
     before = distance(gated, graph, data)
     trainable = {n: p.requires_grad for n, p in gated.named_parameters()}
-    rows = refine(gated, graph, [data[:32], data[32:]], inputs=(IMAGES,), groups=groups, kept=kept, settings=FAST)
+    rows = reconstruct(gated, graph, [data[:32], data[32:]], inputs=(IMAGES,), groups=groups, kept=kept, settings=FAST)
     assert len(rows) == 4
     assert all(row.after <= row.before for row in rows)
     assert distance(gated, graph, data) < 0.7 * before
@@ -72,10 +72,10 @@ def test_what_errs_by_next_to_nothing_is_left_as_it_is() -> None:
     apply_bits(gated, {}, dict.fromkeys(activation_gates(gated), 8))
     calibrate(gated, [data], inputs=(IMAGES,))
     before = {n: t.clone() for n, t in gated.state_dict().items() if isinstance(t, Tensor)}
-    rows = refine(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=FAST)
+    rows = reconstruct(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=FAST)
     assert all(row.after == row.before > 0 for row in rows)
     assert all(torch.equal(gated.state_dict()[n], t) for n, t in before.items())
-    closer = refine(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=Refinement(steps=20, tolerance=0))
+    closer = reconstruct(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=Reconstruction(steps=20, tolerance=0))
     assert any(row.after < row.before for row in closer)
 
 
@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_network() -> None:
     results = []
     for _ in range(2):
         graph, groups, gated = prepared(network(), IMAGES, data)
-        refine(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=FAST, seed=3)
+        reconstruct(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=FAST, seed=3)
         results.append({n: t for n, t in gated.state_dict().items() if isinstance(t, Tensor)})
     assert all(torch.equal(t, results[1][n]) for n, t in results[0].items())
 
@@ -97,7 +97,7 @@ def test_kinds_of_networks(name: str) -> None:
     data = torch.randn(8, *x.shape[1:])
     graph, groups, gated = prepared(SMALLEST[name](), x, data, bits=4)
     before = distance(gated, graph, data)
-    rows = refine(gated, graph, [data], inputs=(x,), groups=groups, settings=FAST)
+    rows = reconstruct(gated, graph, [data], inputs=(x,), groups=groups, settings=FAST)
     assert all(row.after <= row.before for row in rows)
     assert distance(gated, graph, data) <= before
     check_static(gated, data)
@@ -112,7 +112,7 @@ def test_pruned_networks(name: str) -> None:
     kept = {n: list(range(0, g.size, 2)) for n, g in groups.items() if g.primary and g.size > 3}
     graph, groups, gated = prepared(SMALLEST[name](), x, data, bits=4, kept=kept)
     before = distance(gated, graph, data)
-    refine(gated, graph, [data], inputs=(x,), groups=groups, kept=kept, settings=FAST)
+    reconstruct(gated, graph, [data], inputs=(x,), groups=groups, kept=kept, settings=FAST)
     assert kept
     assert distance(gated, graph, data) <= before
     check_static(gated, data)
@@ -123,10 +123,10 @@ def test_biases_alone_make_means_right() -> None:
     module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
     data = torch.randn(16, 1, 8, 8) + 0.5
     graph, groups, gated = prepared(module, IMAGES, data)
-    refine(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=Refinement(steps=0))
+    reconstruct(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=Reconstruction(steps=0))
     for end in ("conv2d", "linear"):
         with torch.no_grad():
-            got, wanted = (stretch(g, None, [end])(data)[0] for g in (gated, graph))
+            got, wanted = (subgraph(g, None, [end])(data)[0] for g in (gated, graph))
         others = [i for i in range(got.ndim) if i != 1]
         assert torch.allclose(got.mean(others), wanted.mean(others), atol=1e-5)
 
@@ -135,7 +135,7 @@ def test_one_image_and_zero_weights() -> None:
     module = network()
     nn.init.zeros_(module[4].weight)
     graph, groups, gated = prepared(module, IMAGES, IMAGES[:1])
-    refine(gated, graph, [IMAGES[:1]], inputs=(IMAGES,), groups=groups, settings=FAST)
+    reconstruct(gated, graph, [IMAGES[:1]], inputs=(IMAGES,), groups=groups, settings=FAST)
     assert all(bool(torch.isfinite(p).all()) for p in gated.parameters())
     check_static(gated, IMAGES)
 
@@ -143,9 +143,9 @@ def test_one_image_and_zero_weights() -> None:
 def test_what_cannot_be_refined() -> None:
     graph, groups, gated = prepared(network(), IMAGES, IMAGES)
     with pytest.raises(DataError, match="no batch"):
-        refine(gated, graph, [], inputs=(IMAGES,), groups=groups)
+        reconstruct(gated, graph, [], inputs=(IMAGES,), groups=groups)
     with pytest.raises(GraphError, match="slim graph whose bits are fixed"):
-        refine(insert_gates(graph, groups), graph, [IMAGES], inputs=(IMAGES,), groups=groups)
+        reconstruct(insert_gates(graph, groups), graph, [IMAGES], inputs=(IMAGES,), groups=groups)
 
 
 # Stretches
@@ -161,7 +161,7 @@ def test_stretches_one_after_the_other_are_the_graph(name: str) -> None:
     ends = _ends(insert_gates(graph, groups, channels=False), groups)
     with torch.no_grad():
         for names in ends:
-            values = list(stretch(graph, begin, names)(x, *values))
+            values = list(subgraph(graph, begin, names)(x, *values))
             begin = names[0]
         assert torch.equal(values[0], graph(x))
 

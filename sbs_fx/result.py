@@ -1,0 +1,82 @@
+"""`Result`: what `compress` gives back, and what can be done with it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from sbs_fx.export import Runner, export, runner, save_pt2
+from sbs_fx.export.benchmark import Benchmark, benchmark
+from sbs_fx.passes import on_device
+from sbs_fx.plan import Cost, Policy
+from sbs_fx.plan.files import prepare_directory
+from sbs_fx.report import Report
+
+
+@dataclass
+class Result:
+    """What `compress` gives back.
+
+    Attributes:
+        model: the static quantised graph, eval mode, plain ATen and `quantized_decomposed` operators, on the device of
+            the float model; what is saved, exported, compiled or timed is on the CPU.
+        policy: the plan it was made from. cost, baseline_cost: of the graph and of the float model.
+        report: layers, groups and pins as text and as data.
+        gated: the same network with fake quantisation, for further training; `finalize` turns it into `model` again.
+        metadata: kept in files: "mean" and "std" of images, where the model's configuration has them.
+        seconds: time spent per stage.
+    """
+
+    model: fx.GraphModule
+    policy: Policy
+    cost: Cost
+    report: Report
+    gated: fx.GraphModule
+    example_inputs: tuple[torch.Tensor, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def baseline_cost(self) -> Cost:
+        assert self.cost.reference is not None
+        return self.cost.reference
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `policy.json`, `model.pt2` and the report (`.txt`, `.json`) into `directory`, each whole or not at all.
+
+        Raises:
+            FileError: the directory is a file or cannot be written, or the disk is full.
+        """
+        path = prepare_directory(directory)
+        save_pt2(*self._on_cpu(), os.path.join(path, "model.pt2"), self.metadata)
+        self.policy.save(os.path.join(path, "policy.json"))
+        for name in ("report.txt", "report.json"):
+            self.report.save(os.path.join(path, name))
+
+    def export(self, format: str, path: str | os.PathLike[str], **options: Any) -> Runner:
+        """Write `model` as a file of another tool; see `sbs_fx.export.export`."""
+        return export(*self._on_cpu(), format, path, **{"metadata": self.metadata, **options})
+
+    def compiled(self) -> Runner:
+        """`model` under torch's compiler with int8 kernels; `kernels` says which layers reached one.
+
+        Raises:
+            BackendError: torchao is not installed, or the compiler fails or computes something else.
+        """
+        return runner(*self._on_cpu(), "inductor")
+
+    def benchmark(self, **options: Any) -> Benchmark:
+        """Latency on the backends at hand and the fastest of them; see `sbs_fx.export.benchmark.benchmark`."""
+        return benchmark(*self._on_cpu(), **options)
+
+    def _on_cpu(self) -> tuple[fx.GraphModule, tuple[torch.Tensor, ...]]:
+        if all(x.device.type == "cpu" for x in self.example_inputs):
+            return self.model, self.example_inputs
+        return on_device(self.model, "cpu"), tuple(x.cpu() for x in self.example_inputs)
+
+    def __str__(self) -> str:
+        return str(self.report)
