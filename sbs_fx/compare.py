@@ -29,7 +29,7 @@ from sbs_fx.plan.errors import Interrupted, SbsError
 from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report.comparison import Comparison, Point
 from sbs_fx.result import Result
-from sbs_fx.search.registry import check_names
+from sbs_fx.search.registry import METHODS
 from sbs_fx.training import Checkpoints, evaluate
 from sbs_fx.training.progress import Observer
 
@@ -64,7 +64,9 @@ def compare(
     Raises:
         MethodError: an unknown method. SbsError: the model cannot be measured. Errors of a method become its point's.
     """
-    check_names(methods)
+    for name in methods:
+        if name != "auto":
+            METHODS[name]  # reason: an unknown one is to be known before hours are spent
     budgets = [budget] if isinstance(budget, (Budget, float, int, str)) else list(budget)
     limits = [b if isinstance(b, Budget) else Budget.parse(str(b)) for b in budgets]
     config = (config or Config()).model_copy(update={"epochs": 0})

@@ -20,6 +20,7 @@ from torch import fx
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Const, Dim
 from sbs_fx.plan.errors import GraphError
+from sbs_fx.plan.registry import load_entry_points
 
 Dims = tuple[Dim, ...]
 Rule = Callable[["Inference", fx.Node], Any]
@@ -220,6 +221,8 @@ class Inference:
 
     def run(self, *, pin_outputs: bool = True) -> Inference:
         import sbs_fx.passes.channels.rules  # noqa: F401  reason: fills RULES; the rules import this module
+
+        load_entry_points("sbs_fx.rules", GraphError)
 
         self.pin_outputs = pin_outputs
         self._parameters = {name for name, _ in self.graph_module.named_parameters(remove_duplicate=False)}

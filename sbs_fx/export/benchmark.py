@@ -20,8 +20,9 @@ import torch
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from sbs_fx.export.formats import BACKENDS, runner
+from sbs_fx.export.formats import runner
 from sbs_fx.export.inductor import compile_float
+from sbs_fx.export.registry import BACKENDS
 from sbs_fx.export.runtime import Runner, has_vnni, layer_names, weight_name
 from sbs_fx.passes.graph import attribute
 from sbs_fx.plan.errors import BackendError
@@ -136,7 +137,7 @@ def benchmark(
     Args:
         example_inputs: as the graph takes them; repeated to each batch size.
         float_model: also timed, under `torch.compile` with freezing, as "float".
-        backends: of `sbs_fx.export.BACKENDS`; None: all that are installed and can hold the graph.
+        backends: names of registered ones; None: all that are installed and can hold the graph.
         rounds: samples per backend and batch size, each at least 20 ms long.
         layers: also profile each backend, at the first batch size.
 
@@ -199,7 +200,7 @@ def _runners(
     refused: dict[str, str],
 ) -> dict[str, Runner]:
     found = {}
-    for name in backends or BACKENDS:
+    for name in backends or BACKENDS.entries():
         try:
             found[name] = runner(static, inputs, name, threads=threads)
         except BackendError as error:

@@ -12,8 +12,9 @@ up to `BATCH` or that of the examples, if larger. XNNPACK asks for a form of its
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,10 +22,12 @@ from torch import Tensor, fx
 
 from sbs_fx.export.onnx import LayerMatcher
 from sbs_fx.export.program import exported_program, quiet
+from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import LAYERS, Kernels, Runner, require, weight_name
 from sbs_fx.passes.graph import attribute, copy_graph
 from sbs_fx.passes.static.finalize import MIDDLE
 from sbs_fx.passes.static.integer_joins import DEQUANTIZE, QUANTIZE, quantizers
+from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import BackendError
 
 aten = torch.ops.aten
@@ -170,3 +173,17 @@ def _silent() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+@target("executorch", suffix=".pte", help="ExecuTorch program, weights int8; runs in ExecuTorch with XNNPACK")
+def executorch(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
+    """The program as a file, and as it was loaded again."""
+    program, kernels = executorch_program(static, inputs)
+    write_atomic(path, program)
+    return run_executorch(Path(path).read_bytes(), kernels)
+
+
+@backend("executorch", profiles=False)
+def executorch_here(static: fx.GraphModule, inputs: Sequence[Tensor], threads: int) -> Runner:
+    """ExecuTorch with XNNPACK."""
+    return run_executorch(*executorch_program(static, inputs), threads=threads)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sbs_fx.export.program import exported_program, quiet
+from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import PROFILED, Kernels, Runner, check_shapes, layer_names, least, require
 from sbs_fx.plan.errors import BackendError
 
@@ -160,3 +161,16 @@ def _freezing(count: Any) -> Iterator[None]:
 
 def _is_layer(node: fx.Node) -> bool:
     return node.op == "call_function" and bool(_INTEGER.match(node.name) or _FLOAT.match(str(node.target)))
+
+
+@target("aoti", suffix=".pt2", help="AOTInductor package, weights int8; runs in torch alone, on this kind of processor")
+def aoti(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
+    """`save_aoti`, and the package as it was loaded again."""
+    save_aoti(static, inputs, path)
+    return run_aoti(path)
+
+
+@backend("inductor")
+def inductor(static: fx.GraphModule, inputs: Sequence[Tensor], threads: int) -> Runner:
+    """torch's compiler."""
+    return run_inductor(static, inputs)

@@ -63,7 +63,7 @@ class Latency(BaseModel):
     """How latency is measured for `Budget(latency=...)`.
 
     Attributes:
-        backend: of `sbs_fx.export.BACKENDS`, one that can be profiled. threads, batch: as it will run.
+        backend: a registered one that tells the time of layers. threads, batch: as it will run.
         samples: networks that are measured.
         cache: directory of measurements; None: the user's cache directory.
     """
@@ -121,9 +121,9 @@ def latency_model(
     Raises:
         MethodError: a backend that cannot be profiled. BackendError: one that is not installed.
     """
-    known = [name for name in BACKENDS if name not in ("eager", "executorch")]  # the two give no times of layers
-    if settings.backend not in known:
-        raise MethodError(f"latency cannot be measured with {settings.backend!r}; expected one of {known}", known=known)
+    profiled = [entry.name for entry in BACKENDS.entries().values() if entry.profiles]
+    if settings.backend not in profiled:
+        raise MethodError(f"latency cannot be measured with {settings.backend!r}; expected one of {profiled}")
     path = _cache_path(groups, settings)
     try:
         found = LatencyModel.model_validate_json(path.read_text())

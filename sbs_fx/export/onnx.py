@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 
 from sbs_fx.export.onnx_graph import for_integer_products
 from sbs_fx.export.program import exported_program, quiet
+from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import PROFILED, Kernels, Runner, layer_names, require
 from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import BackendError
@@ -251,3 +253,21 @@ def _nibbles(codes: Any) -> bytes:
 
 def _most_bits(bits: int | Sequence[int]) -> int:
     return bits if isinstance(bits, int) else max(bits)
+
+
+@target(
+    "onnx",
+    suffix=".onnx",
+    help="ONNX, opset 21, weights int8, int4 on wish; runs in ONNX Runtime, OpenVINO and others",
+    options=("low_bits",),
+)
+def onnx(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
+    """`save_onnx`, and the file as ONNX Runtime loads it."""
+    save_onnx(static, inputs, path, options["metadata"], low_bits=bool(options.get("low_bits")))
+    return run_onnx(Path(path).read_bytes(), static)
+
+
+@backend("onnxruntime")
+def onnxruntime(static: fx.GraphModule, inputs: Sequence[Tensor], threads: int) -> Runner:
+    """ONNX Runtime."""
+    return run_onnx(onnx_model(static, inputs).SerializeToString(), static, threads=threads)

@@ -13,13 +13,14 @@ exact mode bit for bit. Some things are said that OpenVINO would otherwise simpl
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from sbs_fx.export.onnx import LayerMatcher, onnx_model
+from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import PROFILED, Runner, least, require
 from sbs_fx.passes.graph import copy_graph
 from sbs_fx.passes.static.finalize import MAX_CODE, MIDDLE
@@ -124,3 +125,16 @@ def _explicit(static: fx.GraphModule) -> fx.GraphModule:
                 node.args = (*node.args[:2], 0, -MIDDLE, MAX_CODE - MIDDLE, torch.int8)
     result.recompile()
     return result.eval()
+
+
+@target("openvino", suffix=".xml", help=".xml and .bin, weights int8; runs in OpenVINO")
+def openvino(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
+    """`save_openvino`, and the files as they were loaded again."""
+    save_openvino(static, inputs, path)
+    return run_openvino(read_openvino(path), static, inputs)
+
+
+@backend("openvino")
+def openvino_here(static: fx.GraphModule, inputs: Sequence[Tensor], threads: int) -> Runner:
+    """OpenVINO."""
+    return run_openvino(openvino_model(static, inputs), static, inputs, threads=threads)

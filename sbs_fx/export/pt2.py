@@ -24,6 +24,8 @@ from torch import Tensor, fx
 
 from sbs_fx.export.packing import pack, unpack
 from sbs_fx.export.program import exported_program, quiet
+from sbs_fx.export.registry import target
+from sbs_fx.export.runtime import Runner
 from sbs_fx.passes.capture.canonical import canonicalise
 from sbs_fx.passes.static.finalize import StaticActivation, StoredWeight
 from sbs_fx.plan import write_atomic
@@ -212,3 +214,10 @@ def _checked(data: bytes, path: str) -> dict[str, Any]:
 
 def _uses_pickle(config: bytes) -> bool:
     return any(entry.get("use_pickle") for entry in json.loads(config)["config"].values())
+
+
+@target("pt2", suffix=".pt2", help="torch.export, weights at their bitwidth; runs in torch alone")
+def pt2(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
+    """`save_pt2`, and the file as it was loaded again."""
+    save_pt2(static, inputs, path, options["metadata"])
+    return Runner("pt2", load_pt2(path))

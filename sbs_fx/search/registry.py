@@ -7,9 +7,7 @@ depends on a method's name.
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from sbs_fx.plan import Plan
 from sbs_fx.plan.errors import DataError, MethodError
+from sbs_fx.plan.registry import Registry
 from sbs_fx.search.problem import Problem, SearchResult
 from sbs_fx.training import Checkpoints, Training
 from sbs_fx.training.progress import Observer
@@ -79,8 +78,7 @@ class Method:
 
 
 Search = Callable[[Problem, Run], SearchResult]
-_METHODS: dict[str, Method] = {}
-_GROUP = "sbs_fx.methods"
+METHODS = Registry[Method]("method", "sbs_fx.methods", "sbs_fx.search", MethodError)
 
 
 def method(name: str, **entry: Any) -> Callable[[Search], Search]:
@@ -88,9 +86,7 @@ def method(name: str, **entry: Any) -> Callable[[Search], Search]:
     taken."""
 
     def register(search: Search) -> Search:
-        if name in _METHODS and _METHODS[name].search.__module__ != search.__module__:
-            raise MethodError(f"there are two methods of the name {name!r}: give one of them another")
-        _METHODS[name] = Method(name, search, **entry)
+        METHODS.add(name, Method(name, search, **entry), search.__module__)
         return search
 
     return register
@@ -98,22 +94,7 @@ def method(name: str, **entry: Any) -> Callable[[Search], Search]:
 
 def methods() -> Mapping[str, Method]:
     """All methods by name, those of other installed packages included."""
-    _load_plugins()
-    return _METHODS
-
-
-@functools.cache
-def _load_plugins() -> None:
-    import sbs_fx.search  # noqa: F401  reason: its methods register themselves
-
-    for point in importlib.metadata.entry_points(group=_GROUP):
-        try:
-            point.load()
-        except Exception as error:
-            raise MethodError(
-                f"the method {point.name!r} of another package cannot be loaded from {point.value!r}: "
-                f"{type(error).__name__}: {error}; update or uninstall that package"
-            ) from error
+    return METHODS.entries()
 
 
 def names() -> tuple[str, ...]:
@@ -135,17 +116,8 @@ def chosen(name: str, has_data: bool, fine_tunes: bool) -> Method:
     if name == "auto":
         occasion = ("with training" if fine_tunes else "with data") if has_data else "without data"
         return next(entry for entry in methods().values() if entry.automatic == occasion)
-    check_names([name])
-    entry = methods()[name]
+    entry = METHODS[name]
     if entry.needs_data and not has_data:
         without = tuple(other.name for other in methods().values() if not other.needs_data)
         raise DataError(f"method {name!r} needs data; give it, or use one of {without}")
     return entry
-
-
-def check_names(wanted: Iterable[str]) -> None:
-    """Raise MethodError for names that no method has."""
-    unknown = [name for name in wanted if name not in names()]
-    if unknown:
-        text = repr(unknown[0]) if len(unknown) == 1 else f"{unknown}"
-        raise MethodError(f"unknown method {text}; expected one of {names()}", known=names())

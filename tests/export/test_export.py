@@ -14,14 +14,15 @@ from torch import Tensor, fx, nn
 
 import sbs_fx
 from sbs_fx.cli.main import main
-from sbs_fx.export import FORMATS, formats, load_saved, runner, runtime
+from sbs_fx.export import TARGETS, load_saved, onnx, runner, runtime
 from sbs_fx.export.benchmark import benchmark
 from sbs_fx.export.onnx_graph import for_integer_products
 from sbs_fx.export.runtime import flat, layer_names
 from sbs_fx.plan.errors import BackendError, FileError
 
 BACKENDS = ("inductor", "onnxruntime", "openvino")
-SUFFIX = formats.SUFFIXES
+SUFFIX = {name: entry.suffix for name, entry in TARGETS.entries().items()}
+FORMATS = tuple(SUFFIX)
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -198,13 +199,13 @@ def test_a_backend_that_computes_something_else_is_refused(
     small: sbs_fx.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model.onnx").write_text("what was here before")
-    run = formats.run_onnx
+    run = onnx.run_onnx
 
     def wrong(*arguments: object, **options: object) -> runtime.Runner:
         found = run(*arguments, **options)  # type: ignore[arg-type]
         return runtime.Runner("onnxruntime", lambda *inputs: [y.flip(1) for y in found(*inputs)])
 
-    monkeypatch.setattr(formats, "run_onnx", wrong)
+    monkeypatch.setattr(onnx, "run_onnx", wrong)
     with pytest.raises(BackendError, match="another function"):
         small.export("onnx", tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").read_text() == "what was here before"

@@ -1,0 +1,73 @@
+"""The registries of export targets and of backends: each is a file that registers itself.
+
+In: decorated functions, here or in another package (entry point group "sbs_fx.targets": a module that registers as it
+is imported). Out: entries by name, which `export`, `runner`, the command line and the documentation read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from sbs_fx.export.runtime import Runner
+from sbs_fx.plan.errors import BackendError
+from sbs_fx.plan.registry import Registry
+
+Write = Callable[[fx.GraphModule, Sequence[Tensor], str, Mapping[str, Any]], Runner]
+Run = Callable[[fx.GraphModule, Sequence[Tensor], int], Runner]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file format.
+
+    Attributes:
+        write: (static graph, example inputs, path, options) -> the file as it was loaded again.
+        suffix: of its files. help: what it is and what runs it. options: names of options that it takes.
+    """
+
+    name: str
+    write: Write
+    suffix: str
+    help: str
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A tool that computes a static graph here.
+
+    Attributes:
+        run: (static graph, example inputs, threads or 0) -> runner. profiles: whether it tells the time of layers.
+    """
+
+    name: str
+    run: Run
+    profiles: bool = True
+
+
+TARGETS = Registry[Target]("format", "sbs_fx.targets", "sbs_fx.export", BackendError)
+BACKENDS = Registry[Backend]("backend", "sbs_fx.targets", "sbs_fx.export", BackendError)
+
+
+def target(name: str, **entry: Any) -> Callable[[Write], Write]:
+    """Register a function as a target; `entry` has the other fields of `Target`."""
+
+    def register(write: Write) -> Write:
+        TARGETS.add(name, Target(name, write, **entry), write.__module__)
+        return write
+
+    return register
+
+
+def backend(name: str, **entry: Any) -> Callable[[Run], Run]:
+    """Register a function as a backend; `entry` has the other fields of `Backend`."""
+
+    def register(run: Run) -> Run:
+        BACKENDS.add(name, Backend(name, run, **entry), run.__module__)
+        return run
+
+    return register
