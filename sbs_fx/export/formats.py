@@ -51,7 +51,7 @@ def export(
     Args:
         example_inputs: as the graph takes them; dynamic dimensions stay so.
         metadata: kept in "pt2" and "onnx" files.
-        low_bits: for "onnx", weights of 2 and 4 bits as int4: a smaller file, slower in ONNX Runtime.
+        low_bits: for "onnx", weights of 2, 3 and 4 bits as int4: a smaller file, slower in ONNX Runtime.
 
     Returns:
         The file as it was loaded again; `kernels` says which layers have an int8 kernel.
