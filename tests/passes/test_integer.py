@@ -18,7 +18,7 @@ from sbs_fx.passes.static.integer_joins import DEQUANTIZE, QUANTIZE, quantizers
 from sbs_fx.plan.bits import BITS
 from tests.networks.blocks import Floor
 from tests.networks.models import Recipe
-from tests.networks.small import Residual
+from tests.networks.small import LAYERS, Residual
 from tests.oracles.gated import Together, bundles, draw_bits, gate, is_plain, nodes
 
 aten = torch.ops.aten
@@ -194,6 +194,20 @@ def test_a_channel_that_a_norm_silences_gets_a_usable_scale() -> None:
         result = integer_grid(static, exact=exact)
         assert all(bool((attribute(result, f"{n}_scale") > 0).all()) for n in result.meta["weights"])
         assert float((result(IMAGES) - static(IMAGES)).norm()) <= 0.1 * float(static(IMAGES).norm())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", ["transposed", "grouped transposed"])
+def test_transposed_convolutions_with_a_folded_norm(name: str, exact: bool) -> None:
+    x = torch.randn(4, 8, 9, 9)
+    gated = gate(LAYERS[name](), x)
+    apply_bits(gated, dict.fromkeys(weight_gates(gated), 8), dict.fromkeys(activation_gates(gated), 8))
+    static = finalize(gated)
+    result = integer_grid(static, exact=exact)
+    scale = attribute(result, "layer.weight_scale")
+    assert bool((scale > 0).all())
+    assert not exact or bool((scale.log2() == scale.log2().round()).all())
+    assert float((result(x) - static(x)).norm()) <= 0.1 * float(static(x).norm())
 
 
 def test_compress_makes_integer_joins_unless_told_not_to() -> None:
