@@ -32,6 +32,7 @@ aten = torch.ops.aten
 _PACKED = "_packed_"
 _SHIFTS = "unpacking_shifts_"
 BYTE = 8
+_MAX_INT16 = 2**15
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}  # bits -> widths, each a divisor of a byte; lowest first
 
 
@@ -196,9 +197,10 @@ class _Packer:
                 blocks.append(self._call(aten.expand.default, zero, shape))
         node = blocks[0]
         if len(blocks) > 1:
-            position = torch.cat(order).argsort().to(torch.int32).to(codes.device)
-            node = self._call(aten.cat.default, blocks, 0)
-            node = self._call(aten.index_select.default, node, 0, self._get(f"{name}{_PACKED}order", position))
+            position = torch.cat(order).argsort().to(torch.int16 if len(bits) <= _MAX_INT16 else torch.int32)
+            read = self._get(f"{name}{_PACKED}order", position.to(codes.device))
+            places = self._call(aten.to.dtype, read, torch.int32)
+            node = self._call(aten.index_select.default, self._call(aten.cat.default, blocks, 0), 0, places)
         node = self._reshape(node, list(first.shape))
         if stored.axis:
             node = self._call(aten.permute.default, node, _moved(first.ndim, stored.axis))
