@@ -32,7 +32,7 @@ def integer_grid(static: fx.GraphModule, *, exact: bool = False) -> fx.GraphModu
     result = copy_graph(static)
     result.meta["exact"] = exact
     for name, stored in result.meta["weights"].items():
-        _mend_empty_channels(attribute(result, name).movedim(stored.axis, 0), attribute(result, f"{name}_scale"))
+        _mend_empty_channels(attribute(result, name), _scale_of(result, name, stored))
     if exact:
         for first, last in quantizers(result.graph):
             scale = _power_of_two(torch.tensor(first.args[1]), up=first is last.args[0]).item()
@@ -48,12 +48,19 @@ def integer_grid(static: fx.GraphModule, *, exact: bool = False) -> fx.GraphModu
     return result.eval()
 
 
+def _scale_of(module: fx.GraphModule, name: str, stored: StoredWeight) -> Tensor:
+    """The scales of a weight, a view that broadcasts over its codes: one a channel, but one a row and channel where a
+    batch norm was folded into a transposed convolution, whose groups are blocks of rows."""
+    codes, scale = attribute(module, name), attribute(module, f"{name}_scale")
+    return scale if scale.ndim > 1 else scale.view([-1 if i == stored.axis else 1 for i in range(codes.ndim)])
+
+
 def _mend_empty_channels(codes: Tensor, scale: Tensor) -> None:
     """A channel that a batch norm has multiplied by zero gets zeros as codes and, as kernels want one, a scale."""
     empty = scale == 0
     if bool(empty.any()):
         scale[empty] = scale[~empty].median() if bool((~empty).any()) else 1.0
-        codes[empty.flatten()] = 0
+        codes.masked_fill_(empty, 0)
 
 
 def _power_of_two(scale: Tensor, *, up: bool) -> Tensor:
@@ -63,19 +70,18 @@ def _power_of_two(scale: Tensor, *, up: bool) -> Tensor:
 
 def _round_weight(module: fx.GraphModule, name: str, stored: StoredWeight) -> None:
     """Powers of two as scales, codes that fit them."""
-    codes, scale = attribute(module, name), attribute(module, f"{name}_scale")
-    shape = [-1 if i == stored.axis else 1 for i in range(codes.ndim)]
-    values = codes.double() * scale.double().view(shape)
+    codes, scale = attribute(module, name), _scale_of(module, name, stored)
+    values = codes.double() * scale.double()
     bits = (stored.bits,) if isinstance(stored.bits, int) else stored.bits
-    high = torch.tensor([level(b, signed=True).high for b in bits]).expand(codes.shape[stored.axis]).view(shape)
-    others = [i for i in range(codes.ndim) if i != stored.axis]
-    exponent = scale.double().log2().view(shape)
+    shape = [-1 if i == stored.axis else 1 for i in range(codes.ndim)]
+    high = torch.tensor([level(b, signed=True).high for b in bits]).view(shape)
+    exponent = scale.double().log2()
     steps = [torch.exp2(exponent.floor()), torch.exp2(exponent.ceil())]
     rounded = [(values / step).round().clamp(-high, high) for step in steps]
-    errors = [(r * s - values).square().sum(others, keepdim=True) for r, s in zip(rounded, steps, strict=True)]
+    errors = [(r * s - values).square().sum_to_size(scale.shape) for r, s in zip(rounded, steps, strict=True)]
     up = errors[1] < errors[0]
     codes.copy_(torch.where(up, rounded[1], rounded[0]))
-    scale.copy_(torch.where(up, steps[1], steps[0]).view(scale.shape))
+    scale.copy_(torch.where(up, steps[1], steps[0]))
 
 
 def _round_bias(module: fx.GraphModule, layer: fx.Node) -> None:

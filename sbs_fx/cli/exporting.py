@@ -19,7 +19,7 @@ def export(
     model: Saved,
     out: Annotated[str, typer.Option(help="the file: .onnx, .xml (openvino), .pte (executorch) or .pt2")],
     format: Annotated[str, typer.Option(help="onnx, openvino, aoti, executorch or pt2")] = "onnx",
-    low_bits: Annotated[bool, typer.Option("--low-bits", help="onnx: weights of 2 and 4 bits as int4")] = False,
+    low_bits: Annotated[bool, typer.Option("--low-bits", help="onnx: weights of 2 to 4 bits as int4")] = False,
 ) -> None:
     """Write a saved result as a file of another tool, run it there and compare."""
     from sbs_fx.export import export as run

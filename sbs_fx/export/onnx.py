@@ -40,7 +40,7 @@ def onnx_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, low_
     """The `onnx.ModelProto` of a static graph.
 
     Args:
-        low_bits: store weights of 2 and 4 bits as int4. ONNX Runtime then runs their convolutions in float.
+        low_bits: store weights of 2 to 4 bits as int4, not int8. ONNX Runtime then runs their convolutions in float.
 
     Raises:
         BackendError: onnx or onnxscript is not installed, or the graph has an operator that ONNX has not.

@@ -8,7 +8,7 @@ less than a byte is padding.
     bits              last byte cut off
     one bitwidth      its planes, low | high << width of the low one: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2; minus the offset
                       that made codes non-negative
-    several           one such block per bitwidth, channels of 0 bits as zeros, then put back into order
+    several           one such block per bitwidth, channels of 0 bits as one zero, then put back into order
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ aten = torch.ops.aten
 _PACKED = "_packed_"
 _SHIFTS = "unpacking_shifts_"
 BYTE = 8
+_MAX_INT16 = 2**15
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}  # bits -> widths, each a divisor of a byte; lowest first
 
 
@@ -97,6 +98,7 @@ _UNPACKING = {
     aten.view.default,
     aten._unsafe_view.default,
     aten.slice.Tensor,
+    aten.expand.default,
     aten.to.dtype,
     aten._to_copy.default,
     aten.sub.Tensor,
@@ -190,13 +192,15 @@ class _Packer:
                 block = self._unpacked(name, first[channels.to(codes.device)].contiguous(), b)
                 blocks.append(self._reshape(block, shape))
             else:
-                options = {"dtype": torch.int8, "device": codes.device}
-                blocks.append(self.graph.call_function(aten.zeros.default, (shape,), options))
+                # reason: read from a buffer, as compilers do not compute what starts at `zeros` once
+                zero = self._get(f"{name}{_PACKED}0", codes.new_zeros(1, 1))
+                blocks.append(self._call(aten.expand.default, zero, shape))
         node = blocks[0]
         if len(blocks) > 1:
-            position = torch.cat(order).argsort().to(torch.int32).to(codes.device)
-            node = self._call(aten.cat.default, blocks, 0)
-            node = self._call(aten.index_select.default, node, 0, self._get(f"{name}{_PACKED}order", position))
+            position = torch.cat(order).argsort().to(torch.int16 if len(bits) <= _MAX_INT16 else torch.int32)
+            read = self._get(f"{name}{_PACKED}order", position.to(codes.device))
+            places = self._call(aten.to.dtype, read, torch.int32)
+            node = self._call(aten.index_select.default, self._call(aten.cat.default, blocks, 0), 0, places)
         node = self._reshape(node, list(first.shape))
         if stored.axis:
             node = self._call(aten.permute.default, node, _moved(first.ndim, stored.axis))

@@ -189,7 +189,7 @@ def test_cuts_are_behind_layers_and_at_sums() -> None:
 @pytest.mark.parametrize(
     "layer", [nn.Conv2d(6, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, groups=4), nn.Conv1d(6, 4, 3), nn.Linear(9, 5)]
 )
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_moments_are_those_of_the_output_and_rounding_lowers_its_error(layer: Any, bits: int) -> None:
     layer.bias = None
     shape = (32, 9) if isinstance(layer, nn.Linear) else (32, layer.in_channels, *[7] * (layer.weight.ndim - 2))

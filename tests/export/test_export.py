@@ -16,9 +16,16 @@ import sbs_fx
 from sbs_fx.cli.main import main
 from sbs_fx.export import TARGETS, load_saved, onnx, runner, runtime
 from sbs_fx.export.benchmark import benchmark
+from sbs_fx.export.inductor import run_inductor
+from sbs_fx.export.onnx import onnx_model, run_onnx
 from sbs_fx.export.onnx_graph import for_integer_products
+from sbs_fx.export.packing import pack
 from sbs_fx.export.runtime import flat, layer_names
+from sbs_fx.passes import finalize, integer_grid, integer_joins
+from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, weight_gates
 from sbs_fx.plan.errors import BackendError, FileError
+from tests.networks.small import Residual
+from tests.oracles.gated import gate
 
 BACKENDS = ("inductor", "onnxruntime", "openvino")
 SUFFIX = {name: entry.suffix for name, entry in TARGETS.entries().items()}
@@ -56,6 +63,38 @@ def test_exact_graphs_are_bit_equal_on_every_backend(name: str, bits: int) -> No
         assert torch.equal(flat(found(IMAGES))[0], expected), backend
         assert found.kernels is not None
         assert not found.kernels.floating, (backend, found.kernels)
+
+
+@pytest.fixture(scope="module")
+def mixed() -> fx.GraphModule:
+    """A small network with a weight of each bitwidth, one of several, and activations of 2 to 8 bits."""
+    torch.manual_seed(0)
+    images = IMAGES[:, :, :16, :16]
+    gated = gate(Residual().eval(), images)
+    weights = dict(zip(weight_gates(gated), (6, [3, 5, 6, 8, 0, 2, 4, 5] * 2, 3, 5, 2), strict=True))
+    apply_bits(gated, weights, dict(zip(activation_gates(gated), (8, 5, 3, 6), strict=True)))
+    return integer_grid(integer_joins(finalize(gated), [(images,)]), exact=True)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "packed"])
+def test_mixed_bits_are_bit_equal_on_every_backend(mixed: fx.GraphModule, backend: str) -> None:
+    images = IMAGES[:, :, :16, :16]
+    found = run_inductor(pack(mixed), (images,)) if backend == "packed" else runner(mixed, (images,), backend)
+    assert torch.equal(flat(found(images))[0], mixed(images))
+    assert found.kernels is not None
+    assert not found.kernels.floating, found.kernels
+
+
+def test_onnx_holds_two_three_and_four_bits_as_int4(mixed: fx.GraphModule) -> None:
+    onnx = pytest.importorskip("onnx")
+    images = IMAGES[:, :, :16, :16]
+    model = onnx_model(mixed, (images,), low_bits=True)
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for name, stored in mixed.meta["weights"].items():
+        most = stored.bits if isinstance(stored.bits, int) else max(stored.bits)
+        assert types[name] == (onnx.TensorProto.INT4 if most <= 4 else onnx.TensorProto.INT8), name
+    found = run_onnx(model.SerializeToString(), mixed)
+    assert torch.equal(flat(found(images))[0], mixed(images))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

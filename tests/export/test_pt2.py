@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from sbs_fx.export import load, load_pt2, pt2, save_pt2
-from sbs_fx.export.packing import pack, pack_codes
+from sbs_fx.export.packing import pack, pack_codes, unpack
 from sbs_fx.passes.capture.trace import trace
 from sbs_fx.passes.channels.groups import channel_groups
 from sbs_fx.passes.gates.insertion import insert_gates
@@ -69,6 +69,7 @@ def test_packing_is_exact_and_tight(drawn: tuple[Tensor, StoredWeight]) -> None:
     value, stored = drawn
     packed = pack(weight_graph(value, stored))
     assert torch.equal(packed(), value.float())
+    assert torch.equal(unpack(packed, packed.meta["weights"]).get_buffer("layer.weight"), value)
     per_channel = stored.bits if isinstance(stored.bits, tuple) else (stored.bits,) * value.shape[stored.axis]
     bits = sum(per_channel) * value.numel() // value.shape[stored.axis]
     held = {name: buffer for name, buffer in packed.named_buffers() if "order" not in name and "shifts" not in name}

@@ -59,8 +59,13 @@ def gate(model: nn.Module, x: Tensor, **options: Any) -> fx.GraphModule:
     """Traced and gated, ranges set to the largest absolute values on x; gates still open."""
     graph_module = trace(model, x)
     gated = insert_gates(graph_module, channel_groups(graph_module), channels=False, **options)
-    _Ranges(gated).run(x)
+    set_ranges(gated, x)
     return gated
+
+
+def set_ranges(gated: fx.GraphModule, x: Tensor) -> None:
+    """Ranges set to the largest absolute values on x; all gates must be open."""
+    _Ranges(gated).run(x)
 
 
 def draw_bits(gated: fx.GraphModule, seed: int, *, per_channel: bool = True, bits: Sequence[int] = (*BITS, 32)) -> None:

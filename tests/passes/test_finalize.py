@@ -21,6 +21,7 @@ from sbs_fx.passes.channels.groups import channel_groups
 from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.passes.pass_manager import as_pass
 from sbs_fx.passes.static.finalize import StoredWeight, finalize
+from sbs_fx.plan.bits import BITS
 from sbs_fx.plan.errors import GraphError
 from tests.networks.models import Recipe, networks, step
 from tests.oracles.gated import Together, bundles, check_static, draw_bits, fixed, gate, is_plain
@@ -77,7 +78,7 @@ def test_open_gates_give_the_float_network() -> None:
 # Arithmetic
 
 
-@pytest.mark.parametrize(("bits", "signed"), list(itertools.product((2, 4, 8), (True, False))))
+@pytest.mark.parametrize(("bits", "signed"), list(itertools.product(BITS, (True, False))))
 def test_the_canonical_nodes_are_the_quantiser_bit_for_bit(bits: int, signed: bool) -> None:
     class Identity(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -103,6 +104,10 @@ def test_the_canonical_nodes_are_the_quantiser_bit_for_bit(bits: int, signed: bo
         (8, True, [(aten.clamp_min.default, 1)]),
         (4, False, [(aten.clamp_max.default, 15)]),
         (4, True, [(aten.clamp_max.default, 135), (aten.clamp_min.default, 121)]),
+        (6, False, [(aten.clamp_max.default, 63)]),
+        (6, True, [(aten.clamp_max.default, 159), (aten.clamp_min.default, 97)]),
+        (3, False, [(aten.clamp_max.default, 7)]),
+        (3, True, [(aten.clamp_max.default, 131), (aten.clamp_min.default, 125)]),
         (2, False, [(aten.clamp_max.default, 3)]),
         (2, True, [(aten.clamp_max.default, 129), (aten.clamp_min.default, 127)]),
     ],

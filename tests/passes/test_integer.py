@@ -15,9 +15,10 @@ from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, weight_g
 from sbs_fx.passes.graph import attribute
 from sbs_fx.passes.oracles.static import count_levels
 from sbs_fx.passes.static.integer_joins import DEQUANTIZE, QUANTIZE, quantizers
+from sbs_fx.plan.bits import BITS
 from tests.networks.blocks import Floor
 from tests.networks.models import Recipe
-from tests.networks.small import Residual
+from tests.networks.small import LAYERS, Residual
 from tests.oracles.gated import Together, bundles, draw_bits, gate, is_plain, nodes
 
 aten = torch.ops.aten
@@ -68,7 +69,7 @@ def test_no_float_tensor_is_left_between_the_first_and_the_last_layer() -> None:
         assert all(s.target in (DEQUANTIZE, decomposed.dequantize_per_channel.default) for s in inputs), node
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_a_tensor_is_quantised_once(bits: int) -> None:
     static = joined(bits)
     sources = [first.args[0] for first, _ in quantizers(static.graph)]
@@ -84,7 +85,7 @@ def test_a_pool_gives_the_codes_that_it_takes() -> None:
     assert next(iter(old.users)).args[1] == after.args[1]  # of the gate, so that the pool changes no code
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_coarse_codes_are_the_same_behind_fine_ones(bits: int) -> None:
     static = integer_joins(residual(bits), [(IMAGES,)])
     pairs = [
@@ -100,7 +101,7 @@ def test_coarse_codes_are_the_same_behind_fine_ones(bits: int) -> None:
         assert torch.equal(direct[x < top], chained[x < top])
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_a_ceiling_that_codes_have_anyway_becomes_a_relu(bits: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -142,7 +143,7 @@ def test_transformer_streams_stay_in_float() -> None:
     assert len(integer_joins(static, [(torch.randn(2, 5, 16),)]).meta["activations"]) == before
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_biases_are_whole_steps(bits: int) -> None:
     static = joined(bits)
     layers = [n for n in nodes(static, aten.conv2d.default, aten.linear.default) if len(n.args) > 2 and n.args[2]]
@@ -154,7 +155,7 @@ def test_biases_are_whole_steps(bits: int) -> None:
         assert bool(((steps - steps.round()).abs() <= 1e-7 * steps.abs() + 1e-9).all())  # as float32 holds them
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_exact_graphs_do_not_depend_on_precision_or_order(bits: int) -> None:
     static = joined(bits, exact=True)
     expected = static(IMAGES)
@@ -171,7 +172,7 @@ def _conv_in_float64(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: obje
     return aten.conv2d.default(x, weight, None if bias is None else bias.double(), *rest).float()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_exact_scales_are_powers_of_two(bits: int) -> None:
     static = joined(bits, exact=True)
     scales = [torch.tensor([first.args[1]]) for first, _ in quantizers(static.graph)]
@@ -193,6 +194,20 @@ def test_a_channel_that_a_norm_silences_gets_a_usable_scale() -> None:
         result = integer_grid(static, exact=exact)
         assert all(bool((attribute(result, f"{n}_scale") > 0).all()) for n in result.meta["weights"])
         assert float((result(IMAGES) - static(IMAGES)).norm()) <= 0.1 * float(static(IMAGES).norm())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", ["transposed", "grouped transposed"])
+def test_transposed_convolutions_with_a_folded_norm(name: str, exact: bool) -> None:
+    x = torch.randn(4, 8, 9, 9)
+    gated = gate(LAYERS[name](), x)
+    apply_bits(gated, dict.fromkeys(weight_gates(gated), 8), dict.fromkeys(activation_gates(gated), 8))
+    static = finalize(gated)
+    result = integer_grid(static, exact=exact)
+    scale = attribute(result, "layer.weight_scale")
+    assert bool((scale > 0).all())
+    assert not exact or bool((scale.log2() == scale.log2().round()).all())
+    assert float((result(x) - static(x)).norm()) <= 0.1 * float(static(x).norm())
 
 
 def test_compress_makes_integer_joins_unless_told_not_to() -> None:
