@@ -28,13 +28,17 @@ from sbs_fx.cli.options import (
     InChans,
     InputSize,
     Json,
+    Keep,
     Model,
+    NoPrune,
     NumClasses,
+    Only,
     Overrides,
     Pretrained,
     Ranges,
     Rate,
     Seed,
+    constraints_of,
     make_config,
 )
 from sbs_fx.cli.progress import METRICS, errors, show_progress, show_steps
@@ -104,6 +108,20 @@ def inspect(
 
 
 @app.command()
+def methods() -> None:
+    """The methods of `compress`: what each does and needs."""
+    from rich.table import Table
+
+    from sbs_fx.search.registry import methods as registered
+
+    table = Table("method", "what it does", "needs", "auto")
+    for entry in registered().values():
+        needs = f"{entry.needs}{', training' if entry.trains else ''}"
+        table.add_row(entry.name, entry.help, needs, entry.automatic or "")
+    Console().print(table)
+
+
+@app.command()
 def compress(
     model: Model,
     budget: Annotated[str, typer.Option(help="share of the float model: 5%, or bops=5%,size=20%")] = "5%",
@@ -111,14 +129,18 @@ def compress(
     data_dir: DataDir = None,
     batch_size: BatchSize = 64,
     device: Device = "cpu",
-    method: Annotated[str, typer.Option(help="auto, opq, two_stage, ajpq, sbs, uniform, or a baseline")] = "auto",
+    method: Annotated[str, typer.Option(help="auto, or a name that `sbs-fx methods` lists")] = "auto",
+    keep: Keep = None,
+    no_prune: NoPrune = None,
+    only: Only = None,
     search_epochs: Annotated[int | None, typer.Option(help="epochs of a search that trains")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="train through torch.compile")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="forget the checkpoints in --out")] = False,
     settings: Overrides = None,
-    weight_bits: Annotated[int | None, typer.Option(help="2, 4 or 8; default: the method chooses")] = None,
-    activation_bits: Annotated[int | None, typer.Option(help="2, 4 or 8; default: the method chooses")] = None,
+    candidates: Annotated[str | None, typer.Option(help="bitwidths by comma; default 2,4,8; 32 is float")] = None,
+    weight_bits: Annotated[int | None, typer.Option(help="of all weights; default: the method chooses")] = None,
+    activation_bits: Annotated[int | None, typer.Option(help="of all tensors; default: the method chooses")] = None,
     epochs: Epochs = 0,
     lr: Rate = None,
     ranges: Ranges = "mse",
@@ -141,6 +163,8 @@ def compress(
 
     limits = Budget.parse(budget)
     config = make_config(
+        **constraints_of(keep, no_prune, only),
+        candidates=None if candidates is None else candidates.split(","),
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         importance=importance,
@@ -182,6 +206,7 @@ def compress(
 def apply(
     model: Model,
     policy: Annotated[str, typer.Argument(metavar="POLICY", help="policy.json of an earlier run")],
+    budget: Annotated[str | None, typer.Option(help="what the policy must keep, such as 5%; default: anything")] = None,
     data: Data = None,
     data_dir: DataDir = None,
     batch_size: BatchSize = 64,
@@ -214,6 +239,7 @@ def apply(
             made.module,
             plan,
             made.example_inputs,
+            budget=budget,
             data=train,
             config=config,
             validation=test,

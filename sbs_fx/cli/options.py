@@ -34,6 +34,26 @@ Overrides = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="any other setting, such as training.ema=0.999 or search.block=4"),
 ]
 
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN=BITS", help="bits of layers by name, such as 'head.*=32' (float) or 'stem=8/4'"),
+]
+NoPrune = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="layers by name that keep all channels, such as 'layer1'")
+]
+Only = Annotated[str | None, typer.Option(metavar="prune|quantise", help="do one of the two alone")]
+
+
+def constraints_of(keep: list[str] | None, no_prune: list[str] | None, only: str | None) -> dict[str, Any]:
+    """What --keep, --no-prune and --only say, as settings."""
+    from sbs_fx.search.constraints import Keep as Constraint
+
+    if only not in (None, "prune", "quantise"):
+        raise typer.BadParameter(f"--only {only}: expected prune or quantise")
+    constraints = [Constraint.parse(text) for text in keep or ()]
+    constraints += [Constraint(pattern, prune=False) for pattern in no_prune or ()]
+    return {"constraints": constraints, "quantise": only != "prune", "prune": only != "quantise"}
+
 
 def make_config(overrides: Sequence[str] = (), **settings: Any) -> Config:
     """Settings of the options that were given; the others keep their defaults."""
@@ -57,6 +77,10 @@ def make_config(overrides: Sequence[str] = (), **settings: Any) -> Config:
     try:
         return Config(**given)
     except ValidationError as error:
-        options = [str(p["loc"][0]).replace("learning_rate", "lr").replace("_", "-") for p in error.errors()]
-        problems = [f"--{o} {p['input']}: {p['msg']}" for o, p in zip(options, error.errors(), strict=True)]
-        raise typer.BadParameter("; ".join(problems)) from None
+        raise typer.BadParameter("; ".join(_problem(p["loc"], p["input"], p["msg"]) for p in error.errors())) from None
+
+
+def _problem(place: Sequence[int | str], given: Any, message: str) -> str:
+    """What pydantic found, with the option that it is about; none where settings of a method are wrong."""
+    option = "-".join(str(part) for part in place[:1]).replace("learning_rate", "lr").replace("_", "-")
+    return f"--{option} {given}: {message}" if option else message

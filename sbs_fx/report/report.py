@@ -6,12 +6,11 @@ of `sbs_fx.report.text`. Invariant: the layers of a report add up to its cost.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from sbs_fx.passes import ChannelGroups, CostModel
 from sbs_fx.passes.channels import dims as d
@@ -19,68 +18,14 @@ from sbs_fx.passes.channels.dims import Axis, Dim
 from sbs_fx.passes.cost.layers import LayerExpression
 from sbs_fx.plan import Cost, Policy, write_atomic
 from sbs_fx.plan.errors import FileError
+from sbs_fx.report.data import GroupRow, LayerRow, PinRow, ReportData
+from sbs_fx.report.text import render
 
 _NAMED_ENDS = ("model input", "model output")
 
 
-class _Row(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class LayerRow(_Row):
-    """One layer. `channels` and `channels_before` count output channels; None where it has no weight."""
-
-    name: str
-    kind: str
-    macs: int
-    bops: int
-    weight_bits: float
-    activation_bits: float
-    params: int
-    channels: int | None
-    channels_before: int | None
-
-
-class GroupRow(_Row):
-    """One channel group: `kept` of `size` channels, in `members` places of parameters and buffers."""
-
-    name: str
-    size: int
-    kept: int
-    members: int
-    primary: bool
-
-
-class PinRow(_Row):
-    """Why layers keep all channels of a side: `cause`, and `sides`, each as "layer: in" or "layer: out"."""
-
-    cause: str
-    channels: int
-    sides: tuple[str, ...]
-
-
-class Report(_Row):
-    """Everything worth knowing about one model under one plan.
-
-    Attributes:
-        method: what found the plan; None: a float model that was looked at, nothing more.
-        cost: with the float model's as `cost.reference`, if there is a plan.
-        layers: most BOPs first. groups: largest first. pins: most channels first.
-        unknown_operators: operator without a rule -> the nodes; whatever they touch could not be pruned.
-        prunable_share: of the MACs of convolutions and linears, those with a side that can be pruned.
-        accuracy: top-1 in percent (before, after), if it was measured; (before,) of a float model.
-        notes: what the method has to say about how it went.
-    """
-
-    method: str | None
-    cost: Cost
-    layers: tuple[LayerRow, ...]
-    groups: tuple[GroupRow, ...]
-    pins: tuple[PinRow, ...]
-    unknown_operators: dict[str, tuple[str, ...]]
-    prunable_share: float
-    accuracy: tuple[float, ...] | None = None
-    notes: tuple[str, ...] = ()
+class Report(ReportData):
+    """A report with where it comes from and how it is written; `str` is the text of it."""
 
     @classmethod
     def of(
@@ -111,18 +56,6 @@ class Report(_Row):
         """The same report with top-1 accuracy in percent: (before, after), or that of the float model alone."""
         return self.model_copy(update={"accuracy": accuracy})
 
-    def totals(self) -> list[tuple[str, float, float | None]]:
-        """(measure, before, after) of BOPs, MACs, parameters, stored bytes and, if known, accuracy in percent; `after`
-        is None without a plan."""
-        planned = self.cost.reference is not None
-        pairs = zip(_measures(self.cost.reference or self.cost), _measures(self.cost), strict=True)
-        rows: list[tuple[str, float, float | None]] = [
-            (name, before, after if planned else None) for (name, before), (_, after) in pairs
-        ]
-        if self.accuracy:
-            rows.append(("accuracy %", self.accuracy[0], self.accuracy[1] if len(self.accuracy) > 1 else None))
-        return rows
-
     def to_json(self) -> str:
         """The report as JSON."""
         return self.model_dump_json(indent=1)
@@ -148,18 +81,7 @@ class Report(_Row):
         write_atomic(path, f"{text.rstrip()}\n".encode())
 
     def __str__(self) -> str:
-        from sbs_fx.report.text import render
-
         return render(self)
-
-
-def _measures(cost: Cost) -> list[tuple[str, int]]:
-    return [
-        ("BOPs", cost.bops),
-        ("MACs", cost.macs),
-        ("parameters", cost.params),
-        ("stored bytes", math.ceil(cost.stored_bits / 8)),
-    ]
 
 
 def _layers(groups: ChannelGroups, cost_model: CostModel, kept: Mapping[str, int], cost: Cost) -> tuple[LayerRow, ...]:

@@ -1,6 +1,6 @@
 """A report as text: what failed first, then totals, layers, groups and pins, in aligned columns.
 
-In: a `Report`. Out: lines of at most about 110 characters, the same for the same report.
+In: a report's data. Out: lines of at most about 110 characters, the same for the same report.
 """
 
 from __future__ import annotations
@@ -8,20 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from sbs_fx.report.data import ReportData
+
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sbs_fx.report.report import Report
 
 _SHOWN_SIDES = 4
 
 
-def render(report: Report) -> str:
+def render(report: ReportData) -> str:
     """The whole report."""
     return "\n\n".join("\n".join(section) for section in _sections(report) if section) + "\n"
 
 
-def _sections(report: Report) -> Iterator[list[str]]:
+def _sections(report: ReportData) -> Iterator[list[str]]:
     yield [
         f"!! operator without a rule: {operator} ({len(nodes)} times, at {', '.join(nodes[:3])}"
         f"{', ...' if len(nodes) > 3 else ''}): nothing that it touches can be pruned"
@@ -74,7 +75,7 @@ def _sections(report: Report) -> Iterator[list[str]]:
         ]
 
 
-def totals(report: Report) -> list[str]:
+def totals(report: ReportData) -> list[str]:
     """The closing table: each measure before and after, and how many times less it is."""
     rows = report.totals()
     if all(after is None for _, _, after in rows):
@@ -89,7 +90,7 @@ def totals(report: Report) -> list[str]:
     )
 
 
-def closing_table(report: Report) -> Table:
+def closing_table(report: ReportData) -> Table:
     """The same table for a terminal."""
     from rich.table import Table
 
