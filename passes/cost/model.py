@@ -9,7 +9,7 @@ the same. Conventions: one example (batch 1); BOPs = MACs x weight bits x activa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ from sbs_fx.passes.cost.layers import (
     symbol_values,
     traced_sizes,
 )
-from sbs_fx.passes.cost.polynomial import Array, Polynomial, Variable
+from sbs_fx.passes.cost.polynomial import Array, Polynomial, Together, Variable
 from sbs_fx.plan import Cost, LayerCost, Plan
 from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.errors import GraphError, PolicyError
@@ -115,27 +115,38 @@ class CostModel:
         return result
 
     def values(self, plan: Plan) -> tuple[Array, Array | None]:
-        """A plan as numbers of the variables, (variables,) int64, and their divisors where bits differ by channel."""
-        x, over = self._open.copy(), None
+        """A plan as numbers of the variables and a 1, (variables + 1,) float64, and their divisors where bits differ by
+        channel."""
+        x, divided = list(self._open), {}
+        channels, weights, activations = self._places
         for name, kept in plan.kept.items():
-            x[self.number["channels", name]] = len(kept)  # type: ignore[index]
+            x[channels[name]] = len(kept)
         for name, bits in slim_bits(self.groups, plan).items():
-            place = self.number["weight", name]  # type: ignore[index]
+            place = weights[name]
             if isinstance(bits, int):
                 x[place] = bits
             else:
-                over = np.ones_like(x) if over is None else over
-                x[place], over[place] = sum(bits), len(bits)
+                x[place], divided[place] = sum(bits), len(bits)
             x[place + 1] = bits != FLOAT_BITS
-        for name, bits in plan.activation_bits.items():
-            x[self.number["activation", name]] = bits  # type: ignore[index]
-        return x, over
+        for name, width in plan.activation_bits.items():
+            x[activations[name]] = width
+        over = None
+        if divided:
+            over = np.ones(len(x))
+            over[list(divided)] = list(divided.values())
+        return np.array(x, float), over
 
     @cached_property
-    def _open(self) -> Array:
-        """All channels, everything in float."""
+    def _open(self) -> list[int]:
+        """All channels, everything in float, and 1."""
         of_kind = {"channels": lambda name: self.groups[name].size, "quantised": lambda name: 0}
-        return np.array([of_kind.get(v.kind, lambda _: FLOAT_BITS)(v.name) for v in self.variables], np.int64)
+        return [*(of_kind.get(v.kind, lambda _: FLOAT_BITS)(v.name) for v in self.variables), 1]
+
+    @cached_property
+    def _places(self) -> tuple[dict[str, int], ...]:
+        """Numbers of variables by name: of channels, weights and activations."""
+        kinds = ("channels", "weight", "activation")
+        return tuple({v.name: i for v, i in self.number.items() if v.kind == kind} for kind in kinds)
 
     def moved(self, kind: Kind, name: str, values: Sequence[int]) -> dict[int, Array]:
         """What a decision does to the variables: number -> its values, (choices,) float64."""
@@ -147,9 +158,14 @@ class CostModel:
 
     def price(self, plan: Plan) -> dict[str, Any]:
         """Cost of a plan by measure, whole numbers but for latency: what `evaluate` adds up to, many times faster."""
-        x, over = self.values(plan)
-        price = {measure: polynomial(x, over) for measure, polynomial in self.polynomials.items()}
-        return {**price, "size": price["size"] + sum(self._coding(plan).values())}
+        price = dict(zip(self.polynomials, self._together(*self.values(plan)), strict=True))
+        if plan.nonzeros:
+            price["size"] += sum(self._coding(plan).values())
+        return price
+
+    @cached_property
+    def _together(self) -> Together:
+        return Together(list(self.polynomials.values()))
 
     def _coding(self, plan: Plan) -> dict[str, int]:
         """Weight -> bits that it takes more, or fewer, where single weights go: one says of each whether it stays."""
@@ -168,24 +184,29 @@ class CostModel:
         return self.reference.by_measure
 
     def expected(
-        self, sizes: Mapping[str, Any], weight_bits: Mapping[str, Any], activation_bits: Mapping[str, Any]
+        self,
+        sizes: Mapping[str, Any],
+        weight_bits: Mapping[str, Any],
+        activation_bits: Mapping[str, Any],
+        measures: Iterable[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Costs by measure with tensors, or numbers, in place of sizes by group name and bits by name, float64;
-        differentiable in each. With whole numbers it is what `price` gives."""
-        given = {
-            **{("channels", name): value for name, value in sizes.items()},
-            **{("weight", name): value for name, value in weight_bits.items()},
-            **{("quantised", name): float(value < FLOAT_BITS) for name, value in weight_bits.items()},
-            **{("activation", name): value for name, value in activation_bits.items()},
-        }
-        device = next((v.device for v in given.values() if isinstance(v, Tensor)), None)
-        x = torch.stack(
-            [
-                torch.as_tensor(given.get(variable, value), dtype=torch.float64, device=device)
-                for variable, value in zip(self.variables, self._open.tolist(), strict=True)
-            ]
-        )
-        return {measure: polynomial.tensor(x) for measure, polynomial in self.polynomials.items()}
+        """Costs by measure (all, or those) with tensors, or numbers, in place of sizes by group name and bits by name,
+        float64; differentiable in each. With whole numbers it is what `price` gives."""
+        x: list[Any] = list(self._open)
+        channels, weights, activations = self._places
+        for places, table in ((channels, sizes), (weights, weight_bits), (activations, activation_bits)):
+            for name, value in table.items():
+                x[places[name]] = value
+        for name, value in weight_bits.items():
+            x[weights[name] + 1] = float(value < FLOAT_BITS)
+        places = [i for i, value in enumerate(x) if isinstance(value, Tensor)]
+        if not places:
+            values = torch.tensor(x, dtype=torch.float64)
+        else:
+            given = torch.stack([x[i] for i in places]).double()
+            plain = torch.tensor([0 if isinstance(v, Tensor) else v for v in x], dtype=torch.float64)
+            values = plain.to(given.device).index_put((torch.tensor(places, device=given.device),), given)
+        return {measure: self.polynomials[measure].tensor(values) for measure in measures or self.polynomials}
 
     @cached_property
     def expressions(self) -> dict[str, sympy.Expr]:

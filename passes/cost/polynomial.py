@@ -42,8 +42,8 @@ class Polynomial:
     """Sum of coefficient * product of variables.
 
     `terms` maps the sorted numbers of the variables of a product, repeated where a power is meant, to its coefficient.
-    Values of all variables are a vector (variables,); what stands for a mean of whole numbers, such as the bits of a
-    layer's channels, is their sum in `x` and their number in `over`.
+    Values of all variables are a vector x (variables + 1,), whose last number is 1; what stands for a mean of whole
+    numbers, such as the bits of a layer's channels, is their sum in `x` and their number in `over`, of the same shape.
     """
 
     def __init__(self, terms: Mapping[tuple[int, ...], Any]) -> None:
@@ -73,7 +73,8 @@ class Polynomial:
 
     @cached_property
     def index(self) -> Array:
-        """Numbers of the variables of each term, (terms, most factors); -1 stands for one that is always 1."""
+        """Numbers of the variables of each term, (terms, most factors); -1, the last of a vector, where there are
+        fewer."""
         width = max((len(key) for key in self.terms), default=0)
         index = np.full((len(self.terms), width), -1)
         for row, key in enumerate(self.terms):
@@ -91,22 +92,17 @@ class Polynomial:
         return all(isinstance(value, int) for value in self.terms.values())
 
     def __call__(self, x: Array, over: Array | None = None) -> Any:
-        """The value at whole numbers; of a polynomial that is exact, a whole number, rounded up where means leave a
-        fraction.
-
-        Args:
-            x: (variables,) int64. over: (variables,) int64, divisors of x; None: all 1.
-        """
-        products = self.coefficients * self._factors(x.astype(float)).prod(1)
+        """The value; of a polynomial that is exact, at whole numbers, a whole number, rounded up where means leave a
+        fraction."""
+        products = self.coefficients * x[self.index].prod(1)
+        total = products.sum()
         if not self.is_exact:
-            divisors = 1.0 if over is None else self._factors(over.astype(float)).prod(1)
-            return float((products / divisors).sum())
-        if not products.sum() < _EXACT:
+            return float(total if over is None else (products / over[self.index].prod(1)).sum())
+        if not total < _EXACT:
             return self._large(x, over)
         if over is None:
-            return int(products.sum())
-        divisors = self._factors(over).prod(1)
-        whole, rest = np.divmod(products.astype(np.int64), divisors)
+            return int(total)
+        whole, rest = np.divmod(products, divisors := over[self.index].prod(1))
         left = sum((Fraction(int(rest[k]), int(divisors[k])) for k in np.flatnonzero(rest)), Fraction(0))
         return int(whole.sum()) + math.ceil(left)
 
@@ -115,40 +111,23 @@ class Polynomial:
         values = [Fraction(int(n), 1 if over is None else int(over[i])) for i, n in enumerate(x)]
         return math.ceil(self.substituted(values.__getitem__))
 
-    def _factors(self, x: Array) -> Array:
-        """Factors of each term, (terms, most factors)."""
-        return np.append(x, np.ones(1, x.dtype))[self.index]
-
     # -- other readings ------------------------------------------------------------------------------------------------
 
     def tensor(self, x: Tensor) -> Tensor:
-        """The value at x (variables,), a scalar, differentiable."""
+        """The value, a scalar, differentiable."""
         index = torch.as_tensor(self.index, device=x.device)
-        padded = torch.cat([x, x.new_ones(1)])
         total = torch.as_tensor(self.coefficients, dtype=x.dtype, device=x.device)
         for column in index.unbind(1):
-            total = total * padded[column]
+            total = total * x[column]
         return total.sum()
 
     def slopes(self, x: Array) -> Array:
-        """Derivatives by each variable at x, both (variables,) float64."""
-        factors = self._factors(x.astype(float))
-        slopes = np.zeros(len(x) + 1)
+        """Derivatives by each variable, (variables + 1,), of which the last means nothing."""
+        factors, slopes = x[self.index], np.zeros(len(x))
         for k in range(factors.shape[1]):
             others = self.coefficients * np.delete(factors, k, 1).prod(1)
-            np.add.at(slopes, self.index[:, k], others)  # -1 is the last place, which is left out below
-        return slopes[:-1]
-
-    def along(self, x: Array, varied: Mapping[int, Array], rows: Array) -> Array:
-        """What the terms `rows` come to, (choices,) float64, as some variables take their values (choices,)."""
-        factors = np.append(x, 1.0)[self.index[rows]][..., None]
-        for number, values in varied.items():
-            factors = np.where((self.index[rows] == number)[..., None], values, factors)
-        return self.coefficients[rows] @ factors.prod(1)
-
-    def rows_of(self, numbers: Sequence[int]) -> Array:
-        """Numbers of the terms that hold any of these variables."""
-        return np.flatnonzero(np.isin(self.index, list(numbers)).any(1))
+            np.add.at(slopes, self.index[:, k], others)
+        return slopes
 
     def tables(self, x: Array, decisions: Sequence[Mapping[int, Array]]) -> Tables:
         """The polynomial over decisions, each the values (choices,) of the variables it moves; the others are at x.
@@ -158,7 +137,7 @@ class Polynomial:
         """
         owner = {number: i for i, varied in enumerate(decisions) for number in varied}
         owned = np.isin(self.index, list(owner))
-        fixed = self.coefficients * np.where(owned, 1.0, self._factors(x.astype(float))).prod(1)
+        fixed = self.coefficients * np.where(owned, 1.0, x[self.index]).prod(1)
         sums: dict[tuple[int, ...], float] = {}
         for row, numbers in enumerate(np.where(owned, self.index, -1).tolist()):
             key = tuple(n for n in numbers if n >= 0)
@@ -190,6 +169,34 @@ class Polynomial:
                 product = product * value(number)
             total = total + product
         return total
+
+
+class Together:
+    """Several polynomials as one array of terms.
+
+    Attributes:
+        index, coefficients: as of `Polynomial`, one after the other. owner: (terms,), which of them a term belongs to.
+    """
+
+    def __init__(self, polynomials: Sequence[Polynomial]) -> None:
+        self.polynomials = polynomials
+        width = max(polynomial.index.shape[1] for polynomial in polynomials)
+        padded = [np.pad(p.index, ((0, 0), (0, width - p.index.shape[1])), constant_values=-1) for p in polynomials]
+        self.index = np.concatenate(padded)
+        self.coefficients = np.concatenate([polynomial.coefficients for polynomial in polynomials])
+        self.owner = np.repeat(np.arange(len(polynomials)), [len(p.terms) for p in polynomials])
+        self._exact = all(polynomial.is_exact for polynomial in polynomials)
+
+    def sums(self, x: Array, rows: Any = slice(None)) -> Array:
+        """What the terms of some rows come to, (polynomials,) float64."""
+        products = self.coefficients[rows] * x[self.index[rows]].prod(1)
+        return np.bincount(self.owner[rows], products, len(self.polynomials)).astype(float)
+
+    def __call__(self, x: Array, over: Array | None = None) -> list[Any]:
+        """The values, as `Polynomial` gives them."""
+        if over is None and self._exact and (sums := self.sums(x)).max() < _EXACT:
+            return [int(value) for value in sums.tolist()]
+        return [polynomial(x, over) for polynomial in self.polynomials]
 
 
 def _terms(value: Any) -> Mapping[tuple[int, ...], Any]:

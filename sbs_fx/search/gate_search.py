@@ -329,7 +329,7 @@ class GateSearch(TrainingStage):
 
     def _excess(self) -> dict[str, Tensor]:
         """Measure -> log of the cost over its limit, differentiable in the thresholds."""
-        price = self.problem.cost.expected(*self.expectations())
+        price = self.problem.cost.expected(*self.expectations(), self.problem.limits)
         return {measure: torch.log(price[measure] / limit) for measure, limit in self.problem.limits.items()}
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sbs_fx.passes.cost.polynomial import Polynomial
+from sbs_fx.passes.cost.polynomial import Polynomial, Together
 
 Array = NDArray[np.float64]
 
@@ -44,32 +43,24 @@ class Load:
 
     Args:
         costs: polynomial per measure. limits: one for each; prices that are whole numbers are compared as such.
-        start: (variables,), values of the variables that no decision moves.
+        start: (variables + 1,), values of the variables that no decision moves, and 1.
     """
 
     def __init__(
         self, costs: Sequence[Polynomial], limits: Sequence[float], start: Array, decisions: Sequence[Decision]
     ) -> None:
-        self.limits, self.start = np.array(limits, float), start.astype(float)
-        width = max(cost.index.shape[1] for cost in costs)
-        padded = [np.pad(c.index, ((0, 0), (0, width - c.index.shape[1])), constant_values=-1) for c in costs]
-        self.index, self.scale = np.concatenate(padded), np.concatenate([cost.coefficients for cost in costs])
-        self.owner = np.repeat(np.arange(len(costs)), [len(cost.terms) for cost in costs])
+        self.together, self.limits, self.start = Together(costs), np.array(limits, float), start.astype(float)
         self.rows = [self._rows(list(decision.values)) for decision in decisions]
 
     def _rows(self, numbers: list[int]) -> list[tuple[tuple[int, ...], NDArray[np.int64]]]:
         """Terms that hold any of these variables, by how often they hold each."""
-        powers = np.stack([(self.index == number).sum(1) for number in numbers], 1)
+        powers = np.stack([(self.together.index == number).sum(1) for number in numbers], 1)
         kinds = sorted(set(map(tuple, powers[powers.any(1)].tolist())))
         return [(kind, np.flatnonzero((powers == kind).all(1))) for kind in kinds]
 
     def __call__(self, x: Array) -> Array:
         """Costs, (measures,)."""
-        return self._sums(slice(None), x)
-
-    def _sums(self, rows: Any, x: Array) -> Array:
-        values = self.scale[rows] * np.append(x, 1.0)[self.index[rows]].prod(1)
-        return np.bincount(self.owner[rows], values, len(self.limits)).astype(float)
+        return self.together.sums(x)
 
     def along(self, x: Array, i: int, decision: Decision, at: int, here: Array) -> Array:
         """Costs with decision i at each of its choices, (measures, choices); `here` are the costs at x, where it is
@@ -81,7 +72,7 @@ class Load:
             powers = np.ones(len(decision.damage))
             for values, power in zip(decision.values.values(), kind, strict=True):
                 powers = powers * values**power
-            change += self._sums(rows, ones)[:, None] * (powers - powers[at])
+            change += self.together.sums(ones, rows)[:, None] * (powers - powers[at])
         return here[:, None] + change
 
 
