@@ -48,7 +48,7 @@ from sbs_fx.passes import (
 )
 from sbs_fx.passes.channels.importance import kernel_multiple
 from sbs_fx.passes.cost.layers import LayerExpression
-from sbs_fx.plan import current_versions, write_atomic
+from sbs_fx.plan import Plan, current_versions, write_atomic
 from sbs_fx.plan.errors import MethodError
 
 FORMAT = 4
@@ -144,10 +144,10 @@ def _measure(
     times = []  # of the dense network
     with torch_threads(settings.threads):
         multiple = preferred_multiple(settings)
-        dense = slim_runner(graph, groups, cost, {}, inputs, batch, settings)
+        dense = slim_runner(cost, Plan(), inputs, batch, settings)
         for index in range(settings.samples):
             kept = random_counts(groups, draw, multiple) if index else {}
-            run = slim_runner(graph, groups, cost, kept, inputs, batch, settings, random_bits(cost, draw))
+            run = slim_runner(cost, Plan(first_channels(kept), *random_bits(cost, draw)), inputs, batch, settings)
             ratio, seconds = beside(run, dense, batch, settings)
             assert run.profile is not None
             rows.append((kept, ratio, dict(run.profile(*batch))))
@@ -176,7 +176,7 @@ def preferred_multiple(settings: Latency) -> int:
     cost, batch = cost_model(graph, groups), of_batch(inputs, settings.batch)
     (inner,) = (group.name for group in groups.values() if len(group.members) > 1 and group.name.startswith("0."))
     runners = {
-        str(fewer): slim_runner(graph, groups, cost, {inner: _WIDTH - fewer}, inputs, batch, settings)
+        str(fewer): slim_runner(cost, Plan({inner: range(_WIDTH - fewer)}), inputs, batch, settings)
         for fewer in (0, *_MULTIPLES)
     }
     found = time_runners(runners, batch, settings.batch, 3 * _ROUNDS, settings.threads)
@@ -195,27 +195,24 @@ def random_counts(groups: ChannelGroups, draw: random.Random, multiple: int | No
     return counts
 
 
-def random_bits(cost: CostModel, draw: random.Random, candidates: Sequence[int] = (4, 8)) -> dict[str, dict[str, int]]:
-    """Bits for each tensor, as `slim_runner` takes them."""
-    names = {"weights": cost.weights, "activations": cost.activations}
-    return {kind: {name: draw.choice(candidates) for name in each} for kind, each in names.items()}
+def first_channels(counts: Mapping[str, int]) -> dict[str, range]:
+    """The first so many channels of each group."""
+    return {name: range(count) for name, count in counts.items()}
+
+
+def random_bits(cost: CostModel, draw: random.Random, candidates: Sequence[int] = (4, 8)) -> list[dict[str, int]]:
+    """Bits for each weight, and for each activation."""
+    return [{name: draw.choice(candidates) for name in names} for names in (cost.weights, cost.activations)]
 
 
 def slim_runner(
-    graph: fx.GraphModule,
-    groups: ChannelGroups,
-    cost: CostModel,
-    counts: Mapping[str, int],
-    inputs: Sequence[Tensor],
-    batch: Sequence[Tensor],
-    settings: Latency,
-    bits: Mapping[str, Mapping[str, int]] | None = None,
+    cost: CostModel, plan: Plan, inputs: Sequence[Tensor], batch: Sequence[Tensor], settings: Latency
 ) -> Runner:
-    """The network with the first so many channels of each group, at 8 bits or these, in the hands of the backend."""
-    kept = {group.name: list(range(counts.get(group.name, group.size))) for group in groups.values()}
-    gated = insert_gates(slim(graph, groups, kept), groups, channels=False)
-    given = bits or {"weights": dict.fromkeys(cost.weights, 8), "activations": dict.fromkeys(cost.activations, 8)}
-    apply_bits(gated, given["weights"], given["activations"])
+    """The network under a plan, 8 bits where it names none, in the hands of the backend."""
+    groups, graph = cost.groups, cost.groups.inference.graph_module
+    gated = insert_gates(slim(graph, groups, plan.kept), groups, channels=False)
+    weights, activations = dict.fromkeys(cost.weights, 8), dict.fromkeys(cost.activations, 8)
+    apply_bits(gated, {**weights, **plan.weight_bits}, {**activations, **plan.activation_bits})
     calibrate(gated, None, inputs=inputs, method="minmax", max_batches=1)
     joined = integer_joins(finalize(gated), calibration_batches(None, inputs, 1), method="minmax")
     return runner(integer_grid(joined), batch, settings.backend, threads=settings.threads)
