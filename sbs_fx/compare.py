@@ -165,11 +165,11 @@ def _known(place: str, settings: dict[str, Any]) -> Point | None:
     """A point that was found with these settings before, and did not fail."""
     try:
         with open(os.path.join(place, "point.json"), encoding="utf-8") as file:
-            found = json.load(file)
-        point = Point(**found["point"])
+            saved = json.load(file)
+        point = Point(**saved["point"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return point if found["settings"] == json.loads(json.dumps(settings)) and point.outcome == "ok" else None
+    return point if saved["settings"] == json.loads(json.dumps(settings)) and point.outcome == "ok" else None
 
 
 def _write(place: str, settings: dict[str, Any], point: Point) -> None:
@@ -180,8 +180,8 @@ def _write(place: str, settings: dict[str, Any], point: Point) -> None:
 
 def _digest(module: nn.Module) -> str:
     """Of all parameters and buffers."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + bytes(flat.view(torch.uint8).numpy()))
-    return found.hexdigest()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + bytes(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -101,8 +101,10 @@ def compress(
     identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.limits}
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
         job.stage("search", 0.35)
-        found = _searched(problem, entry, job)
-        result = _realised(priced, found, problem.policy(found.plan, entry.name), job, reconstructs=entry.reconstructs)
+        searched = _searched(problem, entry, job)
+        result = _realised(
+            priced, searched, problem.policy(searched.plan, entry.name), job, reconstructs=entry.reconstructs
+        )
         if not budget.is_satisfied_by(result.cost):
             raise GraphError(
                 f"the result costs {budget.shares(result.cost)} of the float model, over {budget}", pass_name="compress"
@@ -150,8 +152,8 @@ def apply(
         space = Space(groups, priced.cost)
         problem = Problem(groups.inference.graph_module, groups, priced.cost, {}, space, priced.inputs, policy.seed)
         tensors = entry.restore(problem, policy.plan, config.of(entry))
-    found = SearchResult(policy.plan, tensors)
-    return _realised(priced, found, policy, job, reconstructs=entry is not None and entry.reconstructs)
+    restored = SearchResult(policy.plan, tensors)
+    return _realised(priced, restored, policy, job, reconstructs=entry is not None and entry.reconstructs)
 
 
 class _Priced(NamedTuple):
@@ -189,20 +191,20 @@ def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:
     run = Run(
         job.data, config.of(method), config.training, config.ranges, bool(config.epochs), checkpoints, job.observer
     )
-    found = method.search(problem, run)
+    result = method.search(problem, run)
     if checkpoints is not None:
-        state = {"policy": problem.policy(found.plan, method.name).to_json(), "notes": found.notes}
-        checkpoints.save("searched", found.tensors, state)
-    return found
+        state = {"policy": problem.policy(result.plan, method.name).to_json(), "notes": result.notes}
+        checkpoints.save("searched", result.tensors, state)
+    return result
 
 
-def _realised(priced: _Priced, found: SearchResult, policy: Policy, job: Job, *, reconstructs: bool) -> Result:
+def _realised(priced: _Priced, searched: SearchResult, policy: Policy, job: Job, *, reconstructs: bool) -> Result:
     """Slim, gate, calibrate, maybe fine-tune or reconstruct, finalise."""
-    cost, plan, config, data = priced.cost, found.plan, job.config, job.data
+    cost, plan, config, data = priced.cost, searched.plan, job.config, job.data
     groups, graph = cost.groups, cost.groups.inference.graph_module
     _check_policy(cost, policy)
     job.stage("slim", 0.4)
-    gated = insert_gates(slim(with_tensors(graph, found.tensors), groups, plan.kept), groups, channels=False)
+    gated = insert_gates(slim(with_tensors(graph, searched.tensors), groups, plan.kept), groups, channels=False)
     apply_bits(gated, slim_bits(groups, plan), plan.activation_bits)
     rounds = _rounds(plan)
     if rounds:
@@ -221,7 +223,7 @@ def _realised(priced: _Priced, found: SearchResult, policy: Policy, job: Job, *,
     if rounds:
         static = _integer(static, priced.inputs, job)
     total = cost.evaluate(plan)
-    report = Report.of(groups, cost, policy, total, found.notes)
+    report = Report.of(groups, cost, policy, total, searched.notes)
     job.close()
     return Result(static, policy, total, report, gated, priced.inputs, job.seconds, priced.metadata)
 

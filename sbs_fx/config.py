@@ -53,11 +53,11 @@ class Config(SpaceSettings):
             return fields
         classes = sections()
         fields = dict(fields)
-        given = {**fields.pop("methods", {}), **{name: fields.pop(name) for name in [*fields] if name in classes}}
-        if unknown := sorted(given.keys() - classes.keys()):
+        settings = {**fields.pop("methods", {}), **{name: fields.pop(name) for name in [*fields] if name in classes}}
+        if unknown := sorted(settings.keys() - classes.keys()):
             raise ValueError(f"no method has settings called {unknown[0]!r}; expected some of {sorted(classes)}")
         fields["methods"] = {
-            name: classes[name](**value) if isinstance(value, dict) else value for name, value in given.items()
+            name: classes[name](**value) if isinstance(value, dict) else value for name, value in settings.items()
         }
         return fields
 

@@ -23,18 +23,18 @@ def cut_points(graph_module: fx.GraphModule, layers: Container[str], among: Cont
     live = _live(nodes)
     position = {node: i for i, node in enumerate(nodes)}
     reach = 0  # the last place that reads a tensor met so far
-    found: dict[int, str] = {}
+    cuts: dict[int, str] = {}
     count = 0
     for i, node in enumerate(nodes):
         count += node.name in layers
         if node not in live:
             continue
         if reach <= i and count and node.name in among and isinstance(node.meta.get("val"), Tensor):
-            found[count] = node.name
+            cuts[count] = node.name
         # reason: a size of the input carries no values
         readers = [user for user in node.users if node.op != "placeholder" or user in live]
         reach = max([reach, *(position[user] for user in readers)])
-    return list(found.values())
+    return list(cuts.values())
 
 
 def _live(nodes: Sequence[fx.Node]) -> set[fx.Node]:

@@ -49,15 +49,15 @@ class NormShift:
         """Set the statistics of the network as its gates are now. Channels without spread keep the trained ones."""
         self._write(self.trained)
         estimate_norms(self.network, self.batches, len(self.batches))
-        now, found = self._read(), {}
+        now, shifted_values = self._read(), {}
         for mean, var in self.names:
             ratio = now[var] / self.floats[var]
             usable = torch.isfinite(ratio) & (ratio >= _LEAST) & (ratio <= _MOST) & torch.isfinite(now[mean])
             ratio = torch.where(usable, ratio, torch.ones_like(ratio))
             shifted = now[mean] + (self.trained[mean] - self.floats[mean]) * ratio.sqrt()
-            found[mean] = torch.where(usable, shifted, self.trained[mean])
-            found[var] = self.trained[var] * ratio
-        self._write(found)
+            shifted_values[mean] = torch.where(usable, shifted, self.trained[mean])
+            shifted_values[var] = self.trained[var] * ratio
+        self._write(shifted_values)
 
     def _read(self) -> dict[str, Tensor]:
         return {n: attribute(self.network, n).detach().clone() for pair in self.names for n in pair}
@@ -70,10 +70,10 @@ class NormShift:
 
 def _statistics(network: fx.GraphModule) -> list[tuple[str, str]]:
     """(mean, var) of every batch norm by their names in the graph, each once."""
-    found: dict[tuple[str, str], None] = {}
+    names: dict[tuple[str, str], None] = {}
     for node in network.graph.find_nodes(op="call_module"):
         if isinstance(network.get_submodule(str(node.target)), BatchNorm):
             mean, var = node.args[3:5]
             if isinstance(mean, fx.Node) and isinstance(var, fx.Node) and mean.op == var.op == "get_attr":
-                found[str(mean.target), str(var.target)] = None
-    return list(found)
+                names[str(mean.target), str(var.target)] = None
+    return list(names)

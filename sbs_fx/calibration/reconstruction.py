@@ -94,21 +94,21 @@ def reconstruct(
     work = _Work(gated, teacher, Slices(groups, kept or {}), settings, seed)
     images = _images(data, inputs, settings.images)
     begin: str | None = None
-    given, wanted = images, images  # what the block reads in the gated network, and in the float one
-    found = []
+    inputs_now, float_inputs = images, images  # what the block reads in the gated network, and in the float one
+    rows = []
     requires = {p: p.requires_grad for p in gated.parameters()}
     try:
         with mode(gated, training=False):
             for ends in _ends(gated, groups):
-                row, given_next, wanted_next = work.reconstruct(begin, ends, given, wanted)
-                found.append(row)
+                row, given_next, wanted_next = work.reconstruct(begin, ends, inputs_now, float_inputs)
+                rows.append(row)
                 begin = ends[0]
-                given, wanted = [*images, given_next[0]], [*images, wanted_next[0]]
+                inputs_now, float_inputs = [*images, given_next[0]], [*images, wanted_next[0]]
     finally:
         for parameter, value in requires.items():
             parameter.requires_grad_(value)
             parameter.grad = None
-    return found
+    return rows
 
 
 def _images(data: Iterable[Any], inputs: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -149,20 +149,20 @@ class _Work:
         self.calls, self.alike = _calls(gated), _alike(index.groups)
 
     def reconstruct(
-        self, begin: str | None, ends: tuple[str, ...], given: list[Tensor], wanted: list[Tensor]
+        self, begin: str | None, ends: tuple[str, ...], inputs_now: list[Tensor], float_inputs: list[Tensor]
     ) -> tuple[Reconstructed, list[Tensor], list[Tensor]]:
         """One block; also what it gives now and what the float network gives at its ends."""
-        float_ends = self._run(subgraph(self.teacher, begin, ends), wanted)
+        float_ends = self._run(subgraph(self.teacher, begin, ends), float_inputs)
         targets = [self.index.select(y, self.types[end]) for end, y in zip(ends, float_ends, strict=True)]
         part = subgraph(self.gated, begin, ends)
-        results = self._run(part, given)
+        results = self._run(part, inputs_now)
         before = best = _error(results, targets)
         if before <= self.settings.tolerance * sum(float(t.square().mean()) for t in targets):
             return Reconstructed(ends, before, before), results, float_ends
         state = {k: v.clone() for k, v in part.state_dict().items() if isinstance(v, Tensor)}
         for change in (self._norms, self._biases, self._reconstruct):
-            change(part, begin, given, wanted, targets)
-            changed = self._run(part, given)
+            change(part, begin, inputs_now, float_inputs, targets)
+            changed = self._run(part, inputs_now)
             if (after := _error(changed, targets)) < best:
                 best, results = after, changed
                 state = {k: v.clone() for k, v in part.state_dict().items() if isinstance(v, Tensor)}
@@ -171,16 +171,16 @@ class _Work:
         return Reconstructed(ends, before, best), results, float_ends
 
     @torch.no_grad()
-    def _run(self, part: fx.GraphModule, given: Sequence[Tensor]) -> list[Tensor]:
-        batches = zip(*(x.split(self.settings.batch) for x in given), strict=True)
+    def _run(self, part: fx.GraphModule, inputs_now: Sequence[Tensor]) -> list[Tensor]:
+        batches = zip(*(x.split(self.settings.batch) for x in inputs_now), strict=True)
         return [torch.cat(ys) for ys in zip(*(part(*xs) for xs in batches), strict=True)]
 
     # -- closed form ---------------------------------------------------------------------------------------------------
 
-    def _norms(self, part: fx.GraphModule, begin: str | None, given: list[Tensor], *_: Any) -> None:
+    def _norms(self, part: fx.GraphModule, begin: str | None, inputs_now: list[Tensor], *_: Any) -> None:
         """Statistics of batch norms as the mean over all batches of what they meet now."""
         norms = {m: m.momentum for m in part.modules() if isinstance(m, BatchNorm)}
-        batches = list(zip(*(x.split(self.settings.batch) for x in given), strict=True))
+        batches = list(zip(*(x.split(self.settings.batch) for x in inputs_now), strict=True))
         for index, xs in enumerate(batches if norms else ()):
             for module in norms:
                 module.train()
@@ -192,16 +192,16 @@ class _Work:
             module.momentum = momentum
 
     def _biases(
-        self, part: fx.GraphModule, begin: str | None, given: list[Tensor], wanted: list[Tensor], _: Any
+        self, part: fx.GraphModule, begin: str | None, inputs_now: list[Tensor], float_inputs: list[Tensor], _: Any
     ) -> None:
         """Biases of layers and batch norms, one after the other, so that the mean of each output channel is right."""
         for node in list(part.graph.nodes):
             name = _bias(part, node)
             if name is None or node.name not in self.alike or not self._owns(part, name):
                 continue
-            mean = self._run(subgraph(self.teacher, begin, [node.name]), wanted)[0]
+            mean = self._run(subgraph(self.teacher, begin, [node.name]), float_inputs)[0]
             mean = self.index.select(mean, self.types[node.name])
-            off = mean - self._run(subgraph(self.gated, begin, [node.name]), given)[0]
+            off = mean - self._run(subgraph(self.gated, begin, [node.name]), inputs_now)[0]
             channel = off.ndim - 1 if node.target is aten.linear.default else 1
             bias = part.get_parameter(name)
             with torch.no_grad():
@@ -210,7 +210,12 @@ class _Work:
     # -- by gradient ---------------------------------------------------------------------------------------------------
 
     def _reconstruct(
-        self, part: fx.GraphModule, begin: str | None, given: list[Tensor], wanted: list[Tensor], targets: list[Tensor]
+        self,
+        part: fx.GraphModule,
+        begin: str | None,
+        inputs_now: list[Tensor],
+        float_inputs: list[Tensor],
+        targets: list[Tensor],
     ) -> None:
         """Adam on weights (straight through their rounding), ranges, biases and norms, on the squared error."""
         s = self.settings
@@ -218,13 +223,13 @@ class _Work:
         if not rates or not s.steps:
             return
         optimiser = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates])
-        count, batch = len(given[0]), min(s.batch, len(given[0]))
+        count, batch = len(inputs_now[0]), min(s.batch, len(inputs_now[0]))
         scale = [1 / float(t.square().mean().clamp_min(1e-30)) for t in targets]
         for step in range(s.steps):
-            chosen = torch.randperm(count, generator=self.generator)[:batch].to(given[0].device)
-            found = part(*(x[chosen] for x in given))
+            chosen = torch.randperm(count, generator=self.generator)[:batch].to(inputs_now[0].device)
+            outputs = part(*(x[chosen] for x in inputs_now))
             loss = torch.stack(
-                [k * (y - t[chosen]).square().mean() for y, t, k in zip(found, targets, scale, strict=True)]
+                [k * (y - t[chosen]).square().mean() for y, t, k in zip(outputs, targets, scale, strict=True)]
             ).sum()
             optimiser.zero_grad()
             loss.backward()
@@ -265,8 +270,8 @@ class _Work:
         return rates, weights
 
     def _gates(self, part: fx.GraphModule, weights: Mapping[Any, Any]) -> list[tuple[str, SuperBitQuantizer]]:
-        found = [(self.names.get(id(m), ""), m) for m in part.modules() if isinstance(m, SuperBitQuantizer)]
-        return [(n, m) for n, m in found if n in self.parameters and self.parameters[n] in weights]
+        gates = [(self.names.get(id(m), ""), m) for m in part.modules() if isinstance(m, SuperBitQuantizer)]
+        return [(n, m) for n, m in gates if n in self.parameters and self.parameters[n] in weights]
 
     def _owns(self, part: fx.GraphModule, name: str) -> bool:
         """Whether a parameter or gate is read in this block alone."""
@@ -275,12 +280,12 @@ class _Work:
 
 def _calls(graph_module: fx.GraphModule) -> dict[str, int]:
     """How often each module is called and each parameter read."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for node in graph_module.graph.nodes:
         if node.op in ("get_attr", "call_module"):
             times = len(node.users) if node.op == "get_attr" else 1
-            found[str(node.target)] = found.get(str(node.target), 0) + times
-    return found
+            counts[str(node.target)] = counts.get(str(node.target), 0) + times
+    return counts
 
 
 def _bias(part: fx.GraphModule, node: fx.Node) -> str | None:

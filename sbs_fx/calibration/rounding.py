@@ -36,13 +36,13 @@ def input_moments(network: fx.GraphModule, batches: Iterable[Tensor], names: Ite
     Args:
         network: gated, all gates open.
     """
-    found = _Moments(network, set(names))
+    moments = _Moments(network, set(names))
     batches = list(batches)
     with mode(network, training=False), torch.no_grad():
         for x in batches:
-            found.share = len(x) / sum(len(b) for b in batches)
-            found.run(x)
-    return found.sums
+            moments.share = len(x) / sum(len(b) for b in batches)
+            moments.run(x)
+    return moments.sums
 
 
 class _Moments(fx.Interpreter):
@@ -142,13 +142,13 @@ def weight_parameters(network: fx.GraphModule) -> dict[str, nn.Parameter]:
     for node in network.graph.find_nodes(op="get_attr"):
         readers.setdefault(str(node.target), []).extend(node.users)
     gates = {id(gate): name for name, gate in weight_gates(network).items()}
-    found = {}
+    parameters = {}
     for target, users in readers.items():
         names = {gates.get(id(gate)) for user in users for gate in _behind_masks(network, user)}
         parameter = attribute(network, target)
         if len(names) == 1 and (name := names.pop()) is not None and isinstance(parameter, nn.Parameter):
-            found[name] = parameter
-    return found
+            parameters[name] = parameter
+    return parameters
 
 
 def _behind_masks(network: fx.GraphModule, node: fx.Node) -> Iterable[Any]:

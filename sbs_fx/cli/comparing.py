@@ -104,7 +104,7 @@ def _compare(
     train, test = both_splits(made, *data)
     assert train is not None
     with show_progress() as progress, show_steps(None, False) as observer:
-        found = run(
+        comparison = run(
             made.module,
             train,
             list(budgets),
@@ -117,6 +117,6 @@ def _compare(
             progress=progress,
             observer=observer,
         )
-    typer.echo(found.model_dump_json(indent=1) if json else str(found))
+    typer.echo(comparison.model_dump_json(indent=1) if json else str(comparison))
     if out is not None and not json:
         typer.echo(f"comparison.txt, comparison.json and the points are in {out}")

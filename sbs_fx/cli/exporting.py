@@ -26,11 +26,11 @@ def export(
     from sbs_fx.export import load_saved
 
     static, inputs = load_saved(model)
-    found = run(static, inputs, format, out, metadata=static.meta["metadata"], low_bits=low_bits)
+    written = run(static, inputs, format, out, metadata=static.meta["metadata"], low_bits=low_bits)
     exactly = "bit for bit" if static.meta["exact"] else "up to rounding ties"
     typer.echo(f"{out}: computes what torch computes, {exactly}")
-    if found.kernels is not None:
-        typer.echo(f"{found.name}: {found.kernels}")
+    if written.kernels is not None:
+        typer.echo(f"{written.name}: {written.kernels}")
 
 
 def bench(
@@ -57,7 +57,7 @@ def bench(
         sizes = []
     if not sizes or min(sizes) < 1:
         raise InputError(f"--batch-sizes {batch_sizes!r}; expected whole numbers by comma, such as 1,8")
-    found = benchmark(
+    timings = benchmark(
         static,
         inputs,
         float_model=create_model(against, checkpoint=checkpoint).eval() if against else None,
@@ -68,11 +68,11 @@ def bench(
         layers=layers,
     )
     if json:
-        typer.echo(found.to_json())
+        typer.echo(timings.to_json())
         return
-    for table in found.tables():
+    for table in timings.tables():
         Console().print(table)
-    for batch, backend in found.best.items():
+    for batch, backend in timings.best.items():
         typer.echo(f"fastest at batch {batch}: {backend}")
-    for name, reason in found.refused.items():
+    for name, reason in timings.refused.items():
         typer.echo(f"not run: {name}: {reason}")

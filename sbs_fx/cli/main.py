@@ -292,8 +292,8 @@ def report(
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"cannot read {path!r}: {error}; expected the --out directory of `sbs-fx compress`") from error
-    found = Report.from_json(text)
-    typer.echo(found.to_json() if json else str(found), nl=json)
+    saved = Report.from_json(text)
+    typer.echo(saved.to_json() if json else str(saved), nl=json)
     metrics = os.path.join(directory, METRICS)
     if not json and os.path.exists(metrics):
         from sbs_fx.report.curves import training_lines

@@ -72,13 +72,13 @@ def make_model(
             module = create(img_size=size[1:])  # reason: tables of positions have the size of the image
         except TypeError:
             module = create()
-    known = input_config(module)
+    card = input_config(module)
     if size is None:
-        if "input_size" not in known:
+        if "input_size" not in card:
             raise InputError(f"{name!r} does not say which images it takes; give --input-size C,H,W")
-        size = (in_chans or known["input_size"][0], *known["input_size"][1:])
+        size = (in_chans or card["input_size"][0], *card["input_size"][1:])
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    return NamedModel(module.to(place), images.to(place), {k: known[k] for k in ("mean", "std") if k in known})
+    return NamedModel(module.to(place), images.to(place), {k: card[k] for k in ("mean", "std") if k in card})
 
 
 def _device(name: str) -> torch.device:
@@ -109,8 +109,8 @@ def _parse_size(text: str | None) -> tuple[int, int, int] | None:
 def load_saved(path: str) -> NamedModel:
     """A saved result; its file says which images it takes."""
     module, inputs = load_static(path)
-    known = module.meta["metadata"]
-    normalisation = {k: known[k] for k in ("mean", "std") if k in known}
+    metadata = module.meta["metadata"]
+    normalisation = {k: metadata[k] for k in ("mean", "std") if k in metadata}
     return NamedModel(module, inputs[0], normalisation)
 
 

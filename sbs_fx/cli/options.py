@@ -61,11 +61,11 @@ def make_config(overrides: Sequence[str] = (), **settings: Any) -> Config:
 
     from sbs_fx.config import Config
 
-    given = {name: value for name, value in settings.items() if value is not None}
+    chosen = {name: value for name, value in settings.items() if value is not None}
     for text in overrides:
         path, equals, value = text.partition("=")
         *owners, name = path.strip().split(".")
-        place = given
+        place = chosen
         for owner in owners:
             place = place.setdefault(owner, {})
         if not equals or not name or not isinstance(place, dict):
@@ -75,12 +75,12 @@ def make_config(overrides: Sequence[str] = (), **settings: Any) -> Config:
         except ValueError:
             place[name] = value.strip()
     try:
-        return Config(**given)
+        return Config(**chosen)
     except ValidationError as error:
         raise typer.BadParameter("; ".join(_problem(p["loc"], p["input"], p["msg"]) for p in error.errors())) from None
 
 
-def _problem(place: Sequence[int | str], given: Any, message: str) -> str:
+def _problem(place: Sequence[int | str], value: Any, message: str) -> str:
     """What pydantic found, with the option that it is about; none where settings of a method are wrong."""
     option = "-".join(str(part) for part in place[:1]).replace("learning_rate", "lr").replace("_", "-")
-    return f"--{option} {given}: {message}" if option else message
+    return f"--{option} {value}: {message}" if option else message

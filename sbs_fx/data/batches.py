@@ -71,24 +71,24 @@ def _parts(item: Any, inputs: int, index: int) -> tuple[tuple[Tensor, ...], Tens
     parts = tuple(item) if isinstance(item, (tuple, list)) else (item,)
     if parts and isinstance(parts[0], (tuple, list)):
         parts = (*parts[0], *parts[1:])
-    found = parts[:inputs]
-    if len(found) < inputs or len(parts) > inputs + 1 or not all(isinstance(x, Tensor) for x in found):
+    tensors = parts[:inputs]
+    if len(tensors) < inputs or len(parts) > inputs + 1 or not all(isinstance(x, Tensor) for x in tensors):
         raise DataError(
             f"batch {index} is {_form(item)}; expected {inputs} tensor{'s' * (inputs > 1)}, with labels "
             "behind or without"
         )
-    if any(x.ndim == 0 or len(x) == 0 for x in found):
+    if any(x.ndim == 0 or len(x) == 0 for x in tensors):
         raise DataError(f"batch {index} is {_form(item)}; expected at least one image in each batch")
     labels = parts[inputs] if len(parts) > inputs else None
     if labels is not None:
         labels = torch.as_tensor(labels)
-        if labels.is_floating_point() or labels.is_complex() or labels.shape != found[0].shape[:1]:
+        if labels.is_floating_point() or labels.is_complex() or labels.shape != tensors[0].shape[:1]:
             raise DataError(
                 f"labels of batch {index} have dtype {labels.dtype} and shape {tuple(labels.shape)}; "
-                f"expected {len(found[0])} whole numbers, one an image"
+                f"expected {len(tensors[0])} whole numbers, one an image"
             )
         labels = labels.to(torch.int64)
-    return found, labels
+    return tensors, labels
 
 
 def _form(item: Any) -> str:

@@ -229,14 +229,14 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _arrays(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    found = []
+    arrays = []
     for kind in ("images", "labels"):
         path = folder / f"{split}_{kind}.npy"
         try:
-            found.append(np.load(path, mmap_mode="r" if kind == "images" else None, allow_pickle=False))
+            arrays.append(np.load(path, mmap_mode="r" if kind == "images" else None, allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"cannot read {str(path)!r}: {error}; expected an array that numpy.save wrote") from error
-    images, labels = found
+    images, labels = arrays
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[3] > 4:
         raise DataError(
             f"{split}_images.npy is {images.dtype} {images.shape}; expected uint8 (N, height, width, channels)"

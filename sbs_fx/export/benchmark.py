@@ -72,11 +72,11 @@ class Benchmark:
 
     @property
     def best(self) -> dict[int, str]:
-        found: dict[int, Timing] = {}
+        fastest: dict[int, Timing] = {}
         for timing in self.timings:
-            if timing.backend != FLOAT and timing.seconds < found.get(timing.batch, timing).seconds + 1e-12:
-                found[timing.batch] = timing
-        return {batch: timing.backend for batch, timing in found.items()}
+            if timing.backend != FLOAT and timing.seconds < fastest.get(timing.batch, timing).seconds + 1e-12:
+                fastest[timing.batch] = timing
+        return {batch: timing.backend for batch, timing in fastest.items()}
 
     def ratio(self, backend: str, batch: int, to: str = FLOAT) -> float:
         """Time of one backend over that of another."""
@@ -154,9 +154,9 @@ def benchmark(
             if float_model is not None:
                 runners[FLOAT] = compile_float(float_model, inputs)
             timings += time_runners(runners, inputs, batch, rounds, threads)
-            for name, found in runners.items():
-                if layers and found.profile is not None and name not in profiles:
-                    profiles[name] = _layers(found, static, inputs)
+            for name, run in runners.items():
+                if layers and run.profile is not None and name not in profiles:
+                    profiles[name] = _layers(run, static, inputs)
         return Benchmark(tuple(timings), profiles, refused, threads)
 
 
@@ -180,16 +180,16 @@ def time_runners(
             for _ in range(calls[name]):
                 runners[name](*inputs)
             samples[name].append((clock() - start) / calls[name])
-    found = []
+    timings = []
     for name, run in runners.items():
         median = statistics.median(samples[name])
         low, _, high = statistics.quantiles(samples[name], n=4) if rounds > 1 else (median, median, median)
         kernels = getattr(run, "kernels", None)
         memory = _peak(lambda run=run: run(*inputs))  # type: ignore[misc]
-        found.append(
+        timings.append(
             Timing(name, batch, median, high - low, batch / median, memory, kernels.summary if kernels else "")
         )
-    return found
+    return timings
 
 
 def _runners(
@@ -199,10 +199,10 @@ def _runners(
     threads: int,
     refused: dict[str, str],
 ) -> dict[str, Runner]:
-    found = {}
+    runners = {}
     for name in backends or BACKENDS.entries():
         try:
-            found[name] = runner(static, inputs, name, threads=threads)
+            runners[name] = runner(static, inputs, name, threads=threads)
         except BackendError as error:
             if backends is not None:
                 raise
@@ -211,14 +211,14 @@ def _runners(
         refused["int8 dot products"] = (
             "this processor has none (VNNI): int8 kernels run at about the speed of float; results stay exact"
         )
-    return found
+    return runners
 
 
-def _layers(found: Runner, static: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[LayerTime, ...]:
+def _layers(run: Runner, static: fx.GraphModule, inputs: tuple[Tensor, ...]) -> tuple[LayerTime, ...]:
     """One row per layer with weights, and one for the rest."""
-    assert found.profile is not None
-    seconds = dict(found.profile(*inputs))
-    integer = found.kernels.integer if found.kernels else ()
+    assert run.profile is not None
+    seconds = dict(run.profile(*inputs))
+    integer = run.kernels.integer if run.kernels else ()
     rows = []
     nodes = {node.name: node for node in static.graph.nodes}
     for name in [name for name in layer_names(static) if name in seconds]:

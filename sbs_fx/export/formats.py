@@ -83,9 +83,9 @@ def runner(static: fx.GraphModule, example_inputs: Sequence[Tensor], name: str, 
     Raises:
         BackendError: an unknown backend, one that is not installed, or one that computes something else.
     """
-    found = BACKENDS[name].run(static, example_inputs, threads)
-    check(found, static, example_inputs)
-    return found
+    ready = BACKENDS[name].run(static, example_inputs, threads)
+    check(ready, static, example_inputs)
+    return ready
 
 
 @backend("eager", profiles=False)

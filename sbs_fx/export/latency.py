@@ -126,15 +126,15 @@ def latency_model(
         raise MethodError(f"latency cannot be measured with {settings.backend!r}; expected one of {profiled}")
     path = _cache_path(groups, settings)
     try:
-        found = LatencyModel.model_validate_json(path.read_text())
-        if found.format == FORMAT:
-            return found
+        model = LatencyModel.model_validate_json(path.read_text())
+        if model.format == FORMAT:
+            return model
     except (OSError, ValidationError):
         pass
-    found = _measure(graph, groups, cost, inputs, settings)
+    model = _measure(graph, groups, cost, inputs, settings)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, found.model_dump_json(indent=1).encode())
-    return found
+    write_atomic(path, model.model_dump_json(indent=1).encode())
+    return model
 
 
 def _measure(
@@ -179,8 +179,8 @@ def preferred_multiple(settings: Latency) -> int:
         str(fewer): slim_runner(cost, Plan({inner: range(_WIDTH - fewer)}), inputs, batch, settings)
         for fewer in (0, *_MULTIPLES)
     }
-    found = time_runners(runners, batch, settings.batch, 3 * _ROUNDS, settings.threads)
-    seconds = {int(timing.backend): timing.seconds for timing in found}
+    timings = time_runners(runners, batch, settings.batch, 3 * _ROUNDS, settings.threads)
+    seconds = {int(timing.backend): timing.seconds for timing in timings}
     saved = {fewer: (seconds[0] - seconds[fewer]) / fewer for fewer in _MULTIPLES}
     return min(fewer for fewer in _MULTIPLES if saved[fewer] >= _ALMOST * max(saved.values()))
 

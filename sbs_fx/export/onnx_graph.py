@@ -90,9 +90,9 @@ def _attention_as_products(graph: fx.Graph, node: fx.Node) -> None:
             query = call(aten.mul.Tensor, (query, scale))
         scores = call(aten.matmul.default, (query, call(aten.transpose.int, (key, -1, -2))))
         shares = call(aten.softmax.int, (scores, -1))
-        found = call(aten.matmul.default, (shares, value))
-    found.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(found)
+        product = call(aten.matmul.default, (shares, value))
+    product.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(product)
     graph.erase_node(node)
 
 

@@ -108,9 +108,9 @@ def _explicit(static: fx.GraphModule) -> fx.GraphModule:
     exact = static.meta.get("exact", False)
     result = copy_graph(static)
     graph = result.graph
-    found = list(quantizers(graph))
-    rounds = exact or any(last.args[0] is not first for first, last in found)  # reason: a clip is a bitwidth below 8
-    for first, last in found:
+    pairs = list(quantizers(graph))
+    rounds = exact or any(last.args[0] is not first for first, last in pairs)  # reason: a clip is a bitwidth below 8
+    for first, last in pairs:
         source, scale = first.args[:2]
         if exact and source.op == "placeholder":
             with graph.inserting_before(first):

@@ -71,16 +71,16 @@ class Runner:
 
 def require(*modules: str) -> list[Any]:
     """The modules of an optional tool. Raises BackendError, which names the extra that installs them."""
-    found = []
+    imported = []
     for name in modules:
         try:
-            found.append(importlib.import_module(name))
+            imported.append(importlib.import_module(name))
         except ImportError as error:
             extra = EXTRAS[name.partition(".")[0]]
             raise BackendError(
                 f"{name.partition('.')[0]} is not installed ({error}); install it with: pip install 'sbs-fx[{extra}]'"
             ) from error
-    return found
+    return imported
 
 
 def layer_names(static: fx.GraphModule) -> list[str]:
@@ -110,9 +110,9 @@ def check(runner: Runner, static: fx.GraphModule, example_inputs: Sequence[Tenso
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in example_inputs]
     with torch.no_grad():
-        expected, found = flat(static(*inputs)), flat(runner(*inputs))
+        expected, results = flat(static(*inputs)), flat(runner(*inputs))
     exact = static.meta.get("exact", False)
-    for want, have in zip(expected, found, strict=True):
+    for want, have in zip(expected, results, strict=True):
         have = have.reshape(want.shape)
         if exact and not torch.equal(want, have):
             raise BackendError(
@@ -144,10 +144,10 @@ def check_shapes(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> None
         value = node.meta.get("val")
         if value is None:
             continue
-        wanted = [int(s) if isinstance(s, int) else None for s in value.shape]
-        fits = len(wanted) == x.ndim and all(w is None or w == s for w, s in zip(wanted, x.shape, strict=True))
+        sizes = [int(s) if isinstance(s, int) else None for s in value.shape]
+        fits = len(sizes) == x.ndim and all(w is None or w == s for w, s in zip(sizes, x.shape, strict=True))
         if not fits:
-            shape = ", ".join("any" if w is None else str(w) for w in wanted)
+            shape = ", ".join("any" if w is None else str(w) for w in sizes)
             raise BackendError(f"got an input of shape {tuple(x.shape)}; the graph was made for ({shape})")
 
 

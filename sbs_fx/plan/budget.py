@@ -85,8 +85,8 @@ class Budget(Value):
         reference = cost.reference
         if reference is None:
             raise ValueError("this cost has no reference; compare with Cost(..., reference=cost_of_the_float_model)")
-        found, whole = cost.by_measure, reference.by_measure
-        return {m: found[m] / whole[m] if whole[m] else (math.inf if found[m] else 0.0) for m in found}
+        price, whole = cost.by_measure, reference.by_measure
+        return {m: price[m] / whole[m] if whole[m] else (math.inf if price[m] else 0.0) for m in price}
 
     def is_satisfied_by(self, cost: Cost) -> bool:
         """True if every limit holds. Raises ValueError if the cost has no reference, or not what a limit measures."""
@@ -114,5 +114,5 @@ class Budget(Value):
 
 def _largest(share: float, whole: int) -> int:
     """The largest number that is at most that share of the whole, as numbers are divided here."""
-    found = math.floor(share * whole)
-    return found + 1 if (found + 1) / whole <= share else found
+    floor = math.floor(share * whole)
+    return floor + 1 if (floor + 1) / whole <= share else floor

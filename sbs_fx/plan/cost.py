@@ -73,8 +73,8 @@ class Cost(Value):
     @property
     def by_measure(self) -> dict[str, float]:
         """What budgets limit, by the names that they give it; latency only where it was measured."""
-        found: dict[str, float] = {"bops": self.bops, "size": self.stored_bits, "macs": self.macs}
-        return {**found, "latency": self.seconds} if self.seconds else found
+        measures: dict[str, float] = {"bops": self.bops, "size": self.stored_bits, "macs": self.macs}
+        return {**measures, "latency": self.seconds} if self.seconds else measures
 
     def to_json(self) -> str:
         """The cost as JSON, `reference` included."""

@@ -166,10 +166,10 @@ class Policy(Value):
                 f"policy has format {written_format!r}, expected {FORMAT}; read it with the version that wrote it"
             )
         written = fields.pop("checksum", None)
-        if written != (found := checksum_of(fields)):
+        if written != (computed := checksum_of(fields)):
             raise FileError(
-                f"policy was altered: its checksum says {written!r}, its contents give {found!r}. Restore the file, or "
-                "build the changed plan with sbs_fx.plan.Policy(...) and save that."
+                f"policy was altered: its checksum says {written!r}, its contents give {computed!r}. Restore the file, "
+                "or build the changed plan with sbs_fx.plan.Policy(...) and save that."
             )
         if written_format == 1:  # which had one field more
             if fields.pop("grid", "symmetric") != "symmetric":

@@ -66,10 +66,10 @@ def weight_top(weight: Tensor, gate: SuperBitQuantizer, method: str) -> Tensor:
         return largest
     grid = grid_of(gate)
     count = rows.shape[1]
-    wanted = max(_CHANNEL_SAMPLES, _SAMPLES // len(rows))
-    if count <= wanted:
+    samples = max(_CHANNEL_SAMPLES, _SAMPLES // len(rows))
+    if count <= samples:
         return best_top(rows, largest, grid)
-    chosen = torch.linspace(0, count - 1, wanted, dtype=torch.float64, device=rows.device).round().long()
+    chosen = torch.linspace(0, count - 1, samples, dtype=torch.float64, device=rows.device).round().long()
     top = best_top(rows[:, chosen], largest, grid)
     better = squared_error(rows, top, grid) <= squared_error(rows, largest, grid)
     return torch.where(better, top, largest)
@@ -86,9 +86,9 @@ def best_top(values: Tensor, largest: Tensor, grid: Grid, weights: Tensor | None
         centre = largest if shares is not _FINE else best
         for share in shares:
             top = torch.minimum(centre * share, largest)
-            found = squared_error(values, top, grid, weights)
-            best, error = torch.where(found < error, top, best), torch.minimum(found, error)
-            if shares is not _FINE and bool((found > _HOPELESS * error).all()):
+            new_error = squared_error(values, top, grid, weights)
+            best, error = torch.where(new_error < error, top, best), torch.minimum(new_error, error)
+            if shares is not _FINE and bool((new_error > _HOPELESS * error).all()):
                 break
     return best
 
@@ -100,13 +100,13 @@ def squared_error(values: Tensor, top: Tensor, grid: Grid, weights: Tensor | Non
     low, high = (bound.expand(len(scale))[:, None] for bound in grid[:2])
     alike = len(grid[1]) == 1  # reason: numbers as bounds are four times as fast as tensors
     rows = max(1, _BLOCK // values.shape[1])
-    found = []
+    errors = []
     for part, s, lo, hi in zip(*(t.split(rows) for t in (values, scale, low, high)), strict=True):
         code = (part / s).round_()
         code = code.clamp_(float(lo[0]), float(hi[0])) if alike else torch.minimum(torch.maximum(code, lo), hi)
         error = code.mul_(s).sub_(part).square_()
-        found.append(error.sum(1) if weights is None else error.to(weights.dtype) @ weights)
-    return torch.cat(found)
+        errors.append(error.sum(1) if weights is None else error.to(weights.dtype) @ weights)
+    return torch.cat(errors)
 
 
 class Histogram:
@@ -160,10 +160,10 @@ class Histogram:
     def percentile(self, percent: float) -> float:
         """The value that `percent` of all absolute values do not exceed, to the width of a bin; 100: the largest."""
         below = self.zeros + self.counts.cumsum(0)
-        wanted = percent / 100 * float(below[-1])
+        count = percent / 100 * float(below[-1])
         if percent >= 100 or not self.width:
             return self.largest
-        place = int(torch.searchsorted(below, torch.tensor(wanted, dtype=torch.float64)))
+        place = int(torch.searchsorted(below, torch.tensor(count, dtype=torch.float64)))
         return min((min(place, BINS - 1) + 1) * self.width, self.largest)
 
     def top(self, gate: SuperBitQuantizer, method: str, percentile: float) -> Tensor:

@@ -248,7 +248,7 @@ class SuperBitQuantizer(nn.Module):
         range: what x is clipped to, in units of x; shape () or (channels,); initially 1.
         threshold: of the gates, shape (len(candidates) - 1,).
         across_processes: each process sees a part of x, and gates are decided over all of it.
-        held: while searching, decide by the norms of the last forward that was not held; thresholds get no gradient
+        frozen: while searching, decide by the norms of the last forward that was not frozen; thresholds get no gradient
             from the output, and a step costs what it costs at fixed bits.
 
     Raises:
@@ -280,7 +280,7 @@ class SuperBitQuantizer(nn.Module):
         self.register_buffer("channel_bits", None, persistent=False)
         self._bits: int | None = FLOAT_BITS
         self.across_processes = False
-        self.held = False
+        self.frozen = False
 
     @property
     def bits(self) -> int | Tensor | None:
@@ -350,7 +350,7 @@ class SuperBitQuantizer(nn.Module):
         range_ = self._along(self.range, x)
         if self.bits is None:
             levels = self._levels()
-            if self.held:
+            if self.frozen:
                 opened = self.norms > self.threshold.detach()
                 y = _Fixed.apply(x, range_, *_chosen(opened, levels), self.signed)
                 return torch.where(opened.all(), x, y) if len(opened) == len(levels) else y

@@ -133,12 +133,12 @@ class Comparison(BaseModel):
         costs, heights = [p.bops or 0 for p in front], [p.best_accuracy or 0.0 for p in front]
         axes.step(costs, heights, where="post", color="0.8", lw=6, zorder=0)
         for method in dict.fromkeys(p.method for p in self.points):
-            found = sorted(
+            points = sorted(
                 ((p.bops, p.best_accuracy) for p in self.points if p.method == method and p.outcome == "ok"),
                 key=lambda pair: pair[0] or 0,
             )
-            if found:
-                axes.plot(*zip(*found, strict=True), "o-", label=method)
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", label=method)
         axes.axhline(self.float_accuracy, color="black", lw=1, ls=":", label="float")
         axes.set(xscale="log", xlabel="bit operations of one image", ylabel="top-1 accuracy, %")
         axes.legend(frameon=False)

@@ -121,16 +121,16 @@ def _pins(cost_model: CostModel) -> tuple[PinRow, ...]:
     Kernel positions, tokens and the like are pinned in every model and are no channels, so only the input and output
     dimensions of weights count, and only if nothing of them can go.
     """
-    found: dict[str, list[tuple[str, int]]] = {}
+    sides_of: dict[str, list[tuple[str, int]]] = {}
     for layer in cost_model.layers:
         for dims, outputs in layer.weights.values():
             for side, dim in _sides(layer, dims, outputs):
                 if not d.axes(dim):
                     for cause in dict.fromkeys(_cause(why) for why in d.reasons(dim)):
-                        found.setdefault(cause, []).append((f"{layer.name}: {side}", d.resolve(dim).size))
+                        sides_of.setdefault(cause, []).append((f"{layer.name}: {side}", d.resolve(dim).size))
     rows = [
         PinRow(cause=cause, channels=sum(n for _, n in sides), sides=tuple(name for name, _ in sides))
-        for cause, sides in found.items()
+        for cause, sides in sides_of.items()
     ]
     return tuple(sorted(rows, key=lambda row: -row.channels))
 

@@ -62,7 +62,7 @@ class ChannelBits:
     def _makers(self) -> dict[str, list[tuple[str, Tensor]]]:
         """Group -> the weights that make its channels, and the coordinate that each of their channels makes or -1; no
         entry where a layer that is not decided on is one of them."""
-        found: dict[str, list[tuple[str, Tensor]]] = {}
+        makers_of: dict[str, list[tuple[str, Tensor]]] = {}
         for group in self.problem.groups.values():
             if not self.problem.space.may_be_pruned(group.name):
                 continue
@@ -72,8 +72,8 @@ class ChannelBits:
                 if group.axis in d.axes(dim)
             ]
             if makers and all(n in self.importance and n not in self.fixed for n, _ in makers):
-                found[group.name] = makers
-        return found
+                makers_of[group.name] = makers
+        return makers_of
 
     def kept(self, bits: BitsByChannel) -> dict[str, tuple[int, ...]]:
         """Group -> coordinates that stay."""
@@ -105,18 +105,18 @@ class ChannelBits:
         The least important channels go first: all to the second most bits at most, then to the third, and in the end
         to `least`. With `least` in this layer, all must be within the limits.
         """
-        given, order = plan[name], self._order[name]
+        asked, order = plan[name], self._order[name]
         ceilings: list[int | None] = [*sorted(set(self.levels[name]) - {0}, reverse=True)[1:], None]
 
         def lowered(steps: int) -> list[int]:
-            result = list(given)
+            result = list(asked)
             for turn, most in enumerate(ceilings):
                 for channel in order[: max(0, steps - turn * len(order))]:
                     result[channel] = min(result[channel], self.least[name][channel] if most is None else most)
             return result
 
         if self.used(plan) <= 1:
-            return given
+            return asked
         low, high = 1, len(ceilings) * len(order)
         while low < high:
             middle = (low + high) // 2
@@ -172,8 +172,8 @@ def _coordinates(dim: Dim, axis: Axis) -> Tensor:
         return torch.cat([_coordinates(item, axis) for item in dim.items])
     result = torch.full((1,), -1)
     for part in dim.factors if isinstance(dim, d.Prod) else ():
-        found = _coordinates(part, axis)
-        result = torch.maximum(result[:, None], found[None, :]).flatten()
+        inner = _coordinates(part, axis)
+        result = torch.maximum(result[:, None], inner[None, :]).flatten()
     return result if isinstance(dim, d.Prod) else torch.full((dim.size,), -1)
 
 

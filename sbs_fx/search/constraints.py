@@ -156,14 +156,14 @@ class Names:
     def _groups(self, constraint: Keep, matched: set[str]) -> set[str]:
         """Groups with an axis in a matched layer's weight; by a pattern alone, in any tensor that it names."""
         dims = [dim for name in matched for weight, _ in self.layers[name].weights.values() for dim in weight]
-        found = {self.groups.of_axis[axis].name for dim in dims for axis in d.axes(dim) if axis in self.groups.of_axis}
+        names = {self.groups.of_axis[axis].name for dim in dims for axis in d.axes(dim) if axis in self.groups.of_axis}
         if constraint.kind is None and constraint.place is None:
-            found |= {
+            names |= {
                 group.name
                 for group in self.groups.values()
                 if any(_fits(member.tensor, constraint.pattern) for member in group.members)
             }
-        return found
+        return names
 
     def _of_layer(self, layer: LayerExpression) -> tuple[str, ...]:
         """Its node, its module's path, its weights and their parameters."""

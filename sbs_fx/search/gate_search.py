@@ -144,7 +144,7 @@ class GateSearch(TrainingStage):
         for gates in self.searched.values():
             for gate in gates.values():
                 gate.search()
-                gate.held = False
+                gate.frozen = False
         for name, channel in self.channels.items():
             norms = channel.block_norms.sort(descending=True).values
             count = max(1, round(len(plan.kept[name]) / channel.block))
@@ -174,7 +174,7 @@ class GateSearch(TrainingStage):
         self.done = done
         for turn, gates in enumerate(self.searched.values()):
             for quantiser in gates.values():
-                quantiser.held = step % 2 == turn
+                quantiser.frozen = step % 2 == turn
         self._decide_channels()
 
     def _decide_channels(self) -> None:
@@ -200,20 +200,20 @@ class GateSearch(TrainingStage):
         thresholds = [gate.threshold for gates in self._kinds().values() for gate in gates.values()]
         if not excess.requires_grad:  # reason: a network of two layers has nothing to decide
             return {}
-        found = torch.autograd.grad(excess, thresholds, allow_unused=True, retain_graph=True)
-        return {t: torch.zeros_like(t) if slope is None else slope for t, slope in zip(thresholds, found, strict=True)}
+        slopes = torch.autograd.grad(excess, thresholds, allow_unused=True, retain_graph=True)
+        return {t: torch.zeros_like(t) if slope is None else slope for t, slope in zip(thresholds, slopes, strict=True)}
 
     def before_update(self, step: int) -> None:
-        """Sizes of gradients are brought to 1; held gates learn nothing, from the penalty neither."""
+        """Sizes of gradients are brought to 1; frozen gates learn nothing, from the penalty neither."""
         scales: dict[Tensor, float] = {}
         for kind, gates in self._kinds().items():
-            found = [g.threshold.grad for g in gates.values() if g.threshold.grad is not None]
-            if not found:
+            grads = [g.threshold.grad for g in gates.values() if g.threshold.grad is not None]
+            if not grads:
                 continue
-            square = float(torch.cat([g.flatten() for g in found]).double().square().mean())
+            square = float(torch.cat([g.flatten() for g in grads]).double().square().mean())
             self.squares[kind] = 0.98 * self.squares.get(kind, square) + 0.02 * square
             for gate in gates.values():
-                if isinstance(gate, SuperBitQuantizer) and gate.held:
+                if isinstance(gate, SuperBitQuantizer) and gate.frozen:
                     gate.threshold.grad = None
                 elif gate.threshold.grad is not None:
                     scales[gate.threshold] = max(self.squares[kind], 1e-60) ** -0.5

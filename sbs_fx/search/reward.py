@@ -47,8 +47,8 @@ class Reward:
         self.network = insert_gates(problem.graph, problem.groups)
         start_epoch(data, 0)
         device = problem.inputs[0].device
-        found = list(read_batches(data, max_batches=norm_batches + reward_batches))
-        batches = [(b.inputs[0].to(device), check_labels(b.labels, None, b.number).to(device)) for b in found]
+        read = list(read_batches(data, max_batches=norm_batches + reward_batches))
+        batches = [(b.inputs[0].to(device), check_labels(b.labels, None, b.number).to(device)) for b in read]
         self.norm_batches = batches[:norm_batches]
         self.batches = batches[norm_batches:] or batches
         self.names = [n for n, _ in problem.graph.named_buffers()]

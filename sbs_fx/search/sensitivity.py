@@ -161,13 +161,13 @@ class _Recorder(fx.Interpreter):
                     swap = lambda a, w=weight, c=changed: c if a is w else a  # noqa: E731
                     other = node.target(*fx.node.map_aggregate(args, swap), **kwargs)
                     self._add("weight", name, bits, grad * (other - y))
-        found = {name: torch.zeros(self.images, axis.size) for axis, name in self.axes.items()}
+        rows = {name: torch.zeros(self.images, axis.size) for axis, name in self.axes.items()}
         for name, source, x in self.tensors:
             grad = self._gradient(x, name)
             for bits, form in self.forms["activation"].get(name, {}).items():
                 self._add("activation", name, bits, grad * (form(x) - x))
-            self._channels(source, grad, x, found)
-        for name, row in found.items():
+            self._channels(source, grad, x, rows)
+        for name, row in rows.items():
             self.rows[name].append(row)
 
     def _gradient(self, x: Tensor, name: str) -> Tensor:
@@ -183,7 +183,7 @@ class _Recorder(fx.Interpreter):
         # reason: batches of windows or tokens keep the image as the slowest index
         self.sums[kind][name][bits] += float(products.reshape(self.images, -1).sum(1).double().square().sum())
 
-    def _channels(self, source: str, grad: Tensor, x: Tensor, found: dict[str, Tensor]) -> None:
+    def _channels(self, source: str, grad: Tensor, x: Tensor, rows_of: dict[str, Tensor]) -> None:
         """What goes with a channel is all that layers read of it, less its mean, which biases take over."""
         for i, dim in enumerate(self.types[source]):
             if not any(axis in self.axes for axis in d.axes(dim)):
@@ -193,7 +193,7 @@ class _Recorder(fx.Interpreter):
             rows = products.movedim(i, -1).reshape(self.images, -1, x.shape[i]).sum(1).cpu()
             for axis, part in _along(dim, rows):
                 if axis in self.axes:
-                    found[self.axes[axis]] += part
+                    rows_of[self.axes[axis]] += part
 
 
 def _along(dim: Dim, rows: Tensor) -> Iterable[tuple[Axis, Tensor]]:

@@ -84,9 +84,9 @@ def prune_weights(problem: Problem, plan: Plan) -> Plan:
         again = allocate(counts, forms, limit - fixed, worth)
         chosen = again[0] if again else {n: len(table.size) - 1 for n, table in forms.items()}
         thresholds = {n: float(forms[n].threshold[i]) for n, i in chosen.items() if n in weights}
-        found = _scaled_to(problem, replace(plan, weight_bits=bits), weights, thresholds)
-        if found is not None:
-            return found
+        pruned = _scaled_to(problem, replace(plan, weight_bits=bits), weights, thresholds)
+        if pruned is not None:
+            return pruned
     least = {n: min(problem.space.values("weight", n)) if n in most else b for n, b in plan.weight_bits.items()}
     alone = {n: 1 for n in weights if n in most}
     raise problem.infeasible("opq", replace(plan, weight_bits=least, nonzeros=alone))

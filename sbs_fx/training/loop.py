@@ -349,7 +349,7 @@ class _Loop:
         parts = {"network": self.network.state_dict(), "optimizers": self.optimizers.state(), "best": self.best_state}
         if self.ema is not None:
             parts["ema"] = self.ema.module.state_dict()
-        tensors = {f"{part}/{name}": value for part, found in parts.items() for name, value in found.items()}
+        tensors = {f"{part}/{name}": value for part, of_part in parts.items() for name, value in of_part.items()}
         state: dict[str, Any] = {
             "epoch": epoch,
             "done": done,

@@ -15,14 +15,14 @@ from sbs_fx.training.evaluation import device_of, mode
 
 def estimate_norms(network: nn.Module, data: Iterable[Any], batches: int) -> None:
     """Batch-norm statistics of a gated graph as the mean over some batches; everything else, modes included, stays."""
-    found = {m: m.momentum for m in network.modules() if isinstance(m, BatchNorm)}
+    momenta = {m: m.momentum for m in network.modules() if isinstance(m, BatchNorm)}
     device = device_of(network)
     with mode(network, training=False), torch.no_grad():
-        for module in found:
+        for module in momenta:
             module.train()
         for index, (images,), _ in read_batches(data, max_batches=batches):
-            for module in found:
+            for module in momenta:
                 module.momentum = 1 / (index + 1)
             network(images.to(device))
-    for module, momentum in found.items():
+    for module, momentum in momenta.items():
         module.momentum = momentum

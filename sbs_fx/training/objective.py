@@ -90,8 +90,8 @@ class Objective:
         weight = self.settings.distillation if example.labels is not None else 1.0
         if self._teach is not None and weight:
             with torch.no_grad(), self._autocast():
-                wanted = F.log_softmax(logits_of(self._teach(example.images)).float(), dim=1)
-            divergence = F.kl_div(F.log_softmax(logits, dim=1), wanted, reduction="batchmean", log_target=True)
+                soft_targets = F.log_softmax(logits_of(self._teach(example.images)).float(), dim=1)
+            divergence = F.kl_div(F.log_softmax(logits, dim=1), soft_targets, reduction="batchmean", log_target=True)
             loss = loss + weight * divergence
         return loss, right
 

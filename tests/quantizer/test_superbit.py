@@ -166,9 +166,9 @@ def test_the_last_gate_may_lead_to_float(
     x = torch.randn(200, dtype=dtype, requires_grad=True)
     for number, bits in enumerate((*candidates, 32)):
         close_gates_from(quantizer, number)
-        quantizer.held = False
+        quantizer.frozen = False
         quantizer(x)
-        quantizer.held = held
+        quantizer.frozen = held
         x.grad = quantizer.range.grad = None
         y = quantizer(x)
         y.sum().backward()

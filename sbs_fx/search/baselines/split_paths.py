@@ -150,9 +150,9 @@ class _Splitter:
         return tensor
 
     def gate(self, node: fx.Node) -> SuperBitQuantizer:
-        found = self.network.get_submodule(str(node.target))
-        assert isinstance(found, SuperBitQuantizer)
-        return found
+        module = self.network.get_submodule(str(node.target))
+        assert isinstance(module, SuperBitQuantizer)
+        return module
 
     def add_gate(self, kind: str, name: str, key: str, leaf: str, like: SuperBitQuantizer, bits: int) -> str:
         """A quantiser with the options of another, fixed; the path of the new module."""

@@ -140,9 +140,11 @@ def allocate(problem: Knapsack, time_limit: float = 60.0) -> Allocation:
     equal = scipy.sparse.csr_array(
         (np.concatenate(values), (np.concatenate(rows), np.concatenate(places))), shape=(row, columns)
     )
-    wanted = np.concatenate([np.ones(len(kept)), np.zeros(row - len(kept))])
+    equal_to = np.concatenate([np.ones(len(kept)), np.zeros(row - len(kept))])
     within = budget / scale[:, None], problem.limits / scale
-    relaxed = scipy.optimize.linprog(objective, A_ub=within[0], b_ub=within[1], A_eq=equal, b_eq=wanted, bounds=(0, 1))
+    relaxed = scipy.optimize.linprog(
+        objective, A_ub=within[0], b_ub=within[1], A_eq=equal, b_eq=equal_to, bounds=(0, 1)
+    )
     upper = np.ones(columns)
     rounded = _rounded(problem, kept, starts, relaxed.x)
     if rounded is not None:
@@ -150,24 +152,24 @@ def allocate(problem: Knapsack, time_limit: float = 60.0) -> Allocation:
         gap = problem.loss(rounded) - relaxed.fun + _NOTHING * (1 + abs(relaxed.fun))
         dear = relaxed.lower.marginals[:binary] > gap
         upper[:binary][dear] = 0
-    found = scipy.optimize.milp(
+    solution = scipy.optimize.milp(
         objective,
         integrality=np.arange(columns) < binary,
         bounds=scipy.optimize.Bounds(0, upper),
         constraints=[
-            scipy.optimize.LinearConstraint(equal, wanted, wanted),
+            scipy.optimize.LinearConstraint(equal, equal_to, equal_to),
             scipy.optimize.LinearConstraint(within[0], -np.inf, within[1]),
         ],
         options={"time_limit": time_limit, "mip_rel_gap": 0.0},
     )
-    if found.status == 2:
+    if solution.status == 2:
         raise InfeasibleBudget(f"no allocation keeps the limits {problem.limits.tolist()}")
-    bound = -np.inf if found.mip_dual_bound is None else float(found.mip_dual_bound)
+    bound = -np.inf if solution.mip_dual_bound is None else float(solution.mip_dual_bound)
     best: tuple[int, ...] | None = None
-    if found.x is not None:
-        parts = np.split(found.x[:binary], starts[1:-1])
+    if solution.x is not None:
+        parts = np.split(solution.x[:binary], starts[1:-1])
         best = tuple(k[int(part.argmax())] for k, part in zip(kept, parts, strict=True))
-    proven = found.status == 0 and best is not None and problem.fits(best)
+    proven = solution.status == 0 and best is not None and problem.fits(best)
     if best is None or not problem.fits(best):
         best = rounded or greedy(problem).choices
     loss = problem.loss(best)

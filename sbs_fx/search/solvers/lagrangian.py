@@ -90,10 +90,10 @@ def minimise(decisions: Sequence[Decision], load: Load) -> list[int] | None:
     low, high = np.log(max(spread, 1e-30)) - 16.0, np.log(max(spread, 1e-30)) + 16.0
     for _ in range(_BISECTIONS):
         price = (low + high) / 2
-        found = problem.descend(most, float(np.exp(price)))
-        if problem.fits(problem.loads(found)):
+        chosen = problem.descend(most, float(np.exp(price)))
+        if problem.fits(problem.loads(chosen)):
             high = price
-            best = min(best, found, key=problem.damage)
+            best = min(best, chosen, key=problem.damage)
         else:
             low = price
     return problem.exchange(problem.raise_(best))
@@ -208,7 +208,11 @@ class _Problem:
                 changed = list(raised)
                 for i in divmod(k, len(w)):
                     changed[w[i]] = int(p[i])
-                found = self.loads(changed)
-                if self.fits(found) and self.damage(changed) <= most and (not close or found.max() > load + 1e-6):
+                loads_after = self.loads(changed)
+                if (
+                    self.fits(loads_after)
+                    and self.damage(changed) <= most
+                    and (not close or loads_after.max() > load + 1e-6)
+                ):
                     return changed
         return None

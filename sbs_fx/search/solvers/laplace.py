@@ -171,22 +171,22 @@ def allocate(
 
     def at(log_price: float) -> tuple[dict[str, int], float]:
         price = math.exp(log_price)
-        found = {n: table.at(price * counts[n] / max(worth_of(n), 1e-300)) for n, table in tables.items()}
-        return found, sum(counts[n] * float(tables[n].size[i]) for n, i in found.items())
+        position = {n: table.at(price * counts[n] / max(worth_of(n), 1e-300)) for n, table in tables.items()}
+        return position, sum(counts[n] * float(tables[n].size[i]) for n, i in position.items())
 
     low, high = -_LOG_PRICE, _LOG_PRICE
-    found, size = at(low)
+    position, size = at(low)
     if size <= limit:
-        return found, found
-    beyond = found
+        return position, position
+    beyond = position
     best, size = at(high)
     if size > limit:
         return None
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        found, size = at(middle)
+        position, size = at(middle)
         if size <= limit:
-            high, best = middle, found
+            high, best = middle, position
         else:
-            low, beyond = middle, found
+            low, beyond = middle, position
     return best, beyond
