@@ -78,6 +78,7 @@ class Method:
 
 
 Search = Callable[[Problem, Run], SearchResult]
+_NEEDS: tuple[Needs, ...] = ("nothing", "images", "labels")
 METHODS = Registry[Method]("method", "sbs_fx.methods", "sbs_fx.search", MethodError)
 
 
@@ -93,8 +94,9 @@ def method(name: str, **entry: Any) -> Callable[[Search], Search]:
 
 
 def methods() -> Mapping[str, Method]:
-    """All methods by name, those of other installed packages included."""
-    return METHODS.entries()
+    """All methods by name, those of other installed packages included; what needs least comes first."""
+    entries = METHODS.entries().items()
+    return dict(sorted(entries, key=lambda item: (_NEEDS.index(item[1].needs), item[1].trains, item[0])))
 
 
 def names() -> tuple[str, ...]:
