@@ -1,5 +1,5 @@
 """`python -m sbs_fx.cli`, as `torchrun` and `accelerate launch` start it."""
 
-from sbs_fx.cli.main import main
+from sbs_fx.cli import main
 
 main()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sbs_fx.cli.main import main
+from sbs_fx.cli import main
 from sbs_fx.plan import Policy
 from sbs_fx.report import Report
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import sbs_fx
-from sbs_fx.cli.main import main
+from sbs_fx.cli import main
 from sbs_fx.export import TARGETS, load_saved, onnx, runner, runtime
 from sbs_fx.export.benchmark import benchmark
 from sbs_fx.export.inductor import run_inductor
