@@ -19,7 +19,8 @@ that belong to the policy, from the difference that it makes to synthetic noise 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -42,7 +43,7 @@ from sbs_fx.search.problem import Problem, SearchResult
 from sbs_fx.search.registry import Run, method
 from sbs_fx.search.solvers.lagrangian import Array, Decision, Load, minimise
 from sbs_fx.search.solvers.laplace import laplace_fit, least_rounding_error
-from sbs_fx.search.sparse import masked_tensors, prune_weights, weight_tensors
+from sbs_fx.search.sparse import SingleWeights, masked_tensors, single_weights, stored_singly, weight_tensors
 
 _ELEMENTS = 2 * 3 * 224 * 224  # in a batch of noise; at most 64 images
 
@@ -90,10 +91,7 @@ def opq(problem: Problem, run: Run) -> SearchResult:
     for name, weight in weight_tensors(problem.cost).items():
         if not bool(torch.isfinite(weight).all()):
             raise WeightsError(f"NaN or Inf in the weight {name!r}; mend the model before compressing it", names=[name])
-    if settings.prunes == "weights" and "size" in problem.limits:
-        plan = prune_weights(problem, _allocate(problem, {m: n for m, n in problem.limits.items() if m != "size"}, ()))
-    else:
-        plan = _allocate(problem, problem.limits, problem.groups if settings.prunes == "channels" else ())
+    plan = _allocate(problem, settings)
     return SearchResult(plan, restored(problem, plan, settings))
 
 
@@ -122,25 +120,47 @@ def shifted_norms(problem: Problem, plan: Plan, tensors: Mapping[str, Tensor]) -
     return {n: attribute(network, n).detach().clone() for pair in norms.names for n in pair}
 
 
-def _allocate(problem: Problem, limits: Mapping[str, Any], prunable: Iterable[str]) -> Plan:
-    """The plan of least damage within limits. Raises InfeasibleBudget."""
-    scores = group_importance(problem.groups, problem.space.settings.importance)
-    damages = {("channels", n): _channel_damage(problem, n, scores[n]) for n in prunable} | _bit_damages(problem)
-    choices = [choice for choice in problem.space.choices if (choice.kind, choice.name) in damages]
-    plan = problem.space.most
-    if limits:
-        decisions = [Decision(problem.cost.moved(c.kind, c.name, c.values), damages[c.kind, c.name]) for c in choices]
-        polynomials = [problem.cost.polynomials[measure] for measure in limits]
-        load = Load(polynomials, list(limits.values()), problem.cost.values(plan)[0], decisions)
-        chosen = minimise(decisions, load)
-        if chosen is None:
-            raise problem.infeasible("opq", problem.space.least)
-        for choice, at in zip(choices, chosen, strict=True):
-            value: Any = choice.values[at]
-            if choice.kind == "channels":
-                value = tuple(most_important(scores[choice.name], value))
-            plan = plan.with_value(choice.kind, choice.name, value)
+def _allocate(problem: Problem, settings: Opq) -> Plan:
+    """The plan of least damage within the limits. Raises InfeasibleBudget."""
+    space, cost = problem.space, problem.cost
+    scores = group_importance(problem.groups, space.settings.importance)
+    damages = _bit_damages(problem)
+    if settings.prunes == "channels":
+        damages |= {("channels", n): _channel_damage(problem, n, scores[n]) for n in problem.groups}
+    choices = [choice for choice in space.choices if (choice.kind, choice.name) in damages]
+    decisions = [Decision(cost.moved(c.kind, c.name, c.values), damages[c.kind, c.name]) for c in choices]
+    polynomials, start = dict(cost.polynomials), cost.values(space.most)[0]
+    singly = _singly(problem) if settings.prunes == "weights" and "size" in problem.limits else {}
+    if singly:
+        polynomials["size"], numbers = stored_singly(problem, singly)
+        start = np.concatenate([start[:-1], np.zeros(len(numbers)), [1.0]])
+        for k, choice in enumerate(choices):
+            if choice.kind == "weight" and (each := singly.get(choice.name)):
+                moved = cost.moved("weight", choice.name, each.bits)
+                moved[numbers[choice.name]] = np.array(each.stored, float)
+                decisions[k] = Decision(moved, len(cost.weights[choice.name]) * each.damage)
+    load = Load([polynomials[m] for m in problem.limits], list(problem.limits.values()), start, decisions)
+    chosen = minimise(decisions, load)
+    if chosen is None:
+        least = replace(space.least, kept=space.most.kept) if settings.prunes == "weights" else space.least
+        raise problem.infeasible("opq", replace(least, nonzeros={n: each.nonzeros[0] for n, each in singly.items()}))
+    plan = space.most
+    for choice, at in zip(choices, chosen, strict=True):
+        value: Any = choice.values[at]
+        if choice.kind == "channels":
+            value = tuple(most_important(scores[choice.name], value))
+        elif choice.kind == "weight" and (each := singly.get(choice.name)):
+            value, stay = each.bits[at], each.nonzeros[at]
+            plan = replace(plan, nonzeros={**plan.nonzeros, choice.name: stay}) if stay else plan
+        plan = plan.with_value(choice.kind, choice.name, value)
     return plan
+
+
+def _singly(problem: Problem) -> dict[str, SingleWeights]:
+    """Weight -> what it may be where single weights go; weights that are computed, or stay in float, keep all."""
+    bits = {name: problem.space.values("weight", name) for name in problem.cost.weights}
+    tensors = weight_tensors(problem.cost)
+    return {n: single_weights(w, bits[n]) for n, w in tensors.items() if bits[n] != (FLOAT_BITS,)}
 
 
 def _bit_damages(problem: Problem) -> dict[tuple[str, str], Array]:

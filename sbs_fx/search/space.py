@@ -17,7 +17,7 @@ from sbs_fx.passes import ChannelGroup, ChannelGroups, CostModel
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.importance import Norm, kernel_multiple
 from sbs_fx.plan import Plan
-from sbs_fx.plan.bits import FLOAT_BITS
+from sbs_fx.plan.bits import BITS, FLOAT_BITS
 from sbs_fx.plan.errors import ConstraintError
 from sbs_fx.plan.plan import Kind
 from sbs_fx.search.constraints import ENDS, Keep, Names, checked_bits
@@ -222,14 +222,20 @@ class Space:
                 bits = settings.candidates
                 others = (Keep(place="ends", weight_bits=bits, activation_bits=bits), *others)
             yield str(scope.constraint), settings.model_copy(update={"constraints": others})
-        defaults: dict[str, Any] = {
-            "quantise": True, "prune": True, "weight_bits": None, "activation_bits": None, "inner_only": False,
-            "block": 1, "round_to": 1, "minor_groups": True,
-            "candidates": tuple(sorted({2, *settings.candidates})),
-        }  # fmt: skip
-        for name, value in defaults.items():
+        others: dict[str, tuple[str, Any]] = {
+            "quantise": ("quantise=False", True),
+            "prune": ("prune=False", True),
+            "candidates": (f"candidates={settings.candidates}", tuple(sorted({BITS[0], *settings.candidates}))),
+            "weight_bits": (f"weight_bits={settings.weight_bits}", None),
+            "activation_bits": (f"activation_bits={settings.activation_bits}", None),
+            "inner_only": ("inner_only=True", False),
+            "minor_groups": ("minor factors that stay whole (minor_groups=True)", True),
+            "block": (f"block={settings.block}", settings.block and 1),
+            "round_to": ("multiples of kept channels (round_to=1)", 1),
+        }
+        for name, (words, value) in others.items():
             if getattr(settings, name) != value:
-                yield f"{name}={getattr(settings, name)}", settings.model_copy(update={name: value})
+                yield words, settings.model_copy(update={name: value})
 
 
 def _at_most(values: tuple[int, ...], bits: int) -> int:

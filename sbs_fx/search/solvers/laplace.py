@@ -9,13 +9,8 @@ Lagrange multipliers. Its equations were not at hand: all that follow are our de
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-import scipy  # reason: not its parts, which take 37 MB: they load when they are read
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -23,9 +18,7 @@ from sbs_fx.quantizer.superbit import max_level
 
 Array = NDArray[np.float64]
 
-FARTHEST = 16.0  # threshold up to which choices are tabulated: one weight in 10 million is larger
-_STEP, _KNOTS = 0.001, 400  # between tabulated thresholds; of the rounding error, which is smooth
-_LOG_PRICE, _BISECTIONS = 100.0, 80
+FARTHEST, _STEP = 8.0, 0.05  # thresholds that are tabulated: beyond it one weight in 3000 is left
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -89,104 +82,9 @@ def _best_step(threshold: Array, levels: int) -> tuple[Array, Array]:
     return step, rounding_error(threshold, step, levels)
 
 
-def sparse_bits(kept: ArrayLike, bits: int) -> Array:
-    """Stored bits per weight where a share `kept` stays, codes of `bits` bits: all codes, or a bit for each weight,
-    which stay, and the codes of those that do."""
-    return np.minimum(bits, 1 + np.asarray(kept, float) * bits)
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The lower convex hull of what can be done to a Laplace tensor, from most to least bits.
-
-    Arrays of one length: stored `size` in bits per weight, `error` as a share of the second moment, `threshold`, `bits`
-    of a code; `price`[i] is the error that one bit less costs from choice i to i + 1, ascending.
-    """
-
-    size: Array
-    error: Array
-    threshold: Array
-    bits: NDArray[np.int64]
-    price: Array
-
-    def at(self, price: float) -> int:
-        """The choice that minimises error + price * size."""
-        return int(np.searchsorted(self.price, price))
-
-
 @functools.lru_cache
-def choices(candidates: tuple[int, ...] = (2, 4, 8), form: Literal["any", "dense", "sparse"] = "any") -> Choices:
-    """The hull over bitwidths of a code and thresholds, each at the step of least error; of dense or sparse ones alone
-    if asked for."""
-    threshold = np.zeros(1) if form == "dense" else np.arange(0, FARTHEST, _STEP)
-    knots = np.linspace(0, FARTHEST, _KNOTS)
-    size, error, bits = [], [], []
-    for b in candidates:
-        size.append(sparse_bits(1 - pruned_share(threshold), b))
-        rounded = _best_step(knots, max_level(b, signed=True))[1]
-        error.append(pruning_error(threshold) + scipy.interpolate.CubicSpline(knots, rounded)(threshold))
-        bits.append(np.full(len(threshold), b))
-    s, e = np.concatenate(size), np.concatenate(error)
-    t, w = np.tile(threshold, len(candidates)), np.concatenate(bits)
-    if form == "sparse":
-        s, e, t, w = (values[s < w] for values in (s, e, t, w))
-    order = np.lexsort((e, -s))
-    hull: list[int] = []
-    for i in order[::-1]:  # from the smallest to the largest
-        if hull and e[i] >= e[hull[-1]]:
-            continue
-        while len(hull) > 1 and _is_above(s, e, hull[-2], hull[-1], i):
-            hull.pop()
-        hull.append(int(i))
-    index = np.array(hull[::-1])
-    price = -np.diff(e[index]) / np.diff(s[index]) if len(index) > 1 else np.zeros(0)
-    return Choices(s[index], e[index], t[index], w[index], price)
-
-
-def _is_above(s: Array, e: Array, first: int, middle: int, last: int) -> bool:
-    """Whether the middle point lies on or above the line between the others."""
-    return bool((e[middle] - e[first]) * (s[last] - s[first]) >= (e[last] - e[first]) * (s[middle] - s[first]))
-
-
-def allocate(
-    counts: Mapping[str, int], tables: Mapping[str, Choices], limit: float, worth: Mapping[str, float] | None = None
-) -> tuple[dict[str, int], dict[str, int]] | None:
-    """A choice per tensor, of least sum of worth * error, with the sum of count * size at most `limit`.
-
-    At the optimum every tensor has d(worth * error) = -lambda d(count * size), so each takes the choice of price
-    lambda * count / worth on its hull, and lambda is bisected. (Everett 1963: what minimises the Lagrangian is optimal
-    for the size that it comes to.)
-
-    Args:
-        counts: weights per tensor. tables: hull per tensor. limit: bits.
-        worth: what an error of 1, the whole second moment, costs; None: 1 for each, the scale-free 1/|W|^2.
-
-    Returns:
-        Position in each table, the first being the largest size, just within the limit and just beyond it (the same
-        where the largest sizes are within); None if the least size is above it.
-    """
-
-    def worth_of(name: str) -> float:
-        return 1.0 if worth is None else worth.get(name, 1.0)
-
-    def at(log_price: float) -> tuple[dict[str, int], float]:
-        price = math.exp(log_price)
-        position = {n: table.at(price * counts[n] / max(worth_of(n), 1e-300)) for n, table in tables.items()}
-        return position, sum(counts[n] * float(tables[n].size[i]) for n, i in position.items())
-
-    low, high = -_LOG_PRICE, _LOG_PRICE
-    position, size = at(low)
-    if size <= limit:
-        return position, position
-    beyond = position
-    best, size = at(high)
-    if size > limit:
-        return None
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        position, size = at(middle)
-        if size <= limit:
-            high, best = middle, position
-        else:
-            low, beyond = middle, position
-    return best, beyond
+def masked_errors(bits: int) -> tuple[Array, Array]:
+    """Thresholds, ascending, and what pruning below each and rounding the rest to `bits` bits takes of the second
+    moment, at the step of least error."""
+    thresholds = np.arange(_STEP, FARTHEST, _STEP)
+    return thresholds, pruning_error(thresholds) + _best_step(thresholds, max_level(bits, signed=True))[1]
