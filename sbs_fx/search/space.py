@@ -222,7 +222,7 @@ class Space:
                 bits = settings.candidates
                 others = (Keep(place="ends", weight_bits=bits, activation_bits=bits), *others)
             yield str(scope.constraint), settings.model_copy(update={"constraints": others})
-        others: dict[str, tuple[str, Any]] = {
+        relaxed: dict[str, tuple[str, Any]] = {
             "quantise": ("quantise=False", True),
             "prune": ("prune=False", True),
             "candidates": (f"candidates={settings.candidates}", tuple(sorted({BITS[0], *settings.candidates}))),
@@ -233,7 +233,7 @@ class Space:
             "block": (f"block={settings.block}", settings.block and 1),
             "round_to": ("multiples of kept channels (round_to=1)", 1),
         }
-        for name, (words, value) in others.items():
+        for name, (words, value) in relaxed.items():
             if getattr(settings, name) != value:
                 yield words, settings.model_copy(update={name: value})
 
