@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sbs_fx.passes import activation_gates, channel_gates, weight_gates
 from sbs_fx.passes.gates.insertion import BatchNorm
 from sbs_fx.plan import Plan
 from sbs_fx.plan.plan import Kind
@@ -26,6 +27,8 @@ from sbs_fx.training.evaluation import device_of, logits_of, mode
 
 Batch = tuple[Tensor, Tensor]  # images, and the float model's log-probabilities
 
+_GATES: Mapping[Kind, Any] = {"weight": weight_gates, "activation": activation_gates, "channels": channel_gates}
+_KEPT = 2 << 30  # bytes of values that are kept between judgements
 _SLACK = 0.99  # of the budget that should be used at least
 _SWAPS = 6
 _STEPS = 24  # down, at most, to make room for one move up
@@ -45,13 +48,19 @@ class Move:
 
 class Harm:
     """How much a move raises the divergence from the float model, on batches that stay the same; batch norms use the
-    batch's own statistics, since the running ones belong to other decisions."""
+    batch's own statistics, since the running ones belong to other decisions.
+
+    What a move does not reach is not computed again: of the plan that it is judged at, all values are kept, up to
+    `_KEPT` bytes.
+    """
 
     def __init__(self, network: fx.GraphModule, batches: Sequence[Batch], ranges: Ranges) -> None:
         self.network, self.batches, self.ranges = network, batches, ranges
         self.norms = {m: m.momentum for m in network.modules() if isinstance(m, BatchNorm)}
         self._judged: dict[tuple[Kind, str, Any, Any], float] = {}
         self._last: tuple[Plan, float] | None = None
+        self._values: list[dict[fx.Node, Any]] = []  # of the last plan, by batch
+        self._reached: dict[tuple[Kind, str], list[fx.Node]] = {}
 
     def __call__(self, plan: Plan, move: Move) -> float:
         """Of the move itself, or minus that of the move back if that was judged."""
@@ -60,25 +69,54 @@ class Harm:
         if key not in self._judged:
             if self._last is None or self._last[0] is not plan:
                 self._last = plan, self.divergence(plan)
-            self._judged[key] = self.divergence(move.applied(plan)) - self._last[1]
+            self._judged[key] = self.divergence(move.applied(plan), move) - self._last[1]
             self._judged.setdefault(back, -self._judged[key])
         return self._judged[key]
 
     @torch.no_grad()
-    def divergence(self, plan: Plan) -> float:
-        """KL(float model || network at a plan), nats an image."""
+    def divergence(self, plan: Plan, move: Move | None = None) -> float:
+        """KL(float model || network at a plan), nats an image. `move`: from the last plan that was judged without one
+        to this."""
         put_at(self.network, plan, self.ranges)
-        total = 0.0
+        partial, total = move is not None and bool(self._values), 0.0
+        kept: list[dict[fx.Node, Any]] = []
         with mode(self.network, training=False):
             for module in self.norms:
                 module.train()
                 module.momentum = 0.0
-            for images, teacher in self.batches:
-                student = F.log_softmax(logits_of(self.network(images)).float(), dim=1)
+            for index, (images, teacher) in enumerate(self.batches):
+                run = fx.Interpreter(self.network, garbage_collect_values=False)
+                if partial and move is not None:
+                    run.env = dict(self._values[index])
+                    for node in self._reached_by(move):
+                        run.env[node] = run.run_node(node)
+                else:
+                    run.run(images)
+                    kept.append(run.env)
+                student = F.log_softmax(logits_of(run.env[self._output]).float(), dim=1)
                 total += float(F.kl_div(student, teacher, reduction="batchmean", log_target=True))
         for module, momentum in self.norms.items():
             module.momentum = momentum
+        if move is None:
+            sizes = (v.nbytes for env in kept for v in env.values() if isinstance(v, Tensor))
+            self._values = kept if sum(sizes) <= _KEPT else []
         return total / len(self.batches)
+
+    @property
+    def _output(self) -> fx.Node:
+        return next(iter(self.network.graph.find_nodes(op="output")))
+
+    def _reached_by(self, move: Move) -> list[fx.Node]:
+        """Nodes whose values a decision can change, in order."""
+        key = (move.kind, move.name)
+        if key not in self._reached:
+            gate, reached = _GATES[move.kind](self.network)[move.name], set[fx.Node]()
+            for node in self.network.graph.nodes:
+                is_gate = node.op == "call_module" and self.network.get_submodule(str(node.target)) is gate
+                if is_gate or any(source in reached for source in node.all_input_nodes):
+                    reached.add(node)
+            self._reached[key] = [node for node in self.network.graph.nodes if node in reached]
+        return self._reached[key]
 
 
 def judged_on(teacher: nn.Module, data: Iterable[tuple[int, tuple[Tensor, ...], Tensor | None]]) -> list[Batch]:
