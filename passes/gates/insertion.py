@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis, Dim
+from sbs_fx.passes.channels.facts import non_negative
 from sbs_fx.passes.channels.groups import ChannelGroups, quantized_tensors
 from sbs_fx.passes.channels.inference import Layer, Path, Statistic, operand
 from sbs_fx.passes.gates import masked
@@ -25,48 +26,6 @@ from sbs_fx.quantizer.channel_gate import ChannelGate
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
-
-# Operators whose output is never negative, whatever goes in; those that keep the sign of what goes in.
-_NON_NEGATIVE = {
-    aten.relu.default,
-    aten.relu6.default,
-    aten.sigmoid.default,
-    aten.hardsigmoid.default,
-    aten.softmax.int,
-    aten.abs.default,
-    aten.square.default,
-    aten.exp.default,
-    aten.linalg_vector_norm.default,
-}
-_SIGN_KEEPING = {
-    aten.max_pool2d.default,
-    aten.avg_pool2d.default,
-    aten.adaptive_avg_pool2d.default,
-    aten.mean.dim,
-    aten.sum.dim_IntList,
-    aten.add.Tensor,
-    aten.mul.Tensor,
-    aten.cat.default,
-    aten.reshape.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.flatten.using_ints,
-    aten.dropout.default,
-    aten.clone.default,
-    aten.expand.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.slice.Tensor,
-    aten.constant_pad_nd.default,
-    aten.contiguous.default,
-    aten.select.int,
-    aten.adaptive_max_pool2d.default,
-    aten.index_select.default,
-    aten.upsample_nearest2d.vec,
-    aten.stack.default,
-    aten.upsample_bilinear2d.vec,
-    aten.im2col.default,
-}
 
 
 class BatchNorm(nn.Module):
@@ -151,25 +110,6 @@ def apply_bits(gated: fx.GraphModule, weight_bits: Mapping[str, Any], activation
                     pass_name="insert_gates",
                 )
             gates[name].fix(value)
-
-
-def non_negative(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Nodes whose value is provably never negative, so that an unsigned grid wastes no level."""
-    found: set[fx.Node] = set()
-    for node in nodes:
-        if node.op != "call_function":
-            continue
-        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        if node.target in _NON_NEGATIVE:
-            found.add(node)
-        elif node.target in (aten.clamp.default, aten.clamp_min.default, aten.hardtanh.default):
-            if isinstance(node.args[1], (int, float)) and node.args[1] >= 0:
-                found.add(node)
-        elif node.target in _SIGN_KEEPING and tensors and all(n in found for n in tensors):
-            scalars = [a for a in node.args[1:] if isinstance(a, (int, float))]
-            if node.target not in (aten.add.Tensor, aten.mul.Tensor) or all(s >= 0 for s in scalars):
-                found.add(node)
-    return found
 
 
 class _Builder:
@@ -269,22 +209,20 @@ class _Builder:
                 user.replace_input_with(node, value)
 
     def _mask_statistic(self, node: fx.Node, statistic: Statistic) -> None:
-        found = [(i, self._mask(dim, self.masks.keys())) for i, dim in statistic.dims]
-        masks = [(i, mask) for i, mask in found if mask is not None]
+        masks = [(i, m) for i, dim in statistic.dims if (m := self._mask(dim, self.masks.keys())) is not None]
         if not masks:
             return
-        if statistic.kind == "moments":
+        if statistic.neutral is None:
             node.args = (node.target, [i for i, _ in masks], [m for _, m in masks], *node.args)
             node.target = masked.moments
             return
         value: Any = operand(node, statistic.arg)
         for i, mask in masks:
             with self.graph.inserting_before(node):
-                if statistic.kind == "zero":
+                if statistic.neutral == 0:
                     value = self.graph.call_function(masked.silence, (value, mask, i))
                 else:
-                    limit = float("-inf") if statistic.kind == "lowest" else float("inf")
-                    value = self.graph.call_function(masked.exclude, (value, mask, i, limit))
+                    value = self.graph.call_function(masked.exclude, (value, mask, i, statistic.neutral))
         _replace_at(node, statistic.arg, value)
 
     # -- bits ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.passes.gates.insertion import non_negative
+from sbs_fx.passes.channels.facts import facts_of, non_negative
 from sbs_fx.passes.graph import copy_graph
 from sbs_fx.passes.static.finalize import MAX_CODE, MIDDLE, StaticActivation
 from sbs_fx.passes.static.fold import CONVOLUTIONS
@@ -28,10 +28,6 @@ decomposed = torch.ops.quantized_decomposed
 BITS = 8
 QUANTIZE = decomposed.quantize_per_tensor.default
 DEQUANTIZE = decomposed.dequantize_per_tensor.default
-JOINS = {aten.add.Tensor, aten.mul.Tensor, aten.cat.default}
-# Operators that only pick values: their result has the codes of their input.
-PICKING = {aten.max_pool2d.default, aten.upsample_nearest2d.vec}
-MEANS = {aten.mean.dim, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
 
 
 def integer_joins(
@@ -80,16 +76,17 @@ def _sites(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     sites: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         operands = [n for n in node.all_input_nodes if n in stream]
+        facts = facts_of(node.target)
         if node.target in CONVOLUTIONS:
             stream.add(node)
-        elif node.target in JOINS | PICKING | MEANS and operands:
+        elif facts.codes and operands:
             # reason: the other operand of an add may be a stream that only normalised layers have written so far
             read = node.all_input_nodes if node.target is aten.add.Tensor and _alike(node) else operands
             for tensor in read:
                 sites.setdefault(tensor, []).append(node)
-            if node.target not in MEANS:
+            if facts.codes != "mean":
                 stream.add(node)
-        elif operands and _is_pointwise(node):
+        elif operands and facts.elementwise and len(node.all_input_nodes) == 1:  # such as an activation
             stream.add(node)
     return sites
 
@@ -98,11 +95,6 @@ def _alike(node: fx.Node) -> bool:
     """Whether all operands are tensors of the result's shape that the input determines."""
     shape = node.meta["val"].shape
     return all(n.op == "call_function" and n.meta["val"].shape == shape for n in node.all_input_nodes)
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    """A function of one tensor, value by value, such as an activation."""
-    return len(node.all_input_nodes) == 1 and torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 # -- ranges ------------------------------------------------------------------------------------------------------------
@@ -215,7 +207,7 @@ def _last_code(last: fx.Node) -> int:
 
 def _share_codes_of_pools(module: fx.GraphModule) -> None:
     """What a pool gives has the codes of what it takes: rounding commutes with picking, so one scale serves both."""
-    for pool in [n for n in module.graph.nodes if n.target in PICKING]:
+    for pool in [n for n in module.graph.nodes if facts_of(n.target).codes == "pick"]:
         before = pool.args[0]
         if before.target is not DEQUANTIZE or before.args[0].target is not QUANTIZE:
             continue

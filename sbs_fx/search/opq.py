@@ -32,8 +32,8 @@ from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.calibration.norm_shift import NormShift
 from sbs_fx.passes import ChannelGroup, ChannelGroups, CostModel, apply_bits, channel_gates, insert_gates
 from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.facts import non_negative
 from sbs_fx.passes.channels.importance import Norm, group_importance, kernel_multiple, most_important
-from sbs_fx.passes.gates.insertion import non_negative
 from sbs_fx.passes.graph import attribute
 from sbs_fx.plan import Budget, Policy, Value
 from sbs_fx.plan.errors import InfeasibleBudget, InputError, SbsError, WeightsError
