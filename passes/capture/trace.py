@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sbs_fx.passes.capture.canonical import canonicalise
 from sbs_fx.passes.capture.functional import decompositions, make_functional
+from sbs_fx.passes.dialects import Traced, set_dialect
 from sbs_fx.plan.errors import InputError, TraceError
 
 
@@ -52,12 +53,14 @@ def trace(
         for m in was_training:
             m.training = True
     _share_storage(graph_module, module)
+    _register_constants(graph_module)
     canonicalise(graph_module)
     fold_constants(graph_module)
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     _drop_unused_tensors(graph_module)
     graph_module.recompile()
+    set_dialect(graph_module, Traced())
     return graph_module
 
 
@@ -157,6 +160,17 @@ def _share_storage(graph_module: fx.GraphModule, module: nn.Module) -> None:
             graph_module.graph.erase_node(node)
         else:
             seen[node.target] = node
+
+
+def _register_constants(graph_module: fx.GraphModule) -> None:
+    """Tensors that a forward closes over become buffers, so that they move and are saved with the graph."""
+    for name in {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}:
+        owner, _, leaf = name.rpartition(".")
+        holder = graph_module.get_submodule(owner)
+        if leaf not in holder._parameters and leaf not in holder._buffers:
+            value = getattr(holder, leaf)
+            delattr(holder, leaf)
+            holder.register_buffer(leaf, value)
 
 
 def fold_constants(graph_module: fx.GraphModule) -> bool:

@@ -19,6 +19,7 @@ from sbs_fx.passes.channels.dims import Axis, Dim
 from sbs_fx.passes.channels.facts import non_negative
 from sbs_fx.passes.channels.groups import ChannelGroups, quantized_tensors
 from sbs_fx.passes.channels.inference import Layer, Path, Statistic, operand
+from sbs_fx.passes.dialects import Gated, Searchable, gates_of, set_dialect, switchable
 from sbs_fx.passes.gates import masked
 from sbs_fx.passes.graph import attribute, copy_graph
 from sbs_fx.plan.errors import GraphError
@@ -28,6 +29,7 @@ from sbs_fx.quantizer.superbit import SuperBitQuantizer
 aten = torch.ops.aten
 
 
+@switchable
 class BatchNorm(nn.Module):
     """A batch-norm node as a module, so that `.train()` and `.eval()` reach it; eps and momentum stay.
 
@@ -73,6 +75,8 @@ def insert_gates(
         builder.insert_channel_gates(block)
     builder.insert_quantizers()
     builder.make_switchable()
+    gates = builder.weights, builder.activations
+    set_dialect(result, Searchable(*gates, builder.channels) if channels else Gated(*gates))
     result.graph.lint()
     result.recompile()
     return result.eval()
@@ -80,17 +84,19 @@ def insert_gates(
 
 def weight_gates(gated: fx.GraphModule) -> dict[str, SuperBitQuantizer]:
     """Weight quantisers by weight name."""
-    return {n: gated.get_submodule(t) for n, t in gated.meta["weight_gates"].items()}
+    return {n: gated.get_submodule(t) for n, t in gates_of(gated).weights.items()}
 
 
 def activation_gates(gated: fx.GraphModule) -> dict[str, SuperBitQuantizer]:
     """Activation quantisers by the name of the tensor (graph node) they quantise."""
-    return {n: gated.get_submodule(t) for n, t in gated.meta["activation_gates"].items()}
+    return {n: gated.get_submodule(t) for n, t in gates_of(gated).activations.items()}
 
 
 def channel_gates(gated: fx.GraphModule) -> dict[str, ChannelGate]:
     """Channel gates by group name."""
-    return {n: gated.get_submodule(t) for n, t in gated.meta["channel_gates"].items()}
+    dialect = gates_of(gated)
+    paths = dialect.channels if isinstance(dialect, Searchable) else {}
+    return {n: gated.get_submodule(t) for n, t in paths.items()}
 
 
 def apply_bits(gated: fx.GraphModule, weight_bits: Mapping[str, Any], activation_bits: Mapping[str, int]) -> None:
@@ -123,15 +129,17 @@ class _Builder:
         self.types = {node.name: dims for node, dims in groups.inference.dims.items()}
         self.masks: dict[Axis, fx.Node] = {}
         self.dim_masks: dict[Any, fx.Node] = {}
-        result.meta = {**result.meta, "weight_gates": {}, "activation_gates": {}, "channel_gates": {}}
+        self.weights: dict[str, str] = {}
+        self.activations: dict[str, str] = {}
+        self.channels: dict[str, str] = {}
 
     def _add(self, kind: str, name: str, module: nn.Module) -> str:
+        """A gate in a holder of its kind; its path."""
         holder = self.module._modules.setdefault(kind, nn.Module())
         key = name.replace(".", "_").replace(":", "_").replace("'", "_")
         while hasattr(holder, key):  # reason: taken by another gate, or a method of modules, such as `to`
             key += "_"
         holder.add_module(key, module)
-        self.module.meta[kind][name] = f"{kind}.{key}"
         return f"{kind}.{key}"
 
     # -- channels ----------------------------------------------------------------------------------------------------
@@ -140,12 +148,9 @@ class _Builder:
         first = next(iter(self.graph.nodes))
         with self.graph.inserting_before(first):
             for group in self.groups.values():
-                target = self._add(
-                    "channel_gates",
-                    group.name,
-                    ChannelGate(group.size, block if isinstance(block, int) else block[group.name]),
-                )
-                self.masks[group.axis] = self.graph.call_module(target)
+                gate = ChannelGate(group.size, block if isinstance(block, int) else block[group.name])
+                self.channels[group.name] = self._add("channel_gates", group.name, gate)
+                self.masks[group.axis] = self.graph.call_module(self.channels[group.name])
         read_by_weights = self._axes_read_by_weights()
         for node in list(self.graph.nodes):
             if node.op == "get_attr" and isinstance(attribute(self.module, str(node.target)), nn.Parameter):
@@ -232,22 +237,19 @@ class _Builder:
         unsigned = {n.name for n in non_negative(self.groups.inference.graph_module.graph.nodes)}
         for name, places in activations.items():
             gate = SuperBitQuantizer(signed=name not in unsigned, **self.options)
-            self._quantize("activation_gates", name, places, gate)
+            self.activations[name] = self._add("activation_gates", name, gate)
+            self._quantize(self.activations[name], places)
         for name, places in weights.items():
             layer, path = places[0]
             shape = operand(self.nodes[layer.name], path).meta["val"].shape
             dim = layer.outputs % len(shape)
             channels = int(shape[dim]) if self.per_channel else None
-            self._quantize(
-                "weight_gates",
-                name,
-                places,
-                SuperBitQuantizer(channels=channels, channel_dim=dim, signed=True, **self.options),
-            )
+            gate = SuperBitQuantizer(channels=channels, channel_dim=dim, signed=True, **self.options)
+            self.weights[name] = self._add("weight_gates", name, gate)
+            self._quantize(self.weights[name], places)
 
-    def _quantize(self, kind: str, name: str, places: list[tuple[Layer, Path]], gate: nn.Module) -> None:
-        """One gate node after the tensor, read by every layer that multiplies it."""
-        target = self._add(kind, name, gate)
+    def _quantize(self, target: str, places: list[tuple[Layer, Path]]) -> None:
+        """One node of the gate after the tensor, read by every layer that multiplies it."""
         made: dict[fx.Node, fx.Node] = {}
         for layer, path in places:
             consumer = self.nodes[layer.name]

@@ -191,6 +191,7 @@ def test_cuts_are_behind_layers_and_at_sums() -> None:
 )
 @pytest.mark.parametrize("bits", [2, 4])
 def test_moments_are_those_of_the_output_and_rounding_lowers_its_error(layer: Any, bits: int) -> None:
+    layer.reset_parameters()  # reason: it was made when tests were collected, from whatever seed there was
     layer.bias = None
     shape = (32, 9) if isinstance(layer, nn.Linear) else (32, layer.in_channels, *[7] * (layer.weight.ndim - 2))
     mixed = torch.randn(shape) + torch.randn(shape[0], *[1] * (len(shape) - 1))  # so that columns go together

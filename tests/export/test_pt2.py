@@ -26,9 +26,10 @@ from sbs_fx.export import load, load_pt2, pt2, save_pt2
 from sbs_fx.export.packing import pack, pack_codes
 from sbs_fx.passes.capture.trace import trace
 from sbs_fx.passes.channels.groups import channel_groups
+from sbs_fx.passes.dialects import Static, StoredWeight, set_dialect, static_of
 from sbs_fx.passes.gates.insertion import insert_gates
 from sbs_fx.passes.oracles.static import count_levels
-from sbs_fx.passes.static.finalize import StoredWeight, finalize
+from sbs_fx.passes.static.finalize import finalize
 from sbs_fx.plan.errors import FileError, GraphError
 from sbs_fx.quantizer.superbit import max_level
 from tests.networks.models import Recipe, step
@@ -58,7 +59,7 @@ def weight_graph(value: Tensor, stored: StoredWeight) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.call_function(torch.ops.aten.to.dtype, (graph.get_attr("layer.weight"), torch.float32)))
     result = fx.GraphModule({"layer.weight": value}, graph)
-    result.meta["weights"] = {"layer.weight": stored}
+    set_dialect(result, Static({"layer.weight": stored}))
     return result
 
 
@@ -118,8 +119,8 @@ def test_loaded_is_saved(static: fx.GraphModule, saved: Path, batch: int) -> Non
 
 def test_a_loaded_graph_is_as_finalize_left_it(static: fx.GraphModule, saved: Path, tmp_path: Path) -> None:
     loaded = load_pt2(saved)
-    assert loaded.meta["metadata"] == {"accuracy": 0.5, "names": ["a"]}
-    assert loaded.meta["weights"] == static.meta["weights"]
+    assert static_of(loaded).metadata == {"accuracy": 0.5, "names": ["a"]}
+    assert static_of(loaded).weights == static_of(static).weights
     assert loaded.state_dict().keys() == static.state_dict().keys()
     assert all(torch.equal(value, static.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
@@ -152,7 +153,7 @@ def test_loaded_is_saved_on_many_kinds_of_blocks(tmp_path: Path) -> None:
 def check_size(static: fx.GraphModule, path: Path) -> None:
     bits = 0
     for name, tensor in static.state_dict().items():
-        stored = static.meta["weights"].get(name)
+        stored = static_of(static).weights.get(name)
         if stored is None:
             bits += tensor.numel() * tensor.element_size() * 8
         elif isinstance(stored.bits, int):
