@@ -111,12 +111,12 @@ def static_of(graph_module: fx.GraphModule) -> Static:
 
 
 def _expect(graph_module: fx.GraphModule, dialect: type[_D]) -> _D:
-    found = dialect_of(graph_module)
-    if not isinstance(found, dialect):
+    value = dialect_of(graph_module)
+    if not isinstance(value, dialect):
         raise GraphError(
-            f"expected a {_name(dialect)} graph, from `{_MAKERS[dialect]}`; this is a {_name(type(found))} one"
+            f"expected a {_name(dialect)} graph, from `{_MAKERS[dialect]}`; this is a {_name(type(value))} one"
         )
-    return found
+    return value
 
 
 def _name(dialect: type[Dialect]) -> str:
@@ -265,7 +265,8 @@ def _has_stated_codes(graph_module: fx.GraphModule, form: Static) -> Iterator[Pr
         if codes is None or codes.dtype != torch.int8 or f"{name}_scale" not in buffers:
             yield name, "is a weight without a buffer of int8 codes or without scales"
             continue
-        low, high = codes.movedim(axis, 0).flatten(1).aminmax(dim=1)
+        rows = codes.movedim(axis, 0).flatten(1)
+        low, high = rows.amin(1), rows.amax(1)
         channels = (bits,) * len(low) if isinstance(bits, int) else bits
         if len(channels) != len(low):
             yield name, f"has {len(channels)} bitwidths for {len(low)} channels"

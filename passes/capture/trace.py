@@ -126,13 +126,13 @@ def _raise_as_input_error(module: nn.Module, args: tuple[torch.Tensor, ...]) -> 
 
 def _failing_submodule(error: BaseException) -> str:
     """The innermost `nn.Module` whose forward was running when `error` was raised, by class name ('' if unknown)."""
-    found, tb = "", error.__traceback__
+    place, tb = "", error.__traceback__
     while tb is not None:
         owner = tb.tb_frame.f_locals.get("self")
         if tb.tb_frame.f_code.co_name == "forward" and isinstance(owner, nn.Module):
-            found = f"{type(owner).__name__} at {tb.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{tb.tb_lineno}"
+            place = f"{type(owner).__name__} at {tb.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{tb.tb_lineno}"
         tb = tb.tb_next
-    return found
+    return place
 
 
 def _share_storage(graph_module: fx.GraphModule, module: nn.Module) -> None:

@@ -58,8 +58,8 @@ def compare_static(gated: fx.GraphModule, static: fx.GraphModule, inputs: Sequen
         One row per quantised activation, in graph order.
     """
     activations = static_of(static).activations
-    wanted = {name for activation in activations.values() for name in (activation.codes, activation.values)}
-    recorded = _Recorder(static, wanted)
+    names = {name for activation in activations.values() for name in (activation.codes, activation.values)}
+    recorded = _Recorder(static, names)
     recorded.run(*inputs)
     forced = _Forced(gated, activations, recorded.values)
     forced.run(*inputs)
@@ -108,13 +108,13 @@ def _weight_levels(node: fx.Node, name: str, stored: Any, value: Tensor) -> list
 class _Recorder(fx.Interpreter):
     """Keeps the values of some nodes, by name."""
 
-    def __init__(self, module: fx.GraphModule, wanted: set[str]) -> None:
+    def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
         super().__init__(module)
-        self.wanted, self.values = wanted, dict[str, Tensor]()
+        self.names, self.values = names, dict[str, Tensor]()
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.name in self.wanted:
+        if n.name in self.names:
             self.values[n.name] = value
         return value
 

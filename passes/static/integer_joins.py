@@ -94,9 +94,9 @@ def _alike(node: fx.Node) -> bool:
 class _Observer(fx.Interpreter):
     """Keeps a histogram of some nodes' values."""
 
-    def __init__(self, module: fx.GraphModule, wanted: Iterable[fx.Node]) -> None:
+    def __init__(self, module: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
         super().__init__(module)
-        self.histograms = {node: Histogram() for node in wanted}
+        self.histograms = {node: Histogram() for node in nodes}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

@@ -6,6 +6,7 @@ What torch tags as pointwise and is not named here is `POINTWISE`: elementwise, 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, fx
 
 from sbs_fx.passes.channels.facts import POINTWISE, Call, Facts, Sign, always, any_of, keeps, state
 
@@ -50,7 +51,8 @@ state(Facts(keeps(0)), aten.native_dropout)  # gives the mask as well
 
 def _casts(call: Call) -> bool:
     """Integers wrap around, floats do not."""
-    return call.keeps(0) and call.node.meta["val"].is_floating_point()
+    value = call.node.meta.get("val")
+    return call.keeps(0) and isinstance(value, Tensor) and value.is_floating_point()
 
 
 state(Facts(_casts), aten.to, aten._to_copy, aten.type_as)
@@ -63,7 +65,7 @@ def _product(call: Call) -> bool:
 
 
 def _power(call: Call) -> bool:
-    return call.keeps(0) or call[1] % 2 == 0
+    return call.keeps(0) or (not isinstance(call[1], fx.Node) and call[1] % 2 == 0)
 
 
 state(Facts(keeps(0, 1, "alpha"), elementwise=True, codes="join"), aten.add.Tensor)

@@ -23,16 +23,16 @@ def regroup(t: Inference, node: fx.Node, dims: Sequence[Dim], shape: Sequence[in
     cannot be followed leaves the channels alone.
     """
     result: list[Dim] = []
-    inputs, wanted = list(dims), list(shape)
-    while wanted:
-        taken, cut = [], [wanted.pop()]
+    inputs, sizes = list(dims), list(shape)
+    while sizes:
+        taken, cut = [], [sizes.pop()]
         have, want = 1, cut[0]
-        while have != want and (inputs if have < want else wanted):
+        while have != want and (inputs if have < want else sizes):
             if have < want:
                 taken.append(d.resolve(inputs.pop()))
                 have *= taken[-1].size
             else:
-                cut.append(wanted.pop())
+                cut.append(sizes.pop())
                 want *= cut[-1]
         rest = d.product(taken[::-1])
         for size in cut:
