@@ -29,6 +29,7 @@ from sbs_fx.compress import compress
 from sbs_fx.export import load_pt2
 from sbs_fx.models import create_model, example_inputs
 from sbs_fx.passes import channel_groups, cost_model, finalize, insert_gates, slim, trace
+from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.gates.insertion import apply_bits
 from sbs_fx.passes.oracles.slimming import compare_slim
 from sbs_fx.passes.oracles.static import compare_static, count_levels
@@ -126,7 +127,7 @@ def _compare_joins(
 ) -> None:
     """The graph that is saved, with integer joins, against the one without: it may move the output by no more than
     quantisation has moved it already, or a little."""
-    row["joins"] = len(integer.meta["activations"]) - len(plain.meta["activations"])
+    row["joins"] = len(static_of(integer).activations) - len(static_of(plain).activations)
     with torch.no_grad():
         exact, static, joined = (pytree.tree_leaves(graph(images)) for graph in (model, plain, integer))
     row["joins_error"] = _error(joined, static)

@@ -21,8 +21,8 @@ from sbs_fx.export import runner
 from sbs_fx.export.onnx import onnx_model, run_onnx
 from sbs_fx.export.openvino import openvino_model, run_openvino
 from sbs_fx.export.runtime import flat
+from sbs_fx.passes.dialects import quantizers
 from sbs_fx.passes.graph import copy_graph
-from sbs_fx.passes.static.integer_joins import quantizers
 from sbs_fx.plan.errors import BackendError
 
 PLANS = [(8, 1 / 16), (4, 1 / 60), (2, 1 / 150)]  # bits and the budget that they alone meet

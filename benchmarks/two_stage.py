@@ -86,7 +86,9 @@ def row_of(case: Case, weight_bits: int, activation_bits: int, options: argparse
     gated = case.realise(policy, case.train)
     since = time.perf_counter()
     settings = Reconstruction(steps=options.steps)
-    reconstruct(gated, case.graph, case.train, inputs=case.inputs, groups=case.groups, kept=policy.kept, settings=settings)
+    reconstruct(
+        gated, case.graph, case.train, inputs=case.inputs, groups=case.groups, kept=policy.kept, settings=settings
+    )
     row["refine_seconds"] = time.perf_counter() - since
     row["two_stage"] = evaluate(finalize(gated), case.test)
     return row

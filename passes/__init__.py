@@ -4,6 +4,7 @@ from sbs_fx.passes.capture.trace import trace
 from sbs_fx.passes.channels.groups import ChannelGroup, ChannelGroups, channel_groups
 from sbs_fx.passes.channels.slim import slim
 from sbs_fx.passes.cost.model import CostModel, cost_model
+from sbs_fx.passes.dialects import Gated, Searchable, Static, Traced, verify
 from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, channel_gates, insert_gates, weight_gates
 from sbs_fx.passes.graph import on_device
 from sbs_fx.passes.pass_manager import as_pass
@@ -15,6 +16,10 @@ __all__ = [
     "ChannelGroup",
     "ChannelGroups",
     "CostModel",
+    "Gated",
+    "Searchable",
+    "Static",
+    "Traced",
     "activation_gates",
     "apply_bits",
     "as_pass",
@@ -28,5 +33,6 @@ __all__ = [
     "on_device",
     "slim",
     "trace",
+    "verify",
     "weight_gates",
 ]

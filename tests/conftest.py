@@ -1,4 +1,5 @@
-"""Settings for the whole test session: one thread a worker, no network, hypothesis profiles.
+"""Settings for the whole test session: one thread a worker, no network, hypothesis profiles, and passes that verify
+what they give.
 
 Profiles: `ci` (the default) draws the same examples on each run; `long` draws new ones, ten times as many.
 Choose with `HYPOTHESIS_PROFILE=long make test` or `pytest --hypothesis-profile long`.
@@ -6,7 +7,12 @@ Choose with `HYPOTHESIS_PROFILE=long make test` or `pytest --hypothesis-profile 
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
 
 # Set before torch is imported, so that the processes which tests start inherit them too.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -16,6 +22,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # reason: a test that needs pretra
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from torch import fx  # noqa: E402
+
+from sbs_fx import passes  # noqa: E402
+from sbs_fx.export.pt2 import load_pt2  # noqa: E402
+from sbs_fx.passes.dialects import Gated, Searchable, Static, Traced, verify  # noqa: E402
 
 torch.set_num_threads(1)  # reason: workers that each use every core slow one another down
 
@@ -30,6 +41,38 @@ settings.register_profile(
 )
 # The option --hypothesis-profile is read after this file and so has the last word.
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def _verified(function: Callable[..., fx.GraphModule], dialect: Any) -> Callable[..., fx.GraphModule]:
+    """A pass that checks what it gives against the specification of its dialect."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> fx.GraphModule:
+        result = function(*args, **options)
+        verify(result, dialect(options) if dialect is _gated else dialect)
+        return result
+
+    return run
+
+
+def _gated(options: dict[str, Any]) -> type[Gated]:
+    return Searchable if options.get("channels", True) else Gated
+
+
+_PASSES = {
+    passes.trace: Traced,
+    passes.slim: Traced,
+    passes.insert_gates: _gated,
+    passes.finalize: Static,
+    passes.integer_joins: Static,
+    passes.integer_grid: Static,
+    load_pt2: Static,
+}
+# reason: before any test module takes a pass from its module
+for _module in [module for name, module in sys.modules.items() if name.startswith("sbs_fx")]:
+    for _name, _value in list(vars(_module).items()):
+        if isinstance(_value, types.FunctionType) and _value in _PASSES:
+            setattr(_module, _name, _verified(_value, _PASSES[_value]))
 
 
 @pytest.fixture(autouse=True)

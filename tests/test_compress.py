@@ -17,6 +17,7 @@ import sbs_fx
 from benchmarks._cifar_models import CifarResNet
 from sbs_fx.export import load_saved
 from sbs_fx.passes import on_device
+from sbs_fx.passes.dialects import static_of
 from sbs_fx.plan.errors import (
     BudgetError,
     DataError,
@@ -82,7 +83,7 @@ def test_files_say_how_images_are_normalised(tmp_path) -> None:
     model = timm.create_model("test_resnet").eval()
     result = sbs_fx.compress(model, method="uniform", budget=0.08)
     result.save(tmp_path)
-    assert load_saved(tmp_path / "model.pt2")[0].meta["metadata"]["mean"] == list(model.pretrained_cfg["mean"])
+    assert static_of(load_saved(tmp_path / "model.pt2")[0]).metadata["mean"] == list(model.pretrained_cfg["mean"])
 
 
 def test_saved_file_runs_with_torch_alone(result, tmp_path) -> None:

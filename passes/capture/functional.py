@@ -78,8 +78,8 @@ def decompositions(graph: fx.Graph) -> dict[Any, Callable[..., Any]]:
             and _is_composite(target)
         )
 
-    found = (n for n in graph.nodes if is_opaque(n.target) and isinstance(n.meta["val"], (torch.Tensor, tuple, list)))
-    if next(found, None) is None:
+    opaque = (n for n in graph.nodes if is_opaque(n.target) and isinstance(n.meta["val"], (torch.Tensor, tuple, list)))
+    if next(opaque, None) is None:
         return {}
     # reason: all of them, since a composite may be made of others
     return {target: how for target, how in torch.export.default_decompositions().items() if is_opaque(target)}
@@ -129,6 +129,6 @@ def _out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None
     packet = target._schema.name.removeprefix("aten::")
     if not packet.endswith("_") or any(a.alias_info is not None for a in target._schema.arguments[1:]):
         return None
-    found = getattr(getattr(aten, packet[:-1], None), target._overloadname, None)
-    same = found is not None and len(found._schema.arguments) == len(target._schema.arguments)
-    return found if same and not found._schema.is_mutable else None
+    functional = getattr(getattr(aten, packet[:-1], None), target._overloadname, None)
+    same = functional is not None and len(functional._schema.arguments) == len(target._schema.arguments)
+    return functional if same and not functional._schema.is_mutable else None

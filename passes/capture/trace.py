@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from sbs_fx.passes.capture.canonical import canonicalise
 from sbs_fx.passes.capture.functional import decompositions, make_functional
+from sbs_fx.passes.dialects import Traced, set_dialect
 from sbs_fx.plan.errors import InputError, TraceError
 
 
@@ -52,12 +53,14 @@ def trace(
         for m in was_training:
             m.training = True
     _share_storage(graph_module, module)
+    _register_constants(graph_module)
     canonicalise(graph_module)
     fold_constants(graph_module)
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     _drop_unused_tensors(graph_module)
     graph_module.recompile()
+    set_dialect(graph_module, Traced())
     return graph_module
 
 
@@ -123,13 +126,13 @@ def _raise_as_input_error(module: nn.Module, args: tuple[torch.Tensor, ...]) -> 
 
 def _failing_submodule(error: BaseException) -> str:
     """The innermost `nn.Module` whose forward was running when `error` was raised, by class name ('' if unknown)."""
-    found, tb = "", error.__traceback__
+    place, tb = "", error.__traceback__
     while tb is not None:
         owner = tb.tb_frame.f_locals.get("self")
         if tb.tb_frame.f_code.co_name == "forward" and isinstance(owner, nn.Module):
-            found = f"{type(owner).__name__} at {tb.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{tb.tb_lineno}"
+            place = f"{type(owner).__name__} at {tb.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{tb.tb_lineno}"
         tb = tb.tb_next
-    return found
+    return place
 
 
 def _share_storage(graph_module: fx.GraphModule, module: nn.Module) -> None:
@@ -157,6 +160,17 @@ def _share_storage(graph_module: fx.GraphModule, module: nn.Module) -> None:
             graph_module.graph.erase_node(node)
         else:
             seen[node.target] = node
+
+
+def _register_constants(graph_module: fx.GraphModule) -> None:
+    """Tensors that a forward closes over become buffers, so that they move and are saved with the graph."""
+    for name in {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}:
+        owner, _, leaf = name.rpartition(".")
+        holder = graph_module.get_submodule(owner)
+        if leaf not in holder._parameters and leaf not in holder._buffers:
+            value = getattr(holder, leaf)
+            delattr(holder, leaf)
+            holder.register_buffer(leaf, value)
 
 
 def fold_constants(graph_module: fx.GraphModule) -> bool:

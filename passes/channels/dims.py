@@ -141,15 +141,15 @@ def resolve(dim: Dim) -> Dim:
 
 def axes(dim: Dim) -> list[Axis]:
     """The free axes of a type, in order, each once."""
-    found: dict[Axis, None] = {}
+    result: dict[Axis, None] = {}
     stack = [resolve(dim)]
     while stack:
         top = stack.pop()
         if isinstance(top, Axis):
-            found.setdefault(top)
+            result.setdefault(top)
         elif not isinstance(top, Const):
             stack.extend(reversed(top.items if isinstance(top, Sum) else top.factors))
-    return list(found)
+    return list(result)
 
 
 def reasons(dim: Dim) -> tuple[str, ...]:

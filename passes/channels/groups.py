@@ -94,7 +94,7 @@ class ChannelGroups(Mapping[str, ChannelGroup]):
     @cached_property
     def pins(self) -> tuple[Pin, ...]:
         """Parameter dimensions with coordinates that something named has pinned."""
-        found = []
+        pins = []
         for tensor, dims in self.inference.tensors.items():
             for i, dim in enumerate(dims):
                 causes = d.reasons(dim)
@@ -102,8 +102,8 @@ class ChannelGroups(Mapping[str, ChannelGroup]):
                     causes = ("meets a spatial, token or batch dimension",)
                 if causes:
                     fixed = d.evaluate(dim, lambda axis: 0)
-                    found.append(Pin(tensor, i, fixed or d.resolve(dim).size, causes))
-        return tuple(found)
+                    pins.append(Pin(tensor, i, fixed or d.resolve(dim).size, causes))
+        return tuple(pins)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -183,13 +183,13 @@ def _collect(inference: Inference) -> Iterator[ChannelGroup]:
     secondary: set[Axis] = set()
     for tensor, dims in inference.tensors.items():
         for i, dim in enumerate(dims):
-            found = d.axes(dim)
+            axes = d.axes(dim)
             secondary.update(_minor_factors(d.resolve(dim)))
-            for place, axis in enumerate(found):
+            for place, axis in enumerate(axes):
                 members.setdefault(axis, []).append(Member(tensor, i, dim))
                 # reason: the side that produces the channels names the group; a later reader only if nothing does
                 produces = i == 0 and len(dims) > 1
-                suffix = f".{place}" if len(found) > 1 else ""
+                suffix = f".{place}" if len(axes) > 1 else ""
                 if axis not in names or (produces and not names[axis][0]):
                     names[axis] = (produces, f"{tensor}:{i}{suffix}")
     taken: set[str] = set()

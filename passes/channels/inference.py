@@ -19,6 +19,7 @@ from torch import fx
 
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Const, Dim
+from sbs_fx.passes.channels.facts import MOVES, Facts, facts_of, overloads, state
 from sbs_fx.plan.errors import GraphError
 from sbs_fx.plan.registry import load_entry_points
 
@@ -31,16 +32,14 @@ Path = tuple[int, ...]  # place of a tensor among a node's arguments
 _FIRST_HINT = 10007
 
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register a rule for operators; a name without overload stands for all its overloads."""
+def rule(*targets: Any, facts: Facts | None = None) -> Callable[[Rule], Rule]:
+    """Register a rule for operators; a name without overload stands for all its overloads. `facts` are those of each;
+    where they differ they are stated beside the rule, with `state`."""
+    if facts is not None:
+        state(facts, *targets)
 
     def register(function: Rule) -> Rule:
-        for target in targets:
-            if isinstance(target, torch._ops.OpOverloadPacket):
-                for overload in target.overloads():
-                    RULES[getattr(target, overload)] = function
-            else:
-                RULES[target] = function
+        RULES.update(dict.fromkeys(overloads(*targets), function))
         return function
 
     return register
@@ -56,13 +55,10 @@ class Edit:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A reduction over channel axes. `kind` says how a masked reference treats the coordinates that are gone:
+    """A reduction over channel axes. `neutral` is the number that a masked reference puts where coordinates are gone;
+    None: there is none, the operator itself must leave them out (means, variances, normalisation)."""
 
-    "zero": multiply them by 0 before the operator; "lowest" / "highest": replace them by -inf / +inf;
-    "moments": the operator itself must leave them out (means, variances, normalisation).
-    """
-
-    kind: str
+    neutral: float | None
     arg: Path
     dims: tuple[tuple[int, Dim], ...]  # (dimension of the argument, its type)
 
@@ -197,14 +193,15 @@ class Inference:
         if not isinstance(to, Const):
             self.edits.setdefault(node.name, []).append(Edit(path, to))
 
-    def statistic(self, node: fx.Node, kind: str, positions: Sequence[int], *arg: int) -> None:
+    def statistic(self, node: fx.Node, positions: Sequence[int], *arg: int, neutral: float | None = None) -> None:
         """A reduction over dimensions `positions` of the argument at `arg` (default: the first); recorded if any of
-        them has a free axis."""
+        them has a free axis. `neutral`: where it is not that of the operator's facts."""
         arg = arg or (0,)
+        neutral = facts_of(node.target).neutral if neutral is None else neutral
         types = self[operand(node, arg)]
         over = tuple((p % len(types), types[p]) for p in positions if d.axes(types[p]))
         if over:
-            self.statistics.setdefault(node.name, []).append(Statistic(kind, arg, over))
+            self.statistics.setdefault(node.name, []).append(Statistic(neutral, arg, over))
 
     def adapter(self, node: fx.Node, dim: int) -> None:
         self.adapters[node.name] = Adapter(dim, self[node.args[0]][dim])
@@ -292,7 +289,7 @@ def _operator_name(node: fx.Node) -> str:
     return str(node.target).removeprefix("aten.").removesuffix(".default")
 
 
-@rule(operator.getitem)
+@rule(operator.getitem, facts=MOVES)
 def _getitem(t: Inference, node: fx.Node) -> Any:
     return t.dims[node.args[0]][node.args[1]]
 

@@ -16,8 +16,10 @@ from torch import Tensor, fx, nn
 
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis, Dim
+from sbs_fx.passes.channels.facts import non_negative
 from sbs_fx.passes.channels.groups import ChannelGroups, quantized_tensors
 from sbs_fx.passes.channels.inference import Layer, Path, Statistic, operand
+from sbs_fx.passes.dialects import Gated, Searchable, gates_of, set_dialect, switchable
 from sbs_fx.passes.gates import masked
 from sbs_fx.passes.graph import attribute, copy_graph
 from sbs_fx.plan.bits import FLOAT_BITS
@@ -28,53 +30,12 @@ from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
 
-# Operators whose output is never negative, whatever goes in; those that keep the sign of what goes in.
-_NON_NEGATIVE = {
-    aten.relu.default,
-    aten.relu6.default,
-    aten.sigmoid.default,
-    aten.hardsigmoid.default,
-    aten.softmax.int,
-    aten.abs.default,
-    aten.square.default,
-    aten.exp.default,
-    aten.linalg_vector_norm.default,
-}
-_SIGN_KEEPING = {
-    aten.max_pool2d.default,
-    aten.avg_pool2d.default,
-    aten.adaptive_avg_pool2d.default,
-    aten.mean.dim,
-    aten.sum.dim_IntList,
-    aten.add.Tensor,
-    aten.mul.Tensor,
-    aten.cat.default,
-    aten.reshape.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.flatten.using_ints,
-    aten.dropout.default,
-    aten.clone.default,
-    aten.expand.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.slice.Tensor,
-    aten.constant_pad_nd.default,
-    aten.contiguous.default,
-    aten.select.int,
-    aten.adaptive_max_pool2d.default,
-    aten.index_select.default,
-    aten.upsample_nearest2d.vec,
-    aten.stack.default,
-    aten.upsample_bilinear2d.vec,
-    aten.im2col.default,
-}
-
 
 Candidates = Callable[[Kind, str], tuple[int, ...]]
 _DEFAULT = (2, 4, 8)
 
 
+@switchable
 class BatchNorm(nn.Module):
     """A batch-norm node as a module, so that `.train()` and `.eval()` reach it; eps and momentum stay.
 
@@ -120,6 +81,8 @@ def insert_gates(
         builder.insert_channel_gates(block)
     builder.insert_quantizers()
     builder.make_switchable()
+    gates = builder.weights, builder.activations
+    set_dialect(result, Searchable(*gates, builder.channels) if channels else Gated(*gates))
     result.graph.lint()
     result.recompile()
     return result.eval()
@@ -127,17 +90,19 @@ def insert_gates(
 
 def weight_gates(gated: fx.GraphModule) -> dict[str, SuperBitQuantizer]:
     """Weight quantisers by weight name."""
-    return {n: gated.get_submodule(t) for n, t in gated.meta["weight_gates"].items()}
+    return {n: gated.get_submodule(t) for n, t in gates_of(gated).weights.items()}
 
 
 def activation_gates(gated: fx.GraphModule) -> dict[str, SuperBitQuantizer]:
     """Activation quantisers by the name of the tensor (graph node) they quantise."""
-    return {n: gated.get_submodule(t) for n, t in gated.meta["activation_gates"].items()}
+    return {n: gated.get_submodule(t) for n, t in gates_of(gated).activations.items()}
 
 
 def channel_gates(gated: fx.GraphModule) -> dict[str, ChannelGate]:
     """Channel gates by group name."""
-    return {n: gated.get_submodule(t) for n, t in gated.meta["channel_gates"].items()}
+    dialect = gates_of(gated)
+    paths = dialect.channels if isinstance(dialect, Searchable) else {}
+    return {n: gated.get_submodule(t) for n, t in paths.items()}
 
 
 def apply_bits(gated: fx.GraphModule, weight_bits: Mapping[str, Any], activation_bits: Mapping[str, int]) -> None:
@@ -159,25 +124,6 @@ def apply_bits(gated: fx.GraphModule, weight_bits: Mapping[str, Any], activation
             gates[name].fix(value)
 
 
-def non_negative(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """Nodes whose value is provably never negative, so that an unsigned grid wastes no level."""
-    found: set[fx.Node] = set()
-    for node in nodes:
-        if node.op != "call_function":
-            continue
-        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        if node.target in _NON_NEGATIVE:
-            found.add(node)
-        elif node.target in (aten.clamp.default, aten.clamp_min.default, aten.hardtanh.default):
-            if isinstance(node.args[1], (int, float)) and node.args[1] >= 0:
-                found.add(node)
-        elif node.target in _SIGN_KEEPING and tensors and all(n in found for n in tensors):
-            scalars = [a for a in node.args[1:] if isinstance(a, (int, float))]
-            if node.target not in (aten.add.Tensor, aten.mul.Tensor) or all(s >= 0 for s in scalars):
-                found.add(node)
-    return found
-
-
 class _Builder:
     def __init__(
         self, result: fx.GraphModule, groups: ChannelGroups, candidates: tuple[int, ...] | Candidates, per_channel: bool
@@ -189,15 +135,17 @@ class _Builder:
         self.types = {node.name: dims for node, dims in groups.inference.dims.items()}
         self.masks: dict[Axis, fx.Node] = {}
         self.dim_masks: dict[Any, fx.Node] = {}
-        result.meta = {**result.meta, "weight_gates": {}, "activation_gates": {}, "channel_gates": {}}
+        self.weights: dict[str, str] = {}
+        self.activations: dict[str, str] = {}
+        self.channels: dict[str, str] = {}
 
     def _add(self, kind: str, name: str, module: nn.Module) -> str:
+        """A gate in a holder of its kind; its path."""
         holder = self.module._modules.setdefault(kind, nn.Module())
         key = name.replace(".", "_").replace(":", "_").replace("'", "_")
         while hasattr(holder, key):  # reason: taken by another gate, or a method of modules, such as `to`
             key += "_"
         holder.add_module(key, module)
-        self.module.meta[kind][name] = f"{kind}.{key}"
         return f"{kind}.{key}"
 
     # -- channels ----------------------------------------------------------------------------------------------------
@@ -206,12 +154,9 @@ class _Builder:
         first = next(iter(self.graph.nodes))
         with self.graph.inserting_before(first):
             for group in self.groups.values():
-                target = self._add(
-                    "channel_gates",
-                    group.name,
-                    ChannelGate(group.size, block if isinstance(block, int) else block[group.name]),
-                )
-                self.masks[group.axis] = self.graph.call_module(target)
+                gate = ChannelGate(group.size, block if isinstance(block, int) else block[group.name])
+                self.channels[group.name] = self._add("channel_gates", group.name, gate)
+                self.masks[group.axis] = self.graph.call_module(self.channels[group.name])
         read_by_weights = self._axes_read_by_weights()
         for node in list(self.graph.nodes):
             if node.op == "get_attr" and isinstance(attribute(self.module, str(node.target)), nn.Parameter):
@@ -275,22 +220,20 @@ class _Builder:
                 user.replace_input_with(node, value)
 
     def _mask_statistic(self, node: fx.Node, statistic: Statistic) -> None:
-        found = [(i, self._mask(dim, self.masks.keys())) for i, dim in statistic.dims]
-        masks = [(i, mask) for i, mask in found if mask is not None]
+        masks = [(i, m) for i, dim in statistic.dims if (m := self._mask(dim, self.masks.keys())) is not None]
         if not masks:
             return
-        if statistic.kind == "moments":
+        if statistic.neutral is None:
             node.args = (node.target, [i for i, _ in masks], [m for _, m in masks], *node.args)
             node.target = masked.moments
             return
         value: Any = operand(node, statistic.arg)
         for i, mask in masks:
             with self.graph.inserting_before(node):
-                if statistic.kind == "zero":
+                if statistic.neutral == 0:
                     value = self.graph.call_function(masked.silence, (value, mask, i))
                 else:
-                    limit = float("-inf") if statistic.kind == "lowest" else float("inf")
-                    value = self.graph.call_function(masked.exclude, (value, mask, i, limit))
+                    value = self.graph.call_function(masked.exclude, (value, mask, i, statistic.neutral))
         _replace_at(node, statistic.arg, value)
 
     # -- bits ----------------------------------------------------------------------------------------------------------
@@ -300,28 +243,24 @@ class _Builder:
         unsigned = {n.name for n in non_negative(self.groups.inference.graph_module.graph.nodes)}
         for name, places in activations.items():
             gate = SuperBitQuantizer(signed=name not in unsigned, candidates=self._candidates("activation", name))
-            self._quantize("activation_gates", name, places, gate)
+            self.activations[name] = self._add("activation_gates", name, gate)
+            self._quantize(self.activations[name], places)
         for name, places in weights.items():
             layer, path = places[0]
             shape = operand(self.nodes[layer.name], path).meta["val"].shape
             dim = layer.outputs % len(shape)
             channels = int(shape[dim]) if self.per_channel else None
-            self._quantize(
-                "weight_gates",
-                name,
-                places,
-                SuperBitQuantizer(
-                    channels=channels, channel_dim=dim, signed=True, candidates=self._candidates("weight", name)
-                ),
-            )
+            bits = self._candidates("weight", name)
+            gate = SuperBitQuantizer(channels=channels, channel_dim=dim, signed=True, candidates=bits)
+            self.weights[name] = self._add("weight_gates", name, gate)
+            self._quantize(self.weights[name], places)
 
     def _candidates(self, kind: Kind, name: str) -> tuple[int, ...]:
         bits = self.candidates(kind, name)
         return _DEFAULT if bits == (FLOAT_BITS,) else bits
 
-    def _quantize(self, kind: str, name: str, places: list[tuple[Layer, Path]], gate: nn.Module) -> None:
-        """One gate node after the tensor, read by every layer that multiplies it."""
-        target = self._add(kind, name, gate)
+    def _quantize(self, target: str, places: list[tuple[Layer, Path]]) -> None:
+        """One node of the gate after the tensor, read by every layer that multiplies it."""
         made: dict[fx.Node, fx.Node] = {}
         for layer, path in places:
             consumer = self.nodes[layer.name]

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis, Dim
+from sbs_fx.passes.dialects import masked_operator
 
 aten = torch.ops.aten
 Recipe = tuple[Any, ...]
@@ -33,6 +34,7 @@ def recipe(dim: Dim, order: dict[Axis, int]) -> Recipe:
     return ("sum" if isinstance(dim, d.Sum) else "prod", *(recipe(p, order) for p in parts))
 
 
+@masked_operator
 def dim_mask(recipe: Recipe, *masks: Tensor) -> Tensor:
     """The mask of a whole dimension, shape (size,), from the masks of its axes."""
     kind, *rest = recipe
@@ -61,6 +63,7 @@ def is_open(mask: Tensor) -> bool:
     return not mask.requires_grad and bool(mask.all())
 
 
+@masked_operator
 def silence(x: Tensor, mask: Tensor, dim: int) -> Tensor:
     """x with the masked-out coordinates of `dim` set to zero; x itself if there are none."""
     if is_open(mask):
@@ -68,6 +71,7 @@ def silence(x: Tensor, mask: Tensor, dim: int) -> Tensor:
     return x * along(mask, dim, x.ndim).to(x.dtype)
 
 
+@masked_operator
 def exclude(x: Tensor, mask: Tensor, dim: int, value: float) -> Tensor:
     """x with the masked-out coordinates of `dim` set to `value` (-inf before a softmax or a maximum)."""
     if is_open(mask):
@@ -75,6 +79,7 @@ def exclude(x: Tensor, mask: Tensor, dim: int, value: float) -> Tensor:
     return x.masked_fill(along(mask, dim, x.ndim) == 0, value)
 
 
+@masked_operator
 def moments(target: Callable[..., Any], dims: Sequence[int], masks: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
     """Run a mean, variance or normalisation over the live coordinates of its first argument only."""
     x = args[0]

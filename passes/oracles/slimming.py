@@ -182,12 +182,12 @@ class MeasuredSlices:
 def symbol_sizes(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, int]:
     """The size that each symbolic input dimension has in the given inputs, by symbol name."""
     placeholders = [n for n in graph_module.graph.find_nodes(op="placeholder") if isinstance(n.meta.get("val"), Tensor)]
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for node, value in zip(placeholders, pytree.tree_leaves(tuple(inputs)), strict=True):
         for symbolic, size in zip(node.meta["val"].shape, value.shape, strict=True):
             if isinstance(symbolic, torch.SymInt):
-                found[str(symbolic.node.expr)] = int(size)
-    return found
+                sizes[str(symbolic.node.expr)] = int(size)
+    return sizes
 
 
 def relative_error(actual: Tensor, expected: Tensor, name: str = "") -> float:

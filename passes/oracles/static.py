@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.passes.dialects import gates_of, static_of
 from sbs_fx.passes.static.fold import TRANSPOSED
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
@@ -56,9 +57,9 @@ def compare_static(gated: fx.GraphModule, static: fx.GraphModule, inputs: Sequen
     Returns:
         One row per quantised activation, in graph order.
     """
-    activations = static.meta["activations"]
-    wanted = {name for activation in activations.values() for name in (activation.codes, activation.values)}
-    recorded = _Recorder(static, wanted)
+    activations = static_of(static).activations
+    names = {name for activation in activations.values() for name in (activation.codes, activation.values)}
+    recorded = _Recorder(static, names)
     recorded.run(*inputs)
     forced = _Forced(gated, activations, recorded.values)
     forced.run(*inputs)
@@ -71,11 +72,12 @@ def count_levels(static: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Level
 
     A weight of several bitwidths has one row per bitwidth: the worst of its channels.
     """
-    activations = {a.values: (name, a.bits) for name, a in static.meta["activations"].items()}
+    dialect = static_of(static)
+    activations = {a.values: (name, a.bits) for name, a in dialect.activations.items()}
     values = {  # the node that holds the values of a weight, after its codes were made floats and scaled
         user if user.target is not aten.to.dtype else next(iter(user.users)): node.target
         for node in static.graph.find_nodes(op="get_attr")
-        if node.target in static.meta["weights"]
+        if node.target in dialect.weights
         for user in node.users
     }
     recorded = _Recorder(static, {*activations, *(node.name for node in values)})
@@ -85,7 +87,7 @@ def count_levels(static: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Level
         for node, (name, bits) in activations.items()
     ]
     for node, name in values.items():
-        rows += _weight_levels(node, str(name), static.meta["weights"][name], recorded.values[node.name])
+        rows += _weight_levels(node, str(name), dialect.weights[name], recorded.values[node.name])
     return rows
 
 
@@ -106,13 +108,13 @@ def _weight_levels(node: fx.Node, name: str, stored: Any, value: Tensor) -> list
 class _Recorder(fx.Interpreter):
     """Keeps the values of some nodes, by name."""
 
-    def __init__(self, module: fx.GraphModule, wanted: set[str]) -> None:
+    def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
         super().__init__(module)
-        self.wanted, self.values = wanted, dict[str, Tensor]()
+        self.names, self.values = names, dict[str, Tensor]()
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.name in self.wanted:
+        if n.name in self.names:
             self.values[n.name] = value
         return value
 
@@ -122,7 +124,7 @@ class _Forced(fx.Interpreter):
 
     def __init__(self, gated: fx.GraphModule, activations: Any, values: dict[str, Tensor]) -> None:
         super().__init__(gated)
-        self.names = {target: name for name, target in gated.meta["activation_gates"].items()}
+        self.names = {target: name for name, target in gates_of(gated).activations.items()}
         self.activations, self.values = activations, values
         self.rows: list[CodeDifference] = []
 

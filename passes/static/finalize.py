@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # reason: registers torch.ops.quantized_decomposed
 from torch import Tensor, fx, nn
 
-from sbs_fx.passes.gates import masked
-from sbs_fx.passes.gates.insertion import BatchNorm, activation_gates, weight_gates
+from sbs_fx.passes.dialects import Static, StaticActivation, StoredWeight, gates_of, set_dialect
+from sbs_fx.passes.gates.insertion import BatchNorm, activation_gates, channel_gates, weight_gates
 from sbs_fx.passes.static.fold import TRANSPOSED, Constants, Fold, along_output, batch_norm_folds
 from sbs_fx.plan.errors import GraphError
 from sbs_fx.quantizer.superbit import SuperBitQuantizer, max_level
@@ -35,28 +34,11 @@ MIDDLE = 128  # the code of zero where values have a sign: 8-bit codes are store
 MAX_CODE = 255
 
 
-class StoredWeight(NamedTuple):
-    """Bits of an int8 buffer of codes: one number, or one per coordinate of dimension `axis` (0 where it is zero)."""
-
-    bits: int | tuple[int, ...]
-    axis: int
-
-
-class StaticActivation(NamedTuple):
-    """A quantised activation: its bits, the code that stands for zero, the nodes that hold its codes and its values."""
-
-    bits: int
-    zero_point: int
-    codes: str
-    values: str
-
-
 def finalize(gated: fx.GraphModule) -> fx.GraphModule:
     """The static quantised graph of a gated one, which stays as it is.
 
-    `meta["weights"]` of the result is a dict, name of a buffer of codes -> `StoredWeight`; `meta["activations"]` is one
-    of tensor (as in `activation_gates`) -> `StaticActivation`. Node names, the input and output structure and a dynamic
-    batch are kept; a float parameter stays a parameter, without gradient.
+    The `Static` of the result names activations as `activation_gates` does. Node names, the input and output structure
+    and a dynamic batch are kept; a float parameter stays a parameter, without gradient.
 
     Raises:
         GraphError: the graph has no gates, or has channel gates; a gate is still searching or has no usable range; a
@@ -75,23 +57,21 @@ def _checked(gated: fx.GraphModule) -> dict[str, tuple[str, SuperBitQuantizer]]:
     def fail(message: str, node: str = "") -> GraphError:
         return GraphError(message, pass_name="finalize", node=node)
 
-    if "weight_gates" not in gated.meta:
-        raise fail("the graph has no gates; make them with insert_gates(slim_graph, groups, channels=False)")
-    masks = [n for n in gated.graph.nodes if getattr(n.target, "__module__", "") == masked.__name__]
-    if gated.meta["channel_gates"] or masks:
+    dialect = gates_of(gated)
+    if channel_gates(gated):
         raise fail(
-            f"the graph still has {len(gated.meta['channel_gates'])} channel gates; remove the channels with "
+            f"the graph still has {len(channel_gates(gated))} channel gates; remove the channels with "
             "`slim` and insert gates into the slim graph with channels=False"
         )
-    found = {}
-    for kind, gates in (("weight_gates", weight_gates(gated)), ("activation_gates", activation_gates(gated))):
+    result = {}
+    for paths, gates in ((dialect.weights, weight_gates(gated)), (dialect.activations, activation_gates(gated))):
         for name, gate in gates.items():
-            found[gated.meta[kind][name]] = (name, gate)
+            result[paths[name]] = (name, gate)
             if gate.bits is None:
                 raise fail(f"the gate of {name!r} is still searching; fix its bitwidth first (apply_bits)", name)
             if not gate.is_float and not bool(torch.isfinite(gate.range).all()):
                 raise fail(f"the range of {name!r} is not finite; calibrate the gates on clean data first", name)
-    return found
+    return result
 
 
 class _Lowering:
@@ -144,10 +124,11 @@ class _Lowering:
             if name not in tensors:
                 tensors[name] = self.tensors[name] if name in self.tensors else _copied(self.gated, name)
         result = fx.GraphModule(tensors, self.graph, type(self.gated).__name__)
-        result.meta = {key: value for key, value in self.gated.meta.items() if not key.endswith("_gates")}
-        result.meta["weights"] = {name: stored for name, stored in self.weights.items() if name in tensors}
         live = {node.name for node in self.graph.nodes}
-        result.meta["activations"] = {name: a for name, a in self.activations.items() if a.values in live}
+        weights = {name: stored for name, stored in self.weights.items() if name in tensors}
+        activations = {name: a for name, a in self.activations.items() if a.values in live}
+        result.meta = dict(self.gated.meta)
+        set_dialect(result, Static(weights, activations))
         self.graph.lint()
         return result.eval()
 
@@ -155,7 +136,7 @@ class _Lowering:
 
     def quantizer(self, node: fx.Node, gate: SuperBitQuantizer) -> fx.Node:
         name, _ = self.gates[str(node.target)]
-        if str(node.target) in self.gated.meta["activation_gates"].values():
+        if str(node.target) in gates_of(self.gated).activations.values():
             return self._activation(node, name, gate)
         return self._weight(node, gate)
 
@@ -223,7 +204,7 @@ class _Lowering:
         read_codes = self._tensor(name, codes, None)
         self.weights[str(read_codes.target)] = StoredWeight(bits, axis)
         transposed = any(user.target in TRANSPOSED for user in node.users)
-        read_scale = self._tensor(f"{name}_scale", scale if transposed else scale.flatten(), None)
+        read_scale = self._tensor(f"{read_codes.target}_scale", scale if transposed else scale.flatten(), None)
         if transposed:  # reason: compilers take a transposed convolution of a dequantised weight for a plain one
             floats = self._call(aten.to.dtype, (read_codes, torch.float32), node)
             return self._call(aten.mul.Tensor, (floats, read_scale), node)

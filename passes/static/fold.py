@@ -82,7 +82,7 @@ def batch_norm_folds(constants: Constants) -> dict[fx.Node, Fold]:
     A weight that several layers share is left alone: its layers would no longer agree on its values. So is a layer
     whose weight or bias depends on the input.
     """
-    found = {}
+    folds = {}
     for node in constants.module.graph.nodes:
         if node.op != "call_module" or not isinstance(module := constants.module.get_submodule(node.target), BatchNorm):
             continue
@@ -91,8 +91,8 @@ def batch_norm_folds(constants: Constants) -> dict[fx.Node, Fold]:
             continue
         if len(layer.args[1].users) == 1 and all(argument in constants for argument in node.args[1:]):
             bias = constants.value(layer.args[2])
-            found[layer] = _fold(node, module.eps, None if bias is None else bias.double(), constants)
-    return found
+            folds[layer] = _fold(node, module.eps, None if bias is None else bias.double(), constants)
+    return folds
 
 
 def _layer_before(norm: fx.Node) -> fx.Node | None:

@@ -7,13 +7,14 @@ holds exactly up to 2^24 of them, so that the order of additions and the place o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.passes.dialects import DEQUANTIZE, StoredWeight, quantizers, set_dialect, static_of
 from sbs_fx.passes.graph import attribute, copy_graph
-from sbs_fx.passes.static.finalize import StoredWeight
 from sbs_fx.passes.static.fold import CONVOLUTIONS
-from sbs_fx.passes.static.integer_joins import DEQUANTIZE, quantizers
 from sbs_fx.quantizer.superbit import level
 
 aten = torch.ops.aten
@@ -30,15 +31,16 @@ def integer_grid(static: fx.GraphModule, *, exact: bool = False) -> fx.GraphModu
     step, and to the nearest one below; a weight's to the neighbour that its values fit best, channel by channel.
     """
     result = copy_graph(static)
-    result.meta["exact"] = exact
-    for name, stored in result.meta["weights"].items():
+    dialect = static_of(static)
+    set_dialect(result, replace(dialect, exact=exact))
+    for name, stored in dialect.weights.items():
         _mend_empty_channels(attribute(result, name), _scale_of(result, name, stored))
     if exact:
         for first, last in quantizers(result.graph):
             scale = _power_of_two(torch.tensor(first.args[1]), up=first is last.args[0]).item()
             first.update_arg(1, scale)
             last.update_arg(1, scale)
-        for name, stored in result.meta["weights"].items():
+        for name, stored in dialect.weights.items():
             _round_weight(result, name, stored)
     for layer in result.graph.nodes:
         if layer.target in LAYERS:

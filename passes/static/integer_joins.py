@@ -9,29 +9,25 @@ transformers, stay in float, where they err less and cost little.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.passes.gates.insertion import non_negative
+from sbs_fx.passes.channels.facts import facts_of, non_negative
+from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, StaticActivation, quantizers, set_dialect, static_of
 from sbs_fx.passes.graph import copy_graph
-from sbs_fx.passes.static.finalize import MAX_CODE, MIDDLE, StaticActivation
+from sbs_fx.passes.static.finalize import MAX_CODE, MIDDLE
 from sbs_fx.passes.static.fold import CONVOLUTIONS
 from sbs_fx.quantizer.ranges import Histogram, set_range
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
-decomposed = torch.ops.quantized_decomposed
 
 BITS = 8
-QUANTIZE = decomposed.quantize_per_tensor.default
-DEQUANTIZE = decomposed.dequantize_per_tensor.default
-JOINS = {aten.add.Tensor, aten.mul.Tensor, aten.cat.default}
-# Operators that only pick values: their result has the codes of their input.
-PICKING = {aten.max_pool2d.default, aten.upsample_nearest2d.vec}
-MEANS = {aten.mean.dim, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
+Activations = dict[str, StaticActivation]
 
 
 def integer_joins(
@@ -44,31 +40,22 @@ def integer_joins(
         batches: tuples of inputs as the graph takes them; memory does not grow with their number.
         method, percentile: as in `sbs_fx.calibration.calibrate.calibrate`, for 8 bits.
 
-    `meta["activations"]` of the result has the new tensors too, as "<tensor>_joined".
+    The activations of the result are the new tensors too, as "<tensor>_joined".
     """
     result = copy_graph(static)
-    result.meta["activations"] = dict(static.meta["activations"])
+    activations = dict(static_of(static).activations)
     _use_all_codes(result)
     sites = _sites(result.graph)
     if sites:
         gates = _ranges(result, sites, batches, method, percentile)
         for tensor, readers in sites.items():
-            _quantize(result, tensor, readers, gates[tensor])
-        _share_codes_of_pools(result)
+            _quantize(result.graph, tensor, readers, gates[tensor], activations)
+        _share_codes_of_pools(result.graph, activations)
     _drop_ceilings(result)
-    _list_in_order(result)
+    set_dialect(result, replace(static_of(static), activations=_in_order(result.graph, activations)))
     result.graph.lint()
     result.recompile()
     return result.eval()
-
-
-def quantizers(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(quantise, dequantise) node of every quantised activation, in graph order."""
-    for last in graph.find_nodes(op="call_function", target=DEQUANTIZE):
-        first = last.args[0]
-        while first.target in (aten.clamp_max.default, aten.clamp_min.default):
-            first = first.args[0]
-        yield first, last
 
 
 # -- where -------------------------------------------------------------------------------------------------------------
@@ -80,16 +67,17 @@ def _sites(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     sites: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         operands = [n for n in node.all_input_nodes if n in stream]
+        facts = facts_of(node.target)
         if node.target in CONVOLUTIONS:
             stream.add(node)
-        elif node.target in JOINS | PICKING | MEANS and operands:
+        elif facts.codes and operands:
             # reason: the other operand of an add may be a stream that only normalised layers have written so far
             read = node.all_input_nodes if node.target is aten.add.Tensor and _alike(node) else operands
             for tensor in read:
                 sites.setdefault(tensor, []).append(node)
-            if node.target not in MEANS:
+            if facts.codes != "mean":
                 stream.add(node)
-        elif operands and _is_pointwise(node):
+        elif operands and facts.elementwise and len(node.all_input_nodes) == 1:  # such as an activation
             stream.add(node)
     return sites
 
@@ -100,20 +88,15 @@ def _alike(node: fx.Node) -> bool:
     return all(n.op == "call_function" and n.meta["val"].shape == shape for n in node.all_input_nodes)
 
 
-def _is_pointwise(node: fx.Node) -> bool:
-    """A function of one tensor, value by value, such as an activation."""
-    return len(node.all_input_nodes) == 1 and torch.Tag.pointwise in getattr(node.target, "tags", ())
-
-
 # -- ranges ------------------------------------------------------------------------------------------------------------
 
 
 class _Observer(fx.Interpreter):
     """Keeps a histogram of some nodes' values."""
 
-    def __init__(self, module: fx.GraphModule, wanted: Iterable[fx.Node]) -> None:
+    def __init__(self, module: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
         super().__init__(module)
-        self.histograms = {node: Histogram() for node in wanted}
+        self.histograms = {node: Histogram() for node in nodes}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -146,16 +129,18 @@ def _ranges(
 # -- nodes -------------------------------------------------------------------------------------------------------------
 
 
-def _quantize(module: fx.GraphModule, tensor: fx.Node, readers: list[fx.Node], gate: SuperBitQuantizer) -> None:
+def _quantize(
+    graph: fx.Graph, tensor: fx.Node, readers: list[fx.Node], gate: SuperBitQuantizer, activations: Activations
+) -> None:
     """Let the readers read 8-bit codes of the tensor: those it has, or new ones."""
     values = _full_quantizer(tensor)
     if values is None:
-        values = _new_quantizer(module, tensor, float(gate.scale()), MIDDLE if gate.signed else 0)
+        values = _new_quantizer(graph, tensor, float(gate.scale()), MIDDLE if gate.signed else 0, activations)
     for reader in readers:
         reader.replace_input_with(tensor, values)
 
 
-def _new_quantizer(module: fx.GraphModule, tensor: fx.Node, scale: float, zero: int) -> fx.Node:
+def _new_quantizer(graph: fx.Graph, tensor: fx.Node, scale: float, zero: int, activations: Activations) -> fx.Node:
     """8-bit codes of a tensor; the node that holds their values.
 
     A quantiser of fewer bits then reads these values. Its step is made an odd number of theirs, so that it rounds as it
@@ -168,12 +153,12 @@ def _new_quantizer(module: fx.GraphModule, tensor: fx.Node, scale: float, zero: 
     name, values = f"{tensor.name}_joined", tensor
     for target, suffix, dtype in ((QUANTIZE, "quantized", torch.uint8), (DEQUANTIZE, "dequantized", torch.float32)):
         arguments = (values, scale, zero, 0, MAX_CODE, torch.uint8)
-        with module.graph.inserting_after(values):
-            values = module.graph.create_node("call_function", target, arguments, name=f"{name}_{suffix}")
+        with graph.inserting_after(values):
+            values = graph.create_node("call_function", target, arguments, name=f"{name}_{suffix}")
         values.meta["val"] = tensor.meta["val"].to(dtype)
     for user in coarse if steps else ():
         user.replace_input_with(tensor, values)
-    module.meta["activations"][name] = StaticActivation(BITS, zero, values.args[0].name, values.name)
+    activations[name] = StaticActivation(BITS, zero, values.args[0].name, values.name)
     return values
 
 
@@ -213,16 +198,16 @@ def _last_code(last: fx.Node) -> int:
     return node.args[1] if node.target is aten.clamp_max.default else MAX_CODE
 
 
-def _share_codes_of_pools(module: fx.GraphModule) -> None:
+def _share_codes_of_pools(graph: fx.Graph, activations: Activations) -> None:
     """What a pool gives has the codes of what it takes: rounding commutes with picking, so one scale serves both."""
-    for pool in [n for n in module.graph.nodes if n.target in PICKING]:
+    for pool in [n for n in graph.nodes if facts_of(n.target).codes == "pick"]:
         before = pool.args[0]
         if before.target is not DEQUANTIZE or before.args[0].target is not QUANTIZE:
             continue
         after = _full_quantizer(pool)
         if after is None:
             users = list(pool.users)
-            after = _new_quantizer(module, pool, *before.args[1:3])
+            after = _new_quantizer(graph, pool, *before.args[1:3], activations)
             for user in users:
                 user.replace_input_with(pool, after)
         if len(before.users) == len(before.args[0].users) == 1:
@@ -239,11 +224,11 @@ def _use_all_codes(module: fx.GraphModule) -> None:
             module.graph.erase_node(low)
 
 
-def _list_in_order(module: fx.GraphModule) -> None:
-    """`meta["activations"]` as the graph now is: in its order, with the nodes that hold codes and values."""
-    known = {activation.values: (name, activation) for name, activation in module.meta["activations"].items()}
-    found = {}
-    for _, last in quantizers(module.graph):
-        name, activation = known[last.name]
-        found[name] = activation._replace(codes=last.args[0].name)
-    module.meta["activations"] = found
+def _in_order(graph: fx.Graph, activations: Activations) -> Activations:
+    """The activations as the graph now is: in its order, with the nodes that hold codes and values."""
+    by_values = {activation.values: (name, activation) for name, activation in activations.items()}
+    result = {}
+    for _, last in quantizers(graph):
+        name, activation = by_values[last.name]
+        result[name] = activation._replace(codes=last.args[0].name)
+    return result

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sbs_fx.data.batches import read_batches, start_epoch
+from sbs_fx.passes.channels.facts import facts_of
 from sbs_fx.passes.gates.insertion import BatchNorm, activation_gates, weight_gates
 from sbs_fx.plan.errors import DataError, InputError, MethodError, WeightsError
 from sbs_fx.quantizer.ranges import Histogram, set_range, weight_top
@@ -154,44 +155,6 @@ def _synthetic(inputs: Sequence[Tensor], max_batches: int, least: int) -> Iterat
 
 # The run
 
-# Functions of one tensor, value by value; arguments after the first are numbers.
-_ELEMENTWISE = {
-    aten.relu.default,
-    aten.relu6.default,
-    aten.hardtanh.default,
-    aten.clamp.default,
-    aten.clamp_min.default,
-    aten.clamp_max.default,
-    aten.sigmoid.default,
-    aten.hardsigmoid.default,
-    aten.tanh.default,
-    aten.silu.default,
-    aten.hardswish.default,
-    aten.gelu.default,
-    aten.mish.default,
-    aten.elu.default,
-    aten.leaky_relu.default,
-    aten.softplus.default,
-    aten.celu.default,
-    aten.selu.default,
-}
-# Operators that pick or move values.
-_MOVING = {
-    aten.max_pool2d.default,
-    aten.adaptive_max_pool2d.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.dropout.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.expand.default,
-    aten.upsample_nearest2d.vec,
-}
-
 
 class _Recorder(fx.Interpreter):
     """Runs the float graph: weight gates get their range at the first batch, activation gates a histogram.
@@ -254,10 +217,12 @@ class _Recorder(fx.Interpreter):
         if not isinstance(source, fx.Node) or source not in self.known or len(node.all_input_nodes) != 1:
             return
         values = self.known[source]
-        if node.target in _ELEMENTWISE:
-            self.known[node] = node.target(values, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-        elif node.target in _MOVING or isinstance(module, (nn.Dropout, SuperBitQuantizer)):
+        facts = facts_of(node.target)
+        if facts.moves or isinstance(module, (nn.Dropout, SuperBitQuantizer)):
             self.known[node] = values
+        elif facts.elementwise:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: values)
+            self.known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         if module is not None and id(module) in self.activations and id(module) not in self.analytic:
             self.analytic.add(id(module))
             self.histograms.pop(id(module), None)  # reason: the synthetic run has been here just before

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from sbs_fx.calibration.blocks import cut_points, subgraph
 from sbs_fx.calibration.rounding import weight_parameters
 from sbs_fx.data.batches import read_batches, start_epoch
-from sbs_fx.passes import ChannelGroups, weight_gates
+from sbs_fx.passes import ChannelGroups, channel_gates, weight_gates
 from sbs_fx.passes.channels.slim import Slices
 from sbs_fx.passes.gates.insertion import BatchNorm
 from sbs_fx.plan import Value
@@ -89,7 +89,7 @@ def reconstruct(
         DataError: no batch, or one of another form. GraphError: gated has channel gates, or gates that still search.
     """
     settings = settings or Reconstruction()
-    if gated.meta["channel_gates"] or any(gate.bits is None for gate in weight_gates(gated).values()):
+    if channel_gates(gated) or any(gate.bits is None for gate in weight_gates(gated).values()):
         raise GraphError("reconstruction takes a slim graph whose bits are fixed", pass_name="reconstruct")
     work = _Work(gated, teacher, Slices(groups, kept or {}), settings, seed)
     images = _images(data, inputs, settings.images)

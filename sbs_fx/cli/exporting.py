@@ -24,10 +24,11 @@ def export(
     """Write a saved result as a file of another tool, run it there and compare."""
     from sbs_fx.export import export as run
     from sbs_fx.export import load_saved
+    from sbs_fx.passes.dialects import static_of
 
     static, inputs = load_saved(model)
-    written = run(static, inputs, format, out, metadata=static.meta["metadata"], low_bits=low_bits)
-    exactly = "bit for bit" if static.meta["exact"] else "up to rounding ties"
+    written = run(static, inputs, format, out, metadata=static_of(static).metadata, low_bits=low_bits)
+    exactly = "bit for bit" if static_of(static).exact else "up to rounding ties"
     typer.echo(f"{out}: computes what torch computes, {exactly}")
     if written.kernels is not None:
         typer.echo(f"{written.name}: {written.kernels}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sbs_fx.data.datasets import Batches, open_data
 from sbs_fx.export import load_saved as load_static
 from sbs_fx.models import create_model, input_config
+from sbs_fx.passes.dialects import static_of
 from sbs_fx.plan.errors import FileError, InputError
 
 
@@ -109,7 +110,7 @@ def _parse_size(text: str | None) -> tuple[int, int, int] | None:
 def load_saved(path: str) -> NamedModel:
     """A saved result; its file says which images it takes."""
     module, inputs = load_static(path)
-    metadata = module.meta["metadata"]
+    metadata = static_of(module).metadata
     normalisation = {k: metadata[k] for k in ("mean", "std") if k in metadata}
     return NamedModel(module, inputs[0], normalisation)
 

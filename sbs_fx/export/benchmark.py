@@ -24,6 +24,7 @@ from sbs_fx.export.formats import runner
 from sbs_fx.export.inductor import compile_float
 from sbs_fx.export.registry import BACKENDS
 from sbs_fx.export.runtime import Runner, has_vnni, layer_names, weight_name
+from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.graph import attribute
 from sbs_fx.plan.errors import BackendError
 
@@ -223,7 +224,7 @@ def _layers(run: Runner, static: fx.GraphModule, inputs: tuple[Tensor, ...]) -> 
     nodes = {node.name: node for node in static.graph.nodes}
     for name in [name for name in layer_names(static) if name in seconds]:
         weight = weight_name(nodes[name])
-        stored = static.meta.get("weights", {}).get(weight)
+        stored = static_of(static).weights.get(weight)
         bits = "32" if stored is None else str(stored.bits) if isinstance(stored.bits, int) else "mixed"
         channels = len(attribute(static, weight)) if weight else 0
         label = weight.removesuffix(".weight") or name

@@ -24,9 +24,9 @@ from sbs_fx.export.onnx import LayerMatcher
 from sbs_fx.export.program import exported_program, quiet
 from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import LAYERS, Kernels, Runner, require, weight_name
+from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, quantizers
 from sbs_fx.passes.graph import attribute, copy_graph
 from sbs_fx.passes.static.finalize import MIDDLE
-from sbs_fx.passes.static.integer_joins import DEQUANTIZE, QUANTIZE, quantizers
 from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import BackendError
 

@@ -23,6 +23,7 @@ from sbs_fx.export.onnx_graph import for_integer_products
 from sbs_fx.export.program import exported_program, quiet
 from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import PROFILED, Kernels, Runner, layer_names, require
+from sbs_fx.passes.dialects import static_of
 from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import BackendError
 
@@ -62,7 +63,7 @@ def onnx_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, low_
     _own_zero_points(model.graph)
     _integer_biases(model.graph)
     if low_bits:
-        names = {name for name, stored in static.meta["weights"].items() if _most_bits(stored.bits) <= 4}
+        names = {name for name, stored in static_of(static).weights.items() if _most_bits(stored.bits) <= 4}
         _four_bits(model.graph, names)
     onnx.checker.check_model(model, full_check=True)
     return model

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE
 from sbs_fx.passes.graph import attribute, copy_graph
-from sbs_fx.passes.static.integer_joins import DEQUANTIZE, QUANTIZE
 
 aten = torch.ops.aten
 # What an integer convolution takes in: the quantisation of its result, or what cuts off before that.

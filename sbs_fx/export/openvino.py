@@ -22,9 +22,9 @@ from torch import Tensor, fx
 from sbs_fx.export.onnx import LayerMatcher, onnx_model
 from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import PROFILED, Runner, least, require
+from sbs_fx.passes.dialects import quantizers, static_of
 from sbs_fx.passes.graph import copy_graph
 from sbs_fx.passes.static.finalize import MAX_CODE, MIDDLE
-from sbs_fx.passes.static.integer_joins import quantizers
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default}
@@ -105,7 +105,7 @@ def _is_integer(facts: dict[str, Any]) -> bool:
 
 def _explicit(static: fx.GraphModule) -> fx.GraphModule:
     """A graph with what OpenVINO must be told."""
-    exact = static.meta.get("exact", False)
+    exact = static_of(static).exact
     result = copy_graph(static)
     graph = result.graph
     pairs = list(quantizers(graph))

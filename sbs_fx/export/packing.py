@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.passes.dialects import StoredWeight, set_dialect, static_of
 from sbs_fx.passes.graph import attribute, copy_with
-from sbs_fx.passes.static.finalize import StoredWeight
 from sbs_fx.passes.static.fold import Constants
 from sbs_fx.quantizer.superbit import max_level
 
@@ -37,15 +38,18 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}  # bits -> widths, 
 
 
 def pack(static: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a static graph whose codes are stored at the bits that its `meta["weights"]` states.
+    """A copy of a static graph whose codes are stored at the bits that it states.
 
     Float tensors are shared with the original.
     """
     result = copy_with(static, read_tensors(static))
     packer = _Packer(result)
-    for name, stored in static.meta.get("weights", {}).items():
+    dialect = static_of(static)
+    for name, stored in dialect.weights.items():
         packer.replace(name, stored)
-    result = copy_with(result, read_tensors(result))  # without what nothing reads any more
+    tensors = read_tensors(result)
+    result = copy_with(result, tensors)  # without what nothing reads any more
+    set_dialect(result, replace(dialect, weights={n: w for n, w in dialect.weights.items() if n in tensors}))
     result.recompile()
     return result
 
@@ -55,7 +59,7 @@ def unpack(packed: fx.GraphModule, weights: Mapping[str, StoredWeight]) -> fx.Gr
 
     Args:
         packed: a graph from `pack`, or what became of it after export, saving and loading.
-        weights: its `meta["weights"]`, by the names before packing.
+        weights: as they were before packing.
     """
     constants = Constants(packed)
     owner: dict[fx.Node, str] = {}  # node of an unpacking -> the weight it leads to

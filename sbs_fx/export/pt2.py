@@ -27,7 +27,7 @@ from sbs_fx.export.program import exported_program, quiet
 from sbs_fx.export.registry import target
 from sbs_fx.export.runtime import Runner
 from sbs_fx.passes.capture.canonical import canonicalise
-from sbs_fx.passes.static.finalize import StaticActivation, StoredWeight
+from sbs_fx.passes.dialects import DEQUANTIZE, Static, StaticActivation, StoredWeight, set_dialect, static_of
 from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import FileError
 
@@ -47,15 +47,16 @@ def save_pt2(
     """Write a static graph to `path`.
 
     Args:
-        static: from `finalize`; its `meta["weights"]` states the bits that codes are stored at (8 if it does not).
+        static: from `finalize`; it states the bits that codes are stored at.
         example_inputs: as the graph takes them; only shapes and dtypes matter. Dimensions that were dynamic stay so.
         path: usually ends in ".pt2".
-        metadata: what JSON can hold; comes back in `meta["metadata"]` of the loaded graph.
+        metadata: what JSON can hold; comes back in the `Static` of the loaded graph.
 
     Raises:
         GraphError: `torch.export` cannot capture the graph.
         FileError: `path` cannot be written or the disk is full; what `path` held before is still there.
     """
+    dialect = static_of(static)
     program = exported_program(pack(static), example_inputs)
     archive = io.BytesIO()
     with quiet():
@@ -63,9 +64,9 @@ def save_pt2(
     information = {
         "format": FORMAT,
         "metadata": dict(metadata or {}),
-        "exact": static.meta.get("exact", False),
-        "weights": static.meta.get("weights", {}),
-        "activations": [[name, a.bits, a.zero_point] for name, a in static.meta.get("activations", {}).items()],
+        "exact": dialect.exact,
+        "weights": dialect.weights,
+        "activations": [[name, a.bits, a.zero_point] for name, a in dialect.activations.items()],
     }
     write_atomic(path, _sealed(archive, information))
 
@@ -73,7 +74,7 @@ def save_pt2(
 def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
     """Read what `save_pt2` wrote: the static graph with its codes as int8 buffers, in eval mode.
 
-    `meta` has "weights" and "activations" as `finalize` left them, and "metadata" as it was given to `save_pt2`.
+    Its `Static` is as `finalize` left it, with the metadata that `save_pt2` was given.
 
     Raises:
         FileError: the file cannot be read, was cut or changed, holds a pickle, or was not written by `save_pt2`.
@@ -98,10 +99,9 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
     }
     canonicalise(module)
     result = unpack(module, weights)
-    result.meta["weights"] = weights
-    result.meta["activations"] = _activations(result, information["activations"])
-    result.meta["metadata"] = information["metadata"]
-    result.meta["exact"] = information.get("exact", False)
+    activations = _activations(result, information["activations"])
+    exact = information.get("exact", False)
+    set_dialect(result, Static(weights, activations, exact, information["metadata"]))
     return result.eval()
 
 
@@ -119,8 +119,7 @@ def load_saved(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, tuple[Tens
 
 def _activations(module: fx.GraphModule, rows: Sequence[Any]) -> dict[str, StaticActivation]:
     """Export renames nodes and keeps their order: the nth dequantised tensor is the nth of the rows."""
-    dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
-    nodes = module.graph.find_nodes(op="call_function", target=dequantize)
+    nodes = module.graph.find_nodes(op="call_function", target=DEQUANTIZE)
     return {
         name: StaticActivation(bits, zero_point, node.args[0].name, node.name)  # type: ignore[union-attr]
         for (name, bits, zero_point), node in zip(rows, nodes, strict=True)

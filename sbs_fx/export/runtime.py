@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.static.fold import CONVOLUTIONS, TRANSPOSED
 from sbs_fx.plan.errors import BackendError
 
@@ -111,7 +112,7 @@ def check(runner: Runner, static: fx.GraphModule, example_inputs: Sequence[Tenso
     inputs = [torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in example_inputs]
     with torch.no_grad():
         expected, results = flat(static(*inputs)), flat(runner(*inputs))
-    exact = static.meta.get("exact", False)
+    exact = static_of(static).exact
     for want, have in zip(expected, results, strict=True):
         have = have.reshape(want.shape)
         if exact and not torch.equal(want, have):

@@ -31,8 +31,8 @@ from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.calibration.norm_shift import NormShift
 from sbs_fx.passes import apply_bits, channel_gates, insert_gates
 from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.facts import non_negative
 from sbs_fx.passes.channels.importance import group_importance, most_important
-from sbs_fx.passes.gates.insertion import non_negative
 from sbs_fx.passes.graph import attribute
 from sbs_fx.plan import Plan, Value
 from sbs_fx.plan.bits import FLOAT_BITS

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.passes import weight_gates
+from sbs_fx.passes.dialects import gates_of
 from sbs_fx.passes.graph import attribute
 from sbs_fx.training.stage import TrainingStage
 
@@ -21,7 +22,7 @@ class FrozenMasks(TrainingStage):
         super().__init__(network, name)
         self.steps = [(gate.range, gate.range.detach().clone()) for gate in weight_gates(network).values()]
         self.masks: list[tuple[Tensor, Tensor]] = []
-        gates = set(network.meta["weight_gates"].values())
+        gates = set(gates_of(network).weights.values())
         for node in network.graph.find_nodes(op="call_module"):
             source = node.args[0] if node.target in gates else None
             if isinstance(source, fx.Node) and source.op == "get_attr":

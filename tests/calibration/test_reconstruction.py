@@ -75,7 +75,9 @@ def test_what_errs_by_next_to_nothing_is_left_as_it_is() -> None:
     rows = reconstruct(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=FAST)
     assert all(row.after == row.before > 0 for row in rows)
     assert all(torch.equal(gated.state_dict()[n], t) for n, t in before.items())
-    closer = reconstruct(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=Reconstruction(steps=20, tolerance=0))
+    closer = reconstruct(
+        gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=Reconstruction(steps=20, tolerance=0)
+    )
     assert any(row.after < row.before for row in closer)
 
 
@@ -191,6 +193,7 @@ def test_cuts_are_behind_layers_and_at_sums() -> None:
 )
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_moments_are_those_of_the_output_and_rounding_lowers_its_error(layer: Any, bits: int) -> None:
+    layer.reset_parameters()  # reason: it was made when tests were collected, from whatever seed there was
     layer.bias = None
     shape = (32, 9) if isinstance(layer, nn.Linear) else (32, layer.in_channels, *[7] * (layer.weight.ndim - 2))
     mixed = torch.randn(shape) + torch.randn(shape[0], *[1] * (len(shape) - 1))  # so that columns go together

@@ -22,6 +22,7 @@ from sbs_fx.export.onnx_graph import for_integer_products
 from sbs_fx.export.packing import pack
 from sbs_fx.export.runtime import flat, layer_names
 from sbs_fx.passes import finalize, integer_grid, integer_joins
+from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, weight_gates
 from sbs_fx.plan.errors import BackendError, FileError
 from tests.networks.small import Residual
@@ -90,7 +91,7 @@ def test_onnx_holds_two_three_and_four_bits_as_int4(mixed: fx.GraphModule) -> No
     images = IMAGES[:, :, :16, :16]
     model = onnx_model(mixed, (images,), low_bits=True)
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    for name, stored in mixed.meta["weights"].items():
+    for name, stored in static_of(mixed).weights.items():
         most = stored.bits if isinstance(stored.bits, int) else max(stored.bits)
         assert types[name] == (onnx.TensorProto.INT4 if most <= 4 else onnx.TensorProto.INT8), name
     found = run_onnx(model.SerializeToString(), mixed)

@@ -26,9 +26,10 @@ from sbs_fx.export import load, load_pt2, pt2, save_pt2
 from sbs_fx.export.packing import pack, pack_codes, unpack
 from sbs_fx.passes.capture.trace import trace
 from sbs_fx.passes.channels.groups import channel_groups
+from sbs_fx.passes.dialects import Static, StoredWeight, set_dialect, static_of
 from sbs_fx.passes.gates.insertion import insert_gates
 from sbs_fx.passes.oracles.static import count_levels
-from sbs_fx.passes.static.finalize import StoredWeight, finalize
+from sbs_fx.passes.static.finalize import finalize
 from sbs_fx.plan.bits import BITS
 from sbs_fx.plan.errors import FileError, GraphError
 from sbs_fx.quantizer.superbit import max_level
@@ -59,7 +60,7 @@ def weight_graph(value: Tensor, stored: StoredWeight) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.call_function(torch.ops.aten.to.dtype, (graph.get_attr("layer.weight"), torch.float32)))
     result = fx.GraphModule({"layer.weight": value}, graph)
-    result.meta["weights"] = {"layer.weight": stored}
+    set_dialect(result, Static({"layer.weight": stored}))
     return result
 
 
@@ -69,7 +70,7 @@ def test_packing_is_exact_and_tight(drawn: tuple[Tensor, StoredWeight]) -> None:
     value, stored = drawn
     packed = pack(weight_graph(value, stored))
     assert torch.equal(packed(), value.float())
-    assert torch.equal(unpack(packed, packed.meta["weights"]).get_buffer("layer.weight"), value)
+    assert torch.equal(unpack(packed, static_of(packed).weights).get_buffer("layer.weight"), value)
     per_channel = stored.bits if isinstance(stored.bits, tuple) else (stored.bits,) * value.shape[stored.axis]
     bits = sum(per_channel) * value.numel() // value.shape[stored.axis]
     held = {name: buffer for name, buffer in packed.named_buffers() if "order" not in name and "shifts" not in name}
@@ -127,8 +128,8 @@ def test_loaded_is_saved(static: fx.GraphModule, saved: Path, batch: int) -> Non
 
 def test_a_loaded_graph_is_as_finalize_left_it(static: fx.GraphModule, saved: Path, tmp_path: Path) -> None:
     loaded = load_pt2(saved)
-    assert loaded.meta["metadata"] == {"accuracy": 0.5, "names": ["a"]}
-    assert loaded.meta["weights"] == static.meta["weights"]
+    assert static_of(loaded).metadata == {"accuracy": 0.5, "names": ["a"]}
+    assert static_of(loaded).weights == static_of(static).weights
     assert loaded.state_dict().keys() == static.state_dict().keys()
     assert all(torch.equal(value, static.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
@@ -161,7 +162,7 @@ def test_loaded_is_saved_on_many_kinds_of_blocks(tmp_path: Path) -> None:
 def check_size(static: fx.GraphModule, path: Path) -> None:
     bits = 0
     for name, tensor in static.state_dict().items():
-        stored = static.meta["weights"].get(name)
+        stored = static_of(static).weights.get(name)
         if stored is None:
             bits += tensor.numel() * tensor.element_size() * 8
         elif isinstance(stored.bits, int):

@@ -25,6 +25,7 @@ from sbs_fx.passes import (
     trace,
     weight_gates,
 )
+from sbs_fx.passes.dialects import static_of
 from tests.networks.models import Recipe, networks, step
 from tests.networks.small import LAYERS, Residual
 from tests.oracles.gated import draw_bits, set_ranges
@@ -36,7 +37,7 @@ UNCOUNTED = "the cost model leaves out zero points, and what folding a batch nor
 def stored_bits(static: fx.GraphModule) -> int:
     """Bits of all tensors of the packed graph, the padding of planes apart: codes at their bits, each other tensor once
     and as wide as its dtype."""
-    weights = static.meta["weights"]
+    weights = static_of(static).weights
     planes = tuple(f"{name}_packed_{bits}" for name in weights for bits in range(2, 9))
     total = 0
     for name, tensor in read_tensors(pack(static)).items():

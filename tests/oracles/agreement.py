@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 
 from sbs_fx.passes import ChannelGroups, channel_groups, insert_gates, slim, trace
 from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.facts import non_negative
 from sbs_fx.passes.graph import attribute, copy_graph
-from sbs_fx.passes.oracles.slimming import compare_slim, relative_error
+from sbs_fx.passes.oracles.slimming import activations, compare_slim, relative_error
 
 # Relative to the largest entry of each tensor. float64 networks of six blocks reach 1e-14.
 NODE_TOLERANCE = 1e-10
@@ -110,6 +111,13 @@ def check_analysis(case: Traced) -> None:
             assert size == 1 or (name, i) in described, f"{name} dimension {i} is neither in a group nor pinned"
 
 
+def check_signs(case: Traced) -> None:
+    """A tensor that is said never to be negative is not."""
+    claimed = {node.name for node in non_negative(case.exact.graph.nodes)}
+    for name, value in activations(case.exact, case.inputs()):
+        assert name not in claimed or bool((value >= 0).all()), f"{name} is {float(value.min())}"
+
+
 def check_slim(case: Traced, plan: Plan) -> tuple[fx.GraphModule, bool]:
     """Masked and slim agree at every node in float64. Gives back the slim graph, and whether its output is another
     one than that of the whole graph: if not, the plan drops nothing that is alive and proves little."""
@@ -168,6 +176,7 @@ def check_network(network: nn.Module, images: Images, seed: int) -> Traced:
     check_trace(case)
     check_open_gates(case)
     check_analysis(case)
+    check_signs(case)
     random = Random(seed)
     for _ in range(PLANS):
         slimmed, seen = check_slim(case, random_plan(case.groups, random))

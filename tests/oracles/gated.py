@@ -3,7 +3,6 @@ quantisers; and what must hold between a gated network and its static form."""
 
 from __future__ import annotations
 
-import operator
 import random
 from collections.abc import Sequence
 from itertools import groupby
@@ -130,18 +129,3 @@ class _Ranges(fx.Interpreter):
             per_channel = quantizer.channels is not None
             quantizer.range.copy_(x.movedim(quantizer.channel_dim, 0).flatten(1).amax(1) if per_channel else x.amax())
         return super().call_module(target, args, kwargs)
-
-
-def is_plain(static: fx.GraphModule) -> bool:
-    """ATen and `quantized_decomposed` only, and every tensor is read."""
-    for node in static.graph.nodes:
-        known = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in (
-            "aten",
-            "quantized_decomposed",
-        )
-        sizes = node.target in (operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub)
-        if node.op == "call_module" or (node.op == "call_function" and not known and not sizes):
-            return False
-    read = {node.target for node in static.graph.find_nodes(op="get_attr")}
-    held = {name for name, _ in [*static.named_parameters(), *static.named_buffers()]}
-    return read == held and not static.training

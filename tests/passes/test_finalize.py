@@ -18,13 +18,14 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 from sbs_fx.passes.capture.trace import trace
 from sbs_fx.passes.channels.groups import channel_groups
+from sbs_fx.passes.dialects import StoredWeight, Traced, set_dialect, static_of
 from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.passes.pass_manager import as_pass
-from sbs_fx.passes.static.finalize import StoredWeight, finalize
+from sbs_fx.passes.static.finalize import finalize
 from sbs_fx.plan.bits import BITS
 from sbs_fx.plan.errors import GraphError
 from tests.networks.models import Recipe, networks, step
-from tests.oracles.gated import Together, bundles, check_static, draw_bits, fixed, gate, is_plain
+from tests.oracles.gated import Together, bundles, check_static, draw_bits, fixed, gate
 
 aten = torch.ops.aten
 decomposed = torch.ops.quantized_decomposed
@@ -53,8 +54,7 @@ def test_static_is_gated_on_every_kind_of_block(name: str) -> None:
     for seed, per_channel in ((0, True), (1, False)):
         draw_bits(gated, seed, per_channel=per_channel)
         before = gated(recipes[0].example(2, seed=1))
-        static = check_static(gated, recipes[0].example(3, seed=1))
-        assert is_plain(static)
+        check_static(gated, recipes[0].example(3, seed=1))
         after = gated(recipes[0].example(2, seed=1))
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "finalize changed the gated graph"
 
@@ -64,7 +64,7 @@ def test_static_is_gated_on_every_kind_of_block(name: str) -> None:
 def test_static_is_gated_on_random_networks(recipe: Recipe, seed: int, batch: int) -> None:
     gated = gate(recipe.build(), recipe.example(2), per_channel=seed % 4 > 0)
     draw_bits(gated, seed)
-    assert is_plain(check_static(gated, recipe.example(batch, seed=1)))
+    check_static(gated, recipe.example(batch, seed=1))
 
 
 def test_open_gates_give_the_float_network() -> None:
@@ -127,7 +127,7 @@ def test_canonical_form(bits: int, signed: bool, clamps: list[tuple[Any, int]]) 
     (last,) = node.users
     assert last.target is decomposed.dequantize_per_tensor.default
     assert last.args[1:] == quantize.args[1:]
-    (stored,) = static.meta["weights"].items()
+    (stored,) = static_of(static).weights.items()
     assert stored == ("0.weight" if signed else "1.weight", StoredWeight(bits, 0))
     assert static.get_buffer(stored[0]).dtype == torch.int8
 
@@ -162,7 +162,7 @@ def test_tuple_outputs_keep_their_structure() -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda g: g.meta.pop("weight_gates"), "no gates"),
+        (lambda g: set_dialect(g, Traced()), "expected a gated graph.* this is a traced one"),
         (lambda g: next(iter(weight_gates(g).values())).search(), "still searching"),
         (lambda g: next(iter(weight_gates(g).values())).range.data.fill_(float("nan")), "not finite"),
         (lambda g: g.add_module("stranger", nn.Identity()) or call(g, "stranger"), "no static form"),

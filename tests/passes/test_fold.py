@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.gates.insertion import apply_bits, weight_gates
 from sbs_fx.passes.static.fold import TRANSPOSED
 from tests.networks.small import LAYERS, Normed
@@ -32,7 +33,7 @@ def test_batch_norm_is_folded_and_codes_stay(name: str, bits: Any) -> None:
     assert not nodes(static, aten.batch_norm.default)
     assert not [key for key in static.state_dict() if "norm" in key]
     if bits == 32:
-        assert static.meta["weights"] == {}
+        assert static_of(static).weights == {}
         return
     codes = static.get_buffer("layer.weight")
     wanted = quantizer.codes(model.layer.weight)
@@ -80,7 +81,7 @@ def test_a_shared_weight_is_stored_once_and_not_folded() -> None:
     x = torch.randn(2, 4, 8, 8)
     static = check_static(fixed(gate(Twice().eval(), x), 4), x)
     assert len(nodes(static, aten.batch_norm.default)) == 2
-    assert list(static.meta["weights"]) == ["conv.weight"]
+    assert list(static_of(static).weights) == ["conv.weight"]
 
 
 def test_a_computed_weight_is_evaluated_once() -> None:
@@ -98,7 +99,7 @@ def test_a_computed_weight_is_evaluated_once() -> None:
         static = check_static(fixed(gate(Standardised(), x), bits), x)
         assert not list(static.parameters())
         assert not nodes(static, aten.mean.dim, aten.sub.Tensor, aten.add.Tensor)
-        assert len(static.meta["weights"]) == (bits == 4)
+        assert len(static_of(static).weights) == (bits == 4)
 
 
 def test_a_float_parameter_that_something_else_reads_is_kept() -> None:
@@ -113,5 +114,5 @@ def test_a_float_parameter_that_something_else_reads_is_kept() -> None:
     x = torch.randn(5, 4)
     static = check_static(fixed(gate(Tied(), x), 4), x)
     assert static.get_parameter("linear.weight").is_floating_point()
-    (codes,) = static.meta["weights"]
+    (codes,) = static_of(static).weights
     assert static.get_buffer(codes).dtype == torch.int8

@@ -19,6 +19,7 @@ from sbs_fx.passes import (
     trace,
     weight_gates,
 )
+from sbs_fx.passes.dialects import gates_of
 from sbs_fx.passes.gates.masked import exclude, moments, silence
 from sbs_fx.plan.errors import GraphError
 from tests.networks.models import SMALLEST, Recipe, example, step
@@ -89,7 +90,7 @@ def test_one_gate_per_weight_tensor_and_group() -> None:
     assert not activation_gates(gated)["relu"].signed
     assert activation_gates(gated)["x"].signed
     assert list(channel_gates(gated)) == list(groups)
-    assert len(gated.graph.find_nodes(op="call_module", target=gated.meta["weight_gates"]["shared"])) == 1
+    assert len(gated.graph.find_nodes(op="call_module", target=gates_of(gated).weights["shared"])) == 1
     assert list(channel_gates(insert_gates(graph, groups, channels=False))) == []
 
 

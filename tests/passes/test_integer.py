@@ -11,15 +11,15 @@ from torch import Tensor, fx, nn
 import sbs_fx
 from sbs_fx.export import save_pt2
 from sbs_fx.passes import finalize, integer_grid, integer_joins
+from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, quantizers, static_of
 from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, weight_gates
 from sbs_fx.passes.graph import attribute
 from sbs_fx.passes.oracles.static import count_levels
-from sbs_fx.passes.static.integer_joins import DEQUANTIZE, QUANTIZE, quantizers
 from sbs_fx.plan.bits import BITS
 from tests.networks.blocks import Floor
 from tests.networks.models import Recipe
 from tests.networks.small import LAYERS, Residual
-from tests.oracles.gated import Together, bundles, draw_bits, gate, is_plain, nodes
+from tests.oracles.gated import Together, bundles, draw_bits, gate, nodes
 
 aten = torch.ops.aten
 decomposed = torch.ops.quantized_decomposed
@@ -46,12 +46,11 @@ def test_every_kind_of_block_keeps_its_function_and_its_form(name: str, tmp_path
     draw_bits(gated, 0, bits=(8,), per_channel=False)
     static = finalize(gated)
     for result in (integer_joins(static, [(x,)], method="minmax"), integer_grid(static)):
-        assert is_plain(result)
         for plain, integer in zip(static(x), result(x), strict=True):
             assert float((plain - integer).norm()) <= 0.1 * float(plain.norm())
     result = integer_grid(integer_joins(static, [(x,)]))
-    assert list(result.meta["activations"]) == [
-        name for _, last in quantizers(result.graph) for name, a in result.meta["activations"].items()
+    assert list(static_of(result).activations) == [
+        name for _, last in quantizers(result.graph) for name, a in static_of(result).activations.items()
         if a.values == last.name
     ]  # fmt: skip
     assert all(count.is_real for count in count_levels(result, (x,)))
@@ -139,8 +138,8 @@ def test_transformer_streams_stay_in_float() -> None:
     gated = gate(layer, torch.randn(2, 5, 16))
     draw_bits(gated, 0, bits=(8,), per_channel=False)
     static = finalize(gated)
-    before = len(static.meta["activations"])
-    assert len(integer_joins(static, [(torch.randn(2, 5, 16),)]).meta["activations"]) == before
+    before = len(static_of(static).activations)
+    assert len(static_of(integer_joins(static, [(torch.randn(2, 5, 16),)])).activations) == before
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -176,10 +175,10 @@ def _conv_in_float64(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: obje
 def test_exact_scales_are_powers_of_two(bits: int) -> None:
     static = joined(bits, exact=True)
     scales = [torch.tensor([first.args[1]]) for first, _ in quantizers(static.graph)]
-    scales += [attribute(static, f"{name}_scale") for name in static.meta["weights"]]
+    scales += [attribute(static, f"{name}_scale") for name in static_of(static).weights]
     assert all(bool((scale.log2() == scale.log2().round()).all()) for scale in scales)
     assert all(count.is_real for count in count_levels(static, (IMAGES,)))
-    assert static.meta["exact"]
+    assert static_of(static).exact
 
 
 def test_a_channel_that_a_norm_silences_gets_a_usable_scale() -> None:
@@ -192,7 +191,7 @@ def test_a_channel_that_a_norm_silences_gets_a_usable_scale() -> None:
     static = finalize(gated)
     for exact in (False, True):
         result = integer_grid(static, exact=exact)
-        assert all(bool((attribute(result, f"{n}_scale") > 0).all()) for n in result.meta["weights"])
+        assert all(bool((attribute(result, f"{n}_scale") > 0).all()) for n in static_of(result).weights)
         assert float((result(IMAGES) - static(IMAGES)).norm()) <= 0.1 * float(static(IMAGES).norm())
 
 
@@ -217,7 +216,7 @@ def test_compress_makes_integer_joins_unless_told_not_to() -> None:
     for joins in (True, False):
         config = sbs_fx.Config(integer_joins=joins, weight_bits=8, activation_bits=8)
         results[joins] = sbs_fx.compress(model, IMAGES, budget=0.1, method="uniform", config=config, data=[IMAGES])
-    assert any(name.endswith("_joined") for name in results[True].model.meta["activations"])
-    assert not any(name.endswith("_joined") for name in results[False].model.meta["activations"])
+    assert any(name.endswith("_joined") for name in static_of(results[True].model).activations)
+    assert not any(name.endswith("_joined") for name in static_of(results[False].model).activations)
     difference = results[True].model(IMAGES) - results[False].model(IMAGES)
     assert 0 < float(difference.norm()) < 0.1 * float(results[False].model(IMAGES).norm())

@@ -13,7 +13,7 @@ from sbs_fx.passes.channels.inference import RULES
 from sbs_fx.passes.oracles.slimming import compare_slim
 from sbs_fx.plan.errors import SbsError
 from tests.networks.operators import CASES, SIDE, Single
-from tests.oracles.agreement import NODE_TOLERANCE, random_plan, traced
+from tests.oracles.agreement import NODE_TOLERANCE, check_signs, random_plan, traced
 
 # Rules that no network above calls, and why.
 UNCALLED = {
@@ -98,6 +98,7 @@ def check(name: str) -> set[str]:
         group.name for group in case.groups.values() for m in group.members if (m.tensor, m.dim) == ("stem.weight", 0)
     }
     assert bool(stem) == free, f"the stem's channels: {stem or [p.causes for p in case.groups.pins]}"
+    check_signs(case)
     random = Random(0)
     for _ in range(2):
         plan = random_plan(case.groups, random)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.utils import _pytree as pytree
 
-from sbs_fx.passes import channel_groups, insert_gates, on_device, slim, trace
+from sbs_fx.passes import channel_groups, insert_gates, on_device, slim, trace, weight_gates
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.slim import Slices
 from sbs_fx.passes.graph import attribute
@@ -216,6 +216,12 @@ def test_passes_run_in_a_pass_manager() -> None:
         assert torch.equal(result.graph_module(x), slim(graph, channel_groups(graph), plan)(x))
     analysed = PassManager([as_pass(channel_groups)])(graph)
     assert not analysed.modified
+    changes = result.graph_module.meta["changes"]
+    assert changes["slim"].tensors
+    assert changes["insert_gates"].added >= len(weight_gates(result.graph_module)) > 0
+    assert not changes["insert_gates"].removed
+    everything = {name: list(range(group.size)) for name, group in channel_groups(graph).items()}
+    assert not PassManager([as_pass(slim, kept=everything)])(graph).modified
     assert list(analysed.graph_module.meta["channel_groups"]) == list(plan)
 
 

@@ -16,14 +16,17 @@ from sbs_fx.compress import compress, kept_bits
 from sbs_fx.config import Config
 from sbs_fx.export.pt2 import load_pt2, save_pt2
 from sbs_fx.passes import (
+    activation_gates,
     apply_bits,
     channel_groups,
     cost_model,
     insert_gates,
     slim,
     trace,
+    weight_gates,
 )
 from sbs_fx.passes.channels.slim import Slices
+from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.graph import with_tensors
 from sbs_fx.plan import Budget, Policy
 from sbs_fx.plan.errors import CheckpointMismatch, DataError, InfeasibleBudget, WeightsError
@@ -128,7 +131,7 @@ def test_a_policy_per_kernel_survives_to_the_file(parts: Any, seed: int, tmp_pat
     apply_bits(gated, bits, policy.activation_bits)
     calibrate(gated, None, inputs=(IMAGES,))
     static = check_static(gated, torch.randn(8, 1, 8, 8))
-    for name, stored in static.meta["weights"].items():
+    for name, stored in static_of(static).weights.items():
         codes = dict(static.named_buffers())[name].movedim(stored.axis, 0).flatten(1)
         each = [stored.bits] * len(codes) if isinstance(stored.bits, int) else stored.bits
         assert all(not row.any() for row, b in zip(codes, each, strict=True) if b == 0)
@@ -174,12 +177,11 @@ def test_the_gated_network_is_the_slim_one(parts: Any) -> None:
         gated = insert_gates(slimmed, groups, channels=False)
         bits = kept_bits(groups, cost, policy)
         apply_bits(gated, bits, policy.activation_bits)
-        wide = {**reward.network.meta}
-        for kind in ("weight_gates", "activation_gates"):
-            for name, target in gated.meta[kind].items():
-                gate, source = gated.get_submodule(target), reward.network.get_submodule(wide[kind][name])
-                value = source.range.detach()
-                if kind == "weight_gates":
+        for gates_in in (weight_gates, activation_gates):
+            wide = gates_in(reward.network)
+            for name, gate in gates_in(gated).items():
+                value = wide[name].range.detach()
+                if gates_in is weight_gates:
                     index = kernels.outputs[name]
                     value = value[Slices(groups, policy.kept).index(index)]
                 with torch.no_grad():

@@ -1,8 +1,10 @@
-"""How each operator moves channels: one table, keyed by ATen operator, filled by the files of this folder."""
+"""How each operator moves channels, and its facts: two tables, keyed by ATen operator, filled by the files of this
+folder."""
 
 from sbs_fx.passes.channels.rules import (
     contraction,
     convolution,
+    elementwise,
     gathering,
     normalisation,
     pointwise,
@@ -10,4 +12,13 @@ from sbs_fx.passes.channels.rules import (
     spatial,
 )
 
-__all__ = ["contraction", "convolution", "gathering", "normalisation", "pointwise", "reshaping", "spatial"]
+__all__ = [
+    "contraction",
+    "convolution",
+    "elementwise",
+    "gathering",
+    "normalisation",
+    "pointwise",
+    "reshaping",
+    "spatial",
+]

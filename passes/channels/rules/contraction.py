@@ -1,7 +1,7 @@
 """Operators that multiply and sum over a shared dimension: linear, matmul, einsum, attention, LSTM.
 
 The contracted types agree. Where neither operand is a masked parameter, silenced coordinates need not be zero (a bias,
-a sigmoid), so the contraction is recorded as a statistic of kind "zero".
+a sigmoid), so the contraction is recorded as a statistic, which ignores zeros.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import fx
 
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Const, Dim
+from sbs_fx.passes.channels.facts import Facts, keeps
 from sbs_fx.passes.channels.inference import Dims, Inference, Term, rule
 from sbs_fx.passes.channels.rules.pointwise import broadcast
 
@@ -32,10 +33,10 @@ def extent(dim: Dim, size: Any = None) -> tuple[Dim, Any]:
 def silence(t: Inference, node: fx.Node, *contracted: int, arg: int = 0, weight: int = 1) -> None:
     """Contracted coordinates must be zero on one side: masked parameters are, anything else need not be."""
     if not t.is_masked(node.args[weight]):
-        t.statistic(node, "zero", contracted, arg)
+        t.statistic(node, contracted, arg)
 
 
-@rule(aten.linear)
+@rule(aten.linear, facts=Facts(neutral=0.0))
 def _linear(t: Inference, node: fx.Node) -> Dims:
     x, weight = t[node.args[0]], t[node.args[1]]
     t.unify(node, x[-1], weight[1])
@@ -67,17 +68,17 @@ def _matmul(t: Inference, node: fx.Node, a: int, b: int) -> Dims:
     return batch
 
 
-@rule(aten.matmul, aten.bmm, aten.mm, aten.mv, aten.dot)
+@rule(aten.matmul, aten.bmm, aten.mm, aten.mv, aten.dot, facts=Facts(keeps(0, 1), neutral=0.0))
 def _matmul_rule(t: Inference, node: fx.Node) -> Dims:
     return _matmul(t, node, 0, 1)
 
 
-@rule(aten.addmm, aten.baddbmm)
+@rule(aten.addmm, aten.baddbmm, facts=Facts(keeps(0, 1, 2, "beta", "alpha"), neutral=0.0))
 def _addmm(t: Inference, node: fx.Node) -> Dims:
     return broadcast(t, node, t[node.args[0]], _matmul(t, node, 1, 2))
 
 
-@rule(aten.einsum)
+@rule(aten.einsum, facts=Facts(keeps(1), neutral=0.0))
 def _einsum(t: Inference, node: fx.Node) -> Dims:
     """Letters are types: equal letters agree, letters missing from the output are contracted."""
     left, _, right = node.args[0].replace(" ", "").partition("->")
@@ -100,7 +101,7 @@ def _einsum(t: Inference, node: fx.Node) -> Dims:
     for letter in contracted:
         holders = [(k, term.index(letter)) for k, term in enumerate(left.split(",")) if letter in term]
         if not any(t.is_masked(node.args[1][k]) for k, _ in holders):
-            t.statistic(node, "zero", [holders[0][1]], 1, holders[0][0])
+            t.statistic(node, [holders[0][1]], 1, holders[0][0])
     result = tuple(letters[letter] for letter in right)
     if len(operands) == 2:
         size_of = {
@@ -113,7 +114,8 @@ def _einsum(t: Inference, node: fx.Node) -> Dims:
     return result
 
 
-@rule(aten.scaled_dot_product_attention)
+# reason: its result is a mean of the values, with weights of a softmax
+@rule(aten.scaled_dot_product_attention, facts=Facts(keeps(2), neutral=0.0))
 def _attention(t: Inference, node: fx.Node) -> Dims:
     """softmax(q k^T / sqrt(D)) v; `trace` has made the scale explicit, so that it stays when D shrinks."""
     q, k, v = (t[a] for a in node.args[:3])
@@ -134,7 +136,7 @@ def _attention(t: Inference, node: fx.Node) -> Dims:
     head = broadcast(t, node, q[:-2], k[:-2]) if not grouped else q[:-2]
     if t[node.args[3]]:
         broadcast(t, node, (*head, q[-2], k[-2]), t[node.args[3]])
-    t.statistic(node, "zero", [-1])
+    t.statistic(node, [-1])
     result = (*head, q[-2], v[-1])
     sizes = node.meta["val"].shape[:-1]
     outer = (*zip(result[:-1], sizes, strict=True), (k[-2], node.args[1].meta["val"].shape[-2]))
@@ -142,7 +144,7 @@ def _attention(t: Inference, node: fx.Node) -> Dims:
     return result
 
 
-@rule(aten.lstm.input)
+@rule(aten.lstm.input, facts=Facts())
 def _lstm(t: Inference, node: fx.Node) -> tuple[Dims, Dims, Dims]:
     """Four gates x hidden in each parameter; both directions share the width of the initial state."""
     x, states, parameters = t[node.args[0]], [t[s] for s in node.args[1]], node.args[2]

@@ -1,4 +1,7 @@
-"""Convolutions. Grouped: input G x I, weight (G x O, I, ...), output G x O; depthwise is I = 1."""
+"""Convolutions. Grouped: input G x I, weight (G x O, I, ...), output G x O; depthwise is I = 1.
+
+None keeps signs, whatever its weight: kernels that transform their input round below zero.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,21 @@ from torch import fx
 
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Const, Dim
+from sbs_fx.passes.channels.facts import Facts
 from sbs_fx.passes.channels.inference import Dims, Inference, Term, rule
 from sbs_fx.passes.channels.rules.contraction import extent, silence, sized
 
 aten = torch.ops.aten
 
 
-@rule(aten.conv1d, aten.conv2d, aten.conv3d)
+@rule(aten.conv1d, aten.conv2d, aten.conv3d, facts=Facts(neutral=0.0))
 def _convolution(t: Inference, node: fx.Node) -> Dims:
     groups = t.size(node.args[6])
     x, weight = t[node.args[0]], t[node.args[1]]
     return _convolve(t, node, groups, 6, x[1], weight[0], weight[1], transposed=False)
 
 
-@rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
+@rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d, facts=Facts(neutral=0.0))
 def _transposed(t: Inference, node: fx.Node) -> Dims:
     groups = t.size(node.args[6])
     weight = t[node.args[1]]
@@ -83,7 +87,7 @@ def _spatial(t: Inference, node: fx.Node, x: Dims) -> Dims:
             result[i - 2] = d.resolve(x[i])
         elif len(live) == 1 and shape[i] == x[i].size:
             t.adapter(node, i)
-            t.statistic(node, "zero", [i])
+            t.statistic(node, [i])
             result[i - 2] = d.resolve(x[i])
         else:
             t.pin(node, "convolves along a channel axis and changes its size", x[i])

@@ -9,6 +9,7 @@ from torch import fx
 
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Const, Dim
+from sbs_fx.passes.channels.facts import MOVES, Facts, keeps, state
 from sbs_fx.passes.channels.inference import Dims, Inference, rule
 
 aten = torch.ops.aten
@@ -22,7 +23,7 @@ def _others_agree(t: Inference, node: fx.Node, tensors: list[Dims], axis: int | 
     return tensors[0]
 
 
-@rule(aten.cat, aten.concat)
+@rule(aten.cat, aten.concat, facts=Facts(keeps(0), moves=True, codes="join"))
 def _cat(t: Inference, node: fx.Node) -> Dims:
     tensors = [t[a] for a in node.args[0] if t[a] and not (len(t[a]) == 1 and t[a][0].size == 0)]
     axis = node.args[1] % len(tensors[0])
@@ -30,7 +31,7 @@ def _cat(t: Inference, node: fx.Node) -> Dims:
     return (*first[:axis], d.concatenate([d.resolve(x[axis]) for x in tensors]), *first[axis + 1 :])
 
 
-@rule(aten.stack)
+@rule(aten.stack, facts=MOVES)
 def _stack(t: Inference, node: fx.Node) -> Dims:
     tensors = [t[a] for a in node.args[0]]
     first = _others_agree(t, node, tensors, None)
@@ -38,7 +39,7 @@ def _stack(t: Inference, node: fx.Node) -> Dims:
     return (*first[:axis], Const(len(tensors)), *first[axis:])
 
 
-@rule(aten.split_with_sizes)
+@rule(aten.split_with_sizes, facts=MOVES)
 def _split_with_sizes(t: Inference, node: fx.Node) -> tuple[Dims, ...]:
     x, sizes = t[node.args[0]], node.args[1]
     axis, rest = node.args[2] % len(x), x[node.args[2]]
@@ -50,7 +51,7 @@ def _split_with_sizes(t: Inference, node: fx.Node) -> tuple[Dims, ...]:
     return tuple(parts)
 
 
-@rule(aten.slice.Tensor)
+@rule(aten.slice.Tensor, facts=MOVES)
 def _slice(t: Inference, node: fx.Node) -> Dims:
     x, size = t[node.args[0]], t.shape(node)
     axis, step = node.args[1] % len(x), node.args[4]
@@ -77,7 +78,7 @@ def _slice(t: Inference, node: fx.Node) -> Dims:
     return (*x[:axis], Const(size[axis]), *x[axis + 1 :])
 
 
-@rule(aten.slice_scatter, aten.select_scatter)
+@rule(aten.slice_scatter, aten.select_scatter, facts=Facts(keeps(0, 1), moves=True))
 def _scatter(t: Inference, node: fx.Node) -> Dims:
     """A functionalised write into a part: the part agrees with the source, the other dimensions agree."""
     x, source = t[node.args[0]], t[node.args[1]]
@@ -109,7 +110,7 @@ def _scatter(t: Inference, node: fx.Node) -> Dims:
     return x
 
 
-@rule(aten.select.int)
+@rule(aten.select.int, facts=MOVES)
 def _select(t: Inference, node: fx.Node) -> Dims:
     x = t[node.args[0]]
     axis = node.args[1] % len(x)
@@ -117,7 +118,7 @@ def _select(t: Inference, node: fx.Node) -> Dims:
     return (*x[:axis], *x[axis + 1 :])
 
 
-@rule(aten.unbind.int)
+@rule(aten.unbind.int, facts=MOVES)
 def _unbind(t: Inference, node: fx.Node) -> tuple[Dims, ...]:
     x = t[node.args[0]]
     axis = node.args[1] % len(x)
@@ -125,7 +126,7 @@ def _unbind(t: Inference, node: fx.Node) -> tuple[Dims, ...]:
     return ((*x[:axis], *x[axis + 1 :]),) * x[axis].size
 
 
-@rule(aten.index.Tensor, aten._unsafe_index.Tensor)
+@rule(aten.index.Tensor, aten._unsafe_index.Tensor, facts=MOVES)
 def _index(t: Inference, node: fx.Node) -> Dims:
     """`table[index]`: indexed dimensions are pinned, the others pass."""
     x, indices = t[node.args[0]], list(node.args[1])
@@ -140,7 +141,7 @@ def _index(t: Inference, node: fx.Node) -> Dims:
     return (*rest[:place], *new, *rest[place:])
 
 
-@rule(aten.index_select)
+@rule(aten.index_select, facts=MOVES)
 def _index_select(t: Inference, node: fx.Node) -> Dims:
     x = t[node.args[0]]
     axis = node.args[1] % len(x)
@@ -149,7 +150,7 @@ def _index_select(t: Inference, node: fx.Node) -> Dims:
     return (*x[:axis], index[0] if index else d.ONE, *x[axis + 1 :])
 
 
-@rule(aten.index_copy)
+@rule(aten.index_copy, facts=Facts(keeps(0, 3), moves=True))
 def _index_copy(t: Inference, node: fx.Node) -> Dims:
     """Writes whole slices at places that a tensor names: slices and places go together, what is written to stays."""
     x, source, axis = t[node.args[0]], t[node.args[3]], node.args[1] % len(t[node.args[0]])
@@ -158,34 +159,34 @@ def _index_copy(t: Inference, node: fx.Node) -> Dims:
             t.unify(node, a, b)
     t.unify(node, t[node.args[2]][0], source[axis])
     t.pin(node, "written to at places that a tensor names", x[axis])
-    t.statistic(node, "zero", [axis], 3)
+    t.statistic(node, [axis], 3, neutral=0.0)
     return x
 
 
-@rule(aten.gather, aten.take_along_dim)
+@rule(aten.gather, aten.take_along_dim, facts=MOVES)
 def _gather(t: Inference, node: fx.Node) -> Dims:
     t.pin(node, "indexed by a tensor", *t[node.args[0]], *t[node.args[2]])
     return t.constant(node)
 
 
-@rule(aten.embedding)
+@rule(aten.embedding, facts=MOVES)
 def _embedding(t: Inference, node: fx.Node) -> Dims:
     table = t[node.args[0]]
     t.pin(node, "indexed by a tensor", table[0])
     return (*t[node.args[1]], table[1])
 
 
-@rule(aten.flip)
+@rule(aten.flip, facts=MOVES)
 def _flip(t: Inference, node: fx.Node) -> Dims:
     return _neighbours(t, node, node.args[1])
 
 
-@rule(aten.roll)
+@rule(aten.roll, facts=MOVES)
 def _roll(t: Inference, node: fx.Node) -> Dims:
     return _neighbours(t, node, node.args[2])
 
 
-@rule(aten.cumsum, aten.cumprod)
+@rule(aten.cumsum, aten.cumprod, facts=Facts(keeps(0)))
 def _cumulative(t: Inference, node: fx.Node) -> Dims:
     return _neighbours(t, node, [node.args[1]])
 
@@ -196,10 +197,14 @@ def _neighbours(t: Inference, node: fx.Node, positions: Any) -> Dims:
     live = [p % len(x) for p in positions if d.axes(x[p])]
     if len(live) == 1:
         t.adapter(node, live[0])
-        t.statistic(node, "zero", live)
+        t.statistic(node, live, neutral=0.0)
     else:
         t.pin(node, "reorders several channel dimensions", *(x[p] for p in live))
     return x
+
+
+state(Facts(keeps(0, 2)), aten.constant_pad_nd)  # the number that it pads with
+state(Facts(keeps(0, 3)), aten.pad)
 
 
 @rule(aten.constant_pad_nd, aten.pad)
@@ -224,7 +229,7 @@ def _pad(t: Inference, node: fx.Node) -> Dims:
     return tuple(x)
 
 
-@rule(aten.glu)
+@rule(aten.glu, facts=Facts(keeps(0)))
 def _glu(t: Inference, node: fx.Node) -> Dims:
     x, axis = t[node.args[0]], node.args[1] % len(t[node.args[0]])
     first, second = t.split(node, x[axis], d.resolve(x[axis]).size // 2)
@@ -232,7 +237,7 @@ def _glu(t: Inference, node: fx.Node) -> Dims:
     return (*x[:axis], d.resolve(first), *x[axis + 1 :])
 
 
-@rule(aten.meshgrid)
+@rule(aten.meshgrid, facts=MOVES)
 def _meshgrid(t: Inference, node: fx.Node) -> Any:
     for a in node.args[0]:
         t.pin(node, "positions matter", *t[a])

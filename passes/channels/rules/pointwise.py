@@ -1,6 +1,7 @@
 """Element-wise operators and creation: they move nothing, their operands agree dimension by dimension.
 
-Everything that torch tags as pointwise comes here by that tag; only what lacks the tag is named.
+Everything that torch tags as pointwise comes here by that tag; only what lacks the tag has a rule by name. Their facts
+are in `elementwise.py`, those of creation here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import fx
 
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import ONE, Const, Dim
+from sbs_fx.passes.channels.facts import Facts, always, keeps, state
 from sbs_fx.passes.channels.inference import Dims, Inference, rule
 
 aten = torch.ops.aten
@@ -98,6 +100,17 @@ def _prelu(t: Inference, node: fx.Node) -> Dims:
     return x
 
 
+# Sizes come first, or after a tensor; where a number fills the result, it has the number's sign.
+state(
+    Facts(always),
+    *(aten.zeros, aten.ones, aten.new_zeros, aten.new_ones, aten.zeros_like, aten.ones_like),
+    *(aten.rand, aten.rand_like, aten.bernoulli),
+)
+state(Facts(keeps(1)), aten.full, aten.full_like)
+state(Facts(keeps(2)), aten.new_full)
+state(Facts(), aten.empty, aten.new_empty, aten.empty_like, aten.randn, aten.randn_like)
+
+
 @rule(
     aten.zeros,
     aten.ones,
@@ -125,6 +138,15 @@ def _created(t: Inference, node: fx.Node) -> Dims:
     return tuple(result)
 
 
+state(
+    Facts(always),
+    *(aten.eye, aten.tril_indices, aten.triu_indices, aten.randperm, aten.sym_size, aten.one_hot),
+    aten.arange.default,
+)
+state(Facts(keeps(0, 1)), aten.arange.start, aten.arange.start_step, aten.linspace)
+state(Facts(keeps(0)), aten.scalar_tensor)
+
+
 @rule(
     aten.arange,
     aten.linspace,
@@ -140,7 +162,7 @@ def _counting(t: Inference, node: fx.Node) -> Any:
     return t.constant(node)
 
 
-@rule(aten.tril, aten.triu)
+@rule(aten.tril, aten.triu, facts=Facts(keeps(0)))
 def _triangle(t: Inference, node: fx.Node) -> Dims:
     x = t[node.args[0]]
     t.pin(node, "positions matter", *x[-2:])

@@ -9,6 +9,7 @@ from torch import fx
 
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import ONE, Const, Dim
+from sbs_fx.passes.channels.facts import MOVES
 from sbs_fx.passes.channels.inference import Dims, Inference, rule
 from sbs_fx.passes.channels.rules.pointwise import broadcast
 
@@ -22,16 +23,16 @@ def regroup(t: Inference, node: fx.Node, dims: Sequence[Dim], shape: Sequence[in
     cannot be followed leaves the channels alone.
     """
     result: list[Dim] = []
-    inputs, wanted = list(dims), list(shape)
-    while wanted:
-        taken, cut = [], [wanted.pop()]
+    inputs, sizes = list(dims), list(shape)
+    while sizes:
+        taken, cut = [], [sizes.pop()]
         have, want = 1, cut[0]
-        while have != want and (inputs if have < want else wanted):
+        while have != want and (inputs if have < want else sizes):
             if have < want:
                 taken.append(d.resolve(inputs.pop()))
                 have *= taken[-1].size
             else:
-                cut.append(wanted.pop())
+                cut.append(sizes.pop())
                 want *= cut[-1]
         rest = d.product(taken[::-1])
         for size in cut:
@@ -40,7 +41,7 @@ def regroup(t: Inference, node: fx.Node, dims: Sequence[Dim], shape: Sequence[in
     return tuple(reversed(result))
 
 
-@rule(aten.view.default, aten.reshape, aten._unsafe_view, aten._reshape_alias, aten.view_copy.default)
+@rule(aten.view.default, aten.reshape, aten._unsafe_view, aten._reshape_alias, aten.view_copy.default, facts=MOVES)
 def _view(t: Inference, node: fx.Node) -> Dims:
     result = regroup(t, node, t[node.args[0]], t.shape(node))
     for i, dim in enumerate(result):
@@ -48,13 +49,13 @@ def _view(t: Inference, node: fx.Node) -> Dims:
     return result
 
 
-@rule(aten.flatten.using_ints, aten.squeeze, aten.unsqueeze)
+@rule(aten.flatten.using_ints, aten.squeeze, aten.unsqueeze, facts=MOVES)
 def _implicit(t: Inference, node: fx.Node) -> Dims:
     """Reshapes without sizes among their arguments."""
     return regroup(t, node, t[node.args[0]], t.shape(node))
 
 
-@rule(aten.unflatten.int)
+@rule(aten.unflatten.int, facts=MOVES)
 def _unflatten(t: Inference, node: fx.Node) -> Dims:
     x, axis = t[node.args[0]], node.args[1] % len(t[node.args[0]])
     parts = regroup(t, node, [x[axis]], t.shape(node)[axis : axis + len(node.args[2])])
@@ -63,13 +64,13 @@ def _unflatten(t: Inference, node: fx.Node) -> Dims:
     return (*x[:axis], *parts, *x[axis + 1 :])
 
 
-@rule(aten.permute)
+@rule(aten.permute, facts=MOVES)
 def _permute(t: Inference, node: fx.Node) -> Dims:
     x = t[node.args[0]]
     return tuple(x[i] for i in node.args[1])
 
 
-@rule(aten.transpose.int, aten.swapaxes, aten.swapdims)
+@rule(aten.transpose.int, aten.swapaxes, aten.swapdims, facts=MOVES)
 def _transpose(t: Inference, node: fx.Node) -> Dims:
     x = list(t[node.args[0]])
     a, b = node.args[1], node.args[2]
@@ -77,13 +78,13 @@ def _transpose(t: Inference, node: fx.Node) -> Dims:
     return tuple(x)
 
 
-@rule(aten.t, aten.numpy_T, aten.mT, aten.adjoint)
+@rule(aten.t, aten.numpy_T, aten.mT, aten.adjoint, facts=MOVES)
 def _matrix_transpose(t: Inference, node: fx.Node) -> Dims:
     x = t[node.args[0]]
     return (*x[:-2], *x[-2:][::-1])
 
 
-@rule(aten.movedim)
+@rule(aten.movedim, facts=MOVES)
 def _movedim(t: Inference, node: fx.Node) -> Dims:
     x = t[node.args[0]]
     source, target = ([p % len(x) for p in (a if isinstance(a, (list, tuple)) else [a])] for a in node.args[1:3])
@@ -93,7 +94,7 @@ def _movedim(t: Inference, node: fx.Node) -> Dims:
     return tuple(x[i] for i in order)
 
 
-@rule(aten.expand, aten.broadcast_to)
+@rule(aten.expand, aten.broadcast_to, facts=MOVES)
 def _expand(t: Inference, node: fx.Node) -> Dims:
     """Size-1 dimensions become fresh axes: the copies carry no parameters of their own."""
     x, sizes = t[node.args[0]], node.args[1]
@@ -110,13 +111,13 @@ def _expand(t: Inference, node: fx.Node) -> Dims:
     return tuple(result)
 
 
-@rule(aten.expand_as, aten.view_as, aten.reshape_as)
+@rule(aten.expand_as, aten.view_as, aten.reshape_as, facts=MOVES)
 def _expand_as(t: Inference, node: fx.Node) -> Dims:
     x, other = t[node.args[0]], t[node.args[1]]
     return broadcast(t, node, x, other) if "expand" in str(node.target) else other
 
 
-@rule(aten.repeat, aten.tile)
+@rule(aten.repeat, aten.tile, facts=MOVES)
 def _repeat(t: Inference, node: fx.Node) -> Dims:
     x, counts = t[node.args[0]], list(node.args[1])
     counts = [1] * (len(x) - len(counts)) + counts
@@ -131,7 +132,7 @@ def _repeat(t: Inference, node: fx.Node) -> Dims:
     return tuple(result)
 
 
-@rule(aten.repeat_interleave.self_int)
+@rule(aten.repeat_interleave.self_int, facts=MOVES)
 def _repeat_interleave(t: Inference, node: fx.Node) -> Dims:
     x = t[node.args[0]]
     axis = node.args[2]
@@ -143,7 +144,7 @@ def _repeat_interleave(t: Inference, node: fx.Node) -> Dims:
     return (*x[:axis], repeated, *x[axis + 1 :])
 
 
-@rule(aten.pixel_shuffle)
+@rule(aten.pixel_shuffle, facts=MOVES)
 def _pixel_shuffle(t: Inference, node: fx.Node) -> Dims:
     x, shape = t[node.args[0]], t.shape(node)
     channels, positions = t.factor(node, x[-3], node.args[1] ** 2)
@@ -151,13 +152,13 @@ def _pixel_shuffle(t: Inference, node: fx.Node) -> Dims:
     return (*x[:-3], channels, Const(shape[-2]), Const(shape[-1]))
 
 
-@rule(aten.pixel_unshuffle)
+@rule(aten.pixel_unshuffle, facts=MOVES)
 def _pixel_unshuffle(t: Inference, node: fx.Node) -> Dims:
     x, shape = t[node.args[0]], t.shape(node)
     return (*x[:-3], d.product([x[-3], Const(node.args[1] ** 2)]), Const(shape[-2]), Const(shape[-1]))
 
 
-@rule(aten.channel_shuffle)
+@rule(aten.channel_shuffle, facts=MOVES)
 def _channel_shuffle(t: Inference, node: fx.Node) -> Dims:
     """G x K becomes K x G; the number of groups follows G."""
     x = t[node.args[0]]

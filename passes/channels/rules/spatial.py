@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,9 +10,36 @@ from torch import fx
 
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Const
+from sbs_fx.passes.channels.facts import MOVES, Facts, keeps, state
 from sbs_fx.passes.channels.inference import Dims, Inference, rule
 
 aten = torch.ops.aten
+
+# Operators that pick values, those that integer kernels pick too, and those that give their places as well.
+state(
+    MOVES,
+    *(aten.max_pool1d, aten.max_pool3d, aten.upsample_nearest1d, aten.upsample_nearest3d),
+    *(aten._upsample_nearest_exact1d, aten._upsample_nearest_exact2d, aten._upsample_nearest_exact3d),
+    *(aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d),
+    *(aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d),
+)
+state(replace(MOVES, codes="pick"), aten.max_pool2d, aten.upsample_nearest2d)
+state(Facts(keeps(0)), aten.max_pool2d_with_indices, aten.adaptive_max_pool1d, aten.adaptive_max_pool2d)
+
+# Means, with weights that are not negative unless the divisor (argument 6) is.
+state(Facts(keeps(0, 6), codes="mean"), aten.avg_pool2d)
+state(Facts(keeps(0, 6)), aten.avg_pool3d)
+state(Facts(keeps(0), codes="mean"), aten.adaptive_avg_pool2d)
+state(
+    Facts(keeps(0)),
+    *(aten.avg_pool1d, aten.adaptive_avg_pool1d, aten._adaptive_avg_pool2d, aten.adaptive_avg_pool3d),
+    *(aten.upsample_linear1d, aten.upsample_bilinear2d, aten._upsample_bilinear2d_aa, aten.upsample_trilinear3d),
+)
+
+# Bicubic interpolation overshoots; a sampler's argument 2 names the interpolation.
+_BICUBIC = 2
+state(Facts(), aten.upsample_bicubic2d, aten._upsample_bicubic2d_aa)
+state(Facts(lambda call: call.keeps(0) and call[2] != _BICUBIC), aten.grid_sampler)
 
 
 def _resampled(t: Inference, node: fx.Node, spatial: int, shape: tuple[int, ...]) -> Dims:
@@ -81,7 +109,7 @@ def _each(t: Inference, node: fx.Node, spatial: int) -> Any:
     return tuple(_resampled(t, node, spatial, tuple(t.size(s) for s in v.shape)) for v in value)
 
 
-@rule(aten.im2col)
+@rule(aten.im2col, facts=MOVES)
 def _im2col(t: Inference, node: fx.Node) -> Dims:
     """(B, C, H, W) to (B, C x kh x kw, L)."""
     x, shape = t[node.args[0]], t.shape(node)
@@ -89,7 +117,7 @@ def _im2col(t: Inference, node: fx.Node) -> Dims:
     return (*x[:-3], d.product([d.resolve(x[-3]), Const(kernel)]), Const(shape[-1]))
 
 
-@rule(aten.col2im)
+@rule(aten.col2im, facts=Facts(keeps(0)))
 def _col2im(t: Inference, node: fx.Node) -> Dims:
     x, shape = t[node.args[0]], t.shape(node)
     channels, positions = t.factor(node, x[-2], node.args[2][0] * node.args[2][1])
@@ -97,7 +125,7 @@ def _col2im(t: Inference, node: fx.Node) -> Dims:
     return (*x[:-2], channels, Const(shape[-2]), Const(shape[-1]))
 
 
-@rule(aten.unfold.default)
+@rule(aten.unfold.default, facts=MOVES)
 def _unfold(t: Inference, node: fx.Node) -> Dims:
     """Windows of `size` along one dimension, appended as the last one."""
     x, shape = t[node.args[0]], t.shape(node)

@@ -108,17 +108,15 @@ def _weighted_bits(gate: SuperBitQuantizer) -> Tensor:
 
 def _replace_gates(network: fx.GraphModule) -> None:
     """Hard-concrete gates of the same options in the places of all gates."""
-    for target in (
-        t for kind in ("weight_gates", "activation_gates", "channel_gates") for t in network.meta[kind].values()
-    ):
-        old = network.get_submodule(target)
+    for target, old in list(network.named_modules()):
         new: nn.Module
         if isinstance(old, ChannelGate):
             new = HardConcreteChannelGate(old.size, old.block).to(old.mask.device)
-        else:
-            assert isinstance(old, SuperBitQuantizer)
+        elif isinstance(old, SuperBitQuantizer):
             names = ("channels", "channel_dim", "signed", "candidates")
             new = HardConcreteQuantizer(**{n: getattr(old, n) for n in names}).to(old.range.device)
+        else:
+            continue
         network.set_submodule(target, new)
 
 

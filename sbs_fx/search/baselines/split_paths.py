@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from sbs_fx.passes import CostModel
 from sbs_fx.passes.channels.inference import Layer, Path, operand
+from sbs_fx.passes.dialects import Gated, gates_of, set_dialect
 from sbs_fx.passes.graph import attribute
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
@@ -92,7 +93,9 @@ class _Splitter:
     def __init__(self, network: fx.GraphModule, fixed: Fixed) -> None:
         self.network, self.graph, self.fixed = network, network.graph, fixed
         self.nodes = {node.name: node for node in network.graph.nodes}
-        self.tensors = {target: name for name, target in network.meta["activation_gates"].items()}
+        gates = gates_of(network)
+        self.weights, self.activations = dict(gates.weights), dict(gates.activations)
+        self.tensors = {target: name for name, target in self.activations.items()}
         self.paths = nn.Module()
         network.add_module("paths", self.paths)
 
@@ -119,7 +122,7 @@ class _Splitter:
         for bits in gate.candidates:
             copies[bits] = f"paths.{key}.weight_{bits}"
             holder.register_parameter(f"weight_{bits}", nn.Parameter(weight.detach().clone(), weight.requires_grad))
-            target = self.add_gate("weight_gates", f"{name}{MARK}{bits}", key, f"weight_gate_{bits}", gate, bits)
+            target = self.add_gate(self.weights, f"{name}{MARK}{bits}", key, f"weight_gate_{bits}", gate, bits)
             with self.graph.inserting_before(gate_node):
                 read = self.graph.get_attr(copies[bits])
                 quantized[bits] = self.graph.call_module(target, (read,))
@@ -140,7 +143,7 @@ class _Splitter:
             # reason: a fixed tensor, such as the model's input, has its bits whoever reads it
             at = self.fixed[1].get(tensor, bits)
             name, leaf = f"{tensor}{MARK}{node.name}{MARK}{bits}", f"{node.name}_gate_{bits}"
-            target = self.add_gate("activation_gates", name, key, leaf, self.gate(old_input), at)
+            target = self.add_gate(self.activations, name, key, leaf, self.gate(old_input), at)
             with self.graph.inserting_before(node):
                 x = self.graph.call_module(target, (old_input.args[0],))
                 x.meta = dict(old_input.meta)
@@ -154,13 +157,15 @@ class _Splitter:
         assert isinstance(module, SuperBitQuantizer)
         return module
 
-    def add_gate(self, kind: str, name: str, key: str, leaf: str, like: SuperBitQuantizer, bits: int) -> str:
+    def add_gate(
+        self, paths: dict[str, str], name: str, key: str, leaf: str, like: SuperBitQuantizer, bits: int
+    ) -> str:
         """A quantiser with the options of another, fixed; the path of the new module."""
         options = {n: getattr(like, n) for n in ("channels", "channel_dim", "signed", "candidates")}
         gate = SuperBitQuantizer(**options).to(like.range.device)
         gate.fix(bits)
         self.paths.get_submodule(key).add_module(leaf, gate)
-        self.network.meta[kind][name] = f"paths.{key}.{leaf}"
+        paths[name] = f"paths.{key}.{leaf}"
         return f"paths.{key}.{leaf}"
 
     def forget_unread(self) -> None:
@@ -169,11 +174,12 @@ class _Splitter:
             if node.op in ("call_module", "get_attr") and not node.users:
                 self.graph.erase_node(node)
         called = {str(n.target) for n in self.graph.find_nodes(op="call_module")}
-        for kind in ("weight_gates", "activation_gates"):
-            for name, target in list(self.network.meta[kind].items()):
+        for paths in (self.weights, self.activations):
+            for name, target in list(paths.items()):
                 if target not in called:
-                    del self.network.meta[kind][name]
+                    del paths[name]
                     self.network.delete_submodule(target)
+        set_dialect(self.network, Gated(self.weights, self.activations))
         read = {str(n.target) for n in self.graph.find_nodes(op="get_attr")}
         for node in self.nodes.values():
             if node.op == "get_attr" and str(node.target) not in read:
