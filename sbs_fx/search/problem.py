@@ -87,8 +87,7 @@ class Problem:
 
     def price(self, plan: Plan) -> dict[str, Any]:
         """Cost by measure of what is limited."""
-        x, over = self.cost.values(plan)
-        return {measure: self.cost.polynomials[measure](x, over) for measure in self.limits}
+        return self.cost.price(plan, self.limits)
 
     def fits(self, plan: Plan) -> bool:
         price = self.price(plan)
