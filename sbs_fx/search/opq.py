@@ -19,7 +19,7 @@ that belong to the policy, from the difference that it makes to synthetic noise 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -90,10 +90,12 @@ def opq(problem: Problem, run: Run) -> SearchResult:
     for name, weight in weight_tensors(problem.cost).items():
         if not bool(torch.isfinite(weight).all()):
             raise WeightsError(f"NaN or Inf in the weight {name!r}; mend the model before compressing it", names=[name])
+    if settings.prunes == "weights":
+        problem = problem.within(prune=False)  # reason: of channels, which an error's least shares would count too
     if settings.prunes == "weights" and "size" in problem.limits:
-        plan = prune_weights(problem, _allocate(problem, {m: n for m, n in problem.limits.items() if m != "size"}, ()))
+        plan = prune_weights(problem, _allocate(problem, {m: n for m, n in problem.limits.items() if m != "size"}))
     else:
-        plan = _allocate(problem, problem.limits, problem.groups if settings.prunes == "channels" else ())
+        plan = _allocate(problem, problem.limits)
     return SearchResult(plan, restored(problem, plan, settings))
 
 
@@ -122,11 +124,11 @@ def shifted_norms(problem: Problem, plan: Plan, tensors: Mapping[str, Tensor]) -
     return {n: attribute(network, n).detach().clone() for pair in norms.names for n in pair}
 
 
-def _allocate(problem: Problem, limits: Mapping[str, Any], prunable: Iterable[str]) -> Plan:
+def _allocate(problem: Problem, limits: Mapping[str, Any]) -> Plan:
     """The plan of least damage within limits. Raises InfeasibleBudget."""
     scores = group_importance(problem.groups, problem.space.settings.importance)
-    damages = {("channels", n): _channel_damage(problem, n, scores[n]) for n in prunable} | _bit_damages(problem)
-    choices = [choice for choice in problem.space.choices if (choice.kind, choice.name) in damages]
+    damages = {("channels", n): _channel_damage(problem, n, scores[n]) for n in problem.groups} | _bit_damages(problem)
+    choices = problem.space.choices
     plan = problem.space.most
     if limits:
         decisions = [Decision(problem.cost.moved(c.kind, c.name, c.values), damages[c.kind, c.name]) for c in choices]
