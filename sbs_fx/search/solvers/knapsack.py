@@ -179,7 +179,9 @@ def allocate(problem: Knapsack, time_limit: float = 60.0) -> Allocation:
 def _of_nothing(problem: Knapsack) -> Allocation:
     """The one allocation of no variables. Raises InfeasibleBudget."""
     if not problem.fits(()):
-        raise InfeasibleBudget(f"nothing is left to allocate, and some of the limits {problem.limits.tolist()} are below 0")
+        raise InfeasibleBudget(
+            f"nothing is left to allocate, and some of the limits {problem.limits.tolist()} are below 0"
+        )
     return Allocation((), 0.0, 0.0, True)
 
 
