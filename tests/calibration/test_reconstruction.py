@@ -1,4 +1,4 @@
-"""Reconstruction and rounding in closed form: exact where there is an exact answer, never worse than before elsewhere."""
+"""Reconstruction and rounding in closed form: exact where there is an exact answer, else never worse than before."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def test_what_errs_by_next_to_nothing_is_left_as_it_is() -> None:
     rows = reconstruct(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=FAST)
     assert all(row.after == row.before > 0 for row in rows)
     assert all(torch.equal(gated.state_dict()[n], t) for n, t in before.items())
-    closer = reconstruct(gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=Reconstruction(steps=20, tolerance=0))
+    closer = reconstruct(
+        gated, graph, [data], inputs=(IMAGES,), groups=groups, settings=Reconstruction(steps=20, tolerance=0)
+    )
     assert any(row.after < row.before for row in closer)
 
 

@@ -18,7 +18,7 @@ from sbs_fx.passes.oracles.slimming import activations
 from sbs_fx.plan import Budget
 from sbs_fx.plan.errors import InputError
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
-from sbs_fx.search import Problem, Run, Search, SearchResult, bayesian_bits, multi_path
+from sbs_fx.search import Keep, Problem, Run, Search, SearchResult, bayesian_bits, multi_path
 from sbs_fx.search.baselines.bayesian_bits import BayesianSearch
 from sbs_fx.search.baselines.hard_concrete import (
     HardConcreteChannelGate,
@@ -222,7 +222,8 @@ def test_channel_gate() -> None:
 
 
 def test_regulariser_is_the_papers_sum() -> None:
-    problem = problem_of(CifarResNet(8), torch.randn(2, 3, 32, 32), Budget(bops=0.05))
+    every = Keep(place="ends", weight_bits=(2, 4, 8), activation_bits=(2, 4, 8))
+    problem = problem_of(CifarResNet(8), torch.randn(2, 3, 32, 32), Budget(bops=0.05), constraints=(every,))
     cost = problem.cost
     stage = BayesianSearch(insert_gates(problem.graph, problem.groups), problem, Search())
     total = 0.0
