@@ -117,8 +117,12 @@ def compress(
     compiled: Annotated[bool, typer.Option("--compiled", help="train through torch.compile")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="forget the checkpoints in --out")] = False,
     settings: Overrides = None,
-    weight_bits: Annotated[int | None, typer.Option(help="2, 4 or 8; default: the method chooses")] = None,
-    activation_bits: Annotated[int | None, typer.Option(help="2, 4 or 8; default: the method chooses")] = None,
+    weight_bits: Annotated[
+        int | None, typer.Option(help="2, 3, 4, 5, 6, 8 or 32 (float); default: the method chooses")
+    ] = None,
+    activation_bits: Annotated[
+        int | None, typer.Option(help="2, 3, 4, 5, 6, 8 or 32 (float); default: the method chooses")
+    ] = None,
     epochs: Epochs = 0,
     lr: Rate = None,
     ranges: Ranges = "mse",

@@ -31,7 +31,9 @@ Ranges = Annotated[str, typer.Option(help="how ranges are chosen: mse, percentil
 Seed = Annotated[int, typer.Option(help="of everything random")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="any other setting, such as training.ema=0.999 or search.block=4"),
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="any other setting, such as training.ema=0.999 or search.reach=0.5"
+    ),
 ]
 
 
@@ -57,6 +59,13 @@ def make_config(overrides: Sequence[str] = (), **settings: Any) -> Config:
     try:
         return Config(**given)
     except ValidationError as error:
-        options = [str(p["loc"][0]).replace("learning_rate", "lr").replace("_", "-") for p in error.errors()]
-        problems = [f"--{o} {p['input']}: {p['msg']}" for o, p in zip(options, error.errors(), strict=True)]
-        raise typer.BadParameter("; ".join(problems)) from None
+        raise typer.BadParameter("; ".join(map(_problem, error.errors()))) from None
+
+
+def _problem(error: Any) -> str:
+    """One problem of settings in the words of the command line; of a method's settings the message says which."""
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return message
+    option = str(error["loc"][0]).replace("learning_rate", "lr").replace("_", "-")
+    return f"--{option} {error['input']}: {message}"
