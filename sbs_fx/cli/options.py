@@ -32,7 +32,7 @@ Seed = Annotated[int, typer.Option(help="of everything random")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="NAME=VALUE", help="any other setting, such as training.ema=0.999 or search.reach=0.5"
+        "--set", metavar="NAME=VALUE", help="any other setting, such as training.ema=0.999 or round_to=4"
     ),
 ]
 
