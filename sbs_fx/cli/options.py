@@ -31,9 +31,7 @@ Ranges = Annotated[str, typer.Option(help="how ranges are chosen: mse, percentil
 Seed = Annotated[int, typer.Option(help="of everything random")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="NAME=VALUE", help="any other setting, such as training.ema=0.999 or round_to=4"
-    ),
+    typer.Option("--set", metavar="NAME=VALUE", help="any other setting, such as training.ema=0.999 or round_to=4"),
 ]
 
 
