@@ -34,7 +34,7 @@ def test_masked_weights_are_tuned_as_compress_tunes_them() -> None:
     found = compare(net(), batches(), budget, methods=["opq"], epochs=2, **options)
     config = sbs_fx.Config(opq=masks, epochs=2)
     alone = sbs_fx.compress(net(), EXAMPLE, budget=budget, data=batches(), method="opq", config=config)
-    assert alone.masked
+    assert alone.policy.nonzeros
     assert found.points[0].tuned_accuracy == evaluate(alone.model, batches())
 
 

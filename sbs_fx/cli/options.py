@@ -77,10 +77,13 @@ def make_config(overrides: Sequence[str] = (), **settings: Any) -> Config:
     try:
         return Config(**chosen)
     except ValidationError as error:
-        raise typer.BadParameter("; ".join(_problem(p["loc"], p["input"], p["msg"]) for p in error.errors())) from None
+        raise typer.BadParameter("; ".join(map(_problem, error.errors()))) from None
 
 
-def _problem(place: Sequence[int | str], value: Any, message: str) -> str:
-    """What pydantic found, with the option that it is about; none where settings of a method are wrong."""
-    option = "-".join(str(part) for part in place[:1]).replace("learning_rate", "lr").replace("_", "-")
-    return f"--{option} {value}: {message}" if option else message
+def _problem(error: Any) -> str:
+    """One problem of settings in the words of the command line; of a method's settings the message says which."""
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return message
+    option = str(error["loc"][0]).replace("learning_rate", "lr").replace("_", "-")
+    return f"--{option} {error['input']}: {message}"

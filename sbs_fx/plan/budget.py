@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict, field_validator, model_validator
@@ -63,8 +64,8 @@ class Budget(Value):
         return {name: share for name in MEASURES if (share := getattr(self, name)) is not None}
 
     def absolute(self, whole: Mapping[str, Any]) -> dict[str, Any]:
-        """The limits in the measures' own units: floor(share x whole), and by no rounding less than a cost that is
-        exactly that share; seconds as they are.
+        """The limits in the measures' own units: the largest number, whole but for seconds, whose share of the float
+        model's cost is at most that, as numbers are divided here.
 
         Args:
             whole: measure -> cost of the float model.
@@ -76,8 +77,7 @@ class Budget(Value):
         for measure, share in self.limits.items():
             if measure not in whole:
                 raise BudgetError(f"a limit on {measure}, which was not measured; give the cost model a timing")
-            cost = whole[measure]
-            limits[measure] = share * cost if isinstance(cost, float) else _largest(share, cost)
+            limits[measure] = _largest(share, whole[measure])
         return limits
 
     def shares(self, cost: Cost) -> dict[str, float]:
@@ -112,7 +112,18 @@ class Budget(Value):
         return cls(**limits)
 
 
-def _largest(share: float, whole: int) -> int:
-    """The largest number that is at most that share of the whole, as numbers are divided here."""
-    floor = math.floor(share * whole)
-    return floor + 1 if (floor + 1) / whole <= share else floor
+def _largest(share: float, whole: Any) -> Any:
+    """The largest part of the whole, a whole number or seconds, with part / whole <= share."""
+    if not whole:
+        return whole
+    if isinstance(whole, float):
+        part = share * whole
+        while part / whole > share:
+            part = math.nextafter(part, 0)
+        while (more := math.nextafter(part, math.inf)) / whole <= share:
+            part = more
+        return part
+    # reason: what is no farther than half way to the next number is divided to the share itself
+    bound = (Fraction(share) + Fraction(math.nextafter(share, math.inf))) / 2
+    part = min(whole, math.floor(bound * whole))
+    return part if part / whole <= share else part - 1

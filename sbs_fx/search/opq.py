@@ -91,6 +91,8 @@ def opq(problem: Problem, run: Run) -> SearchResult:
     for name, weight in weight_tensors(problem.cost).items():
         if not bool(torch.isfinite(weight).all()):
             raise WeightsError(f"NaN or Inf in the weight {name!r}; mend the model before compressing it", names=[name])
+    if settings.prunes == "weights":
+        problem = problem.within(prune=False)
     plan = _allocate(problem, settings)
     return SearchResult(plan, restored(problem, plan, settings))
 
@@ -124,10 +126,8 @@ def _allocate(problem: Problem, settings: Opq) -> Plan:
     """The plan of least damage within the limits. Raises InfeasibleBudget."""
     space, cost = problem.space, problem.cost
     scores = group_importance(problem.groups, space.settings.importance)
-    damages = _bit_damages(problem)
-    if settings.prunes == "channels":
-        damages |= {("channels", n): _channel_damage(problem, n, scores[n]) for n in problem.groups}
-    choices = [choice for choice in space.choices if (choice.kind, choice.name) in damages]
+    damages = {("channels", n): _channel_damage(problem, n, scores[n]) for n in problem.groups} | _bit_damages(problem)
+    choices = space.choices
     decisions = [Decision(cost.moved(c.kind, c.name, c.values), damages[c.kind, c.name]) for c in choices]
     polynomials, start = dict(cost.polynomials), cost.values(space.most)[0]
     singly = _singly(problem) if settings.prunes == "weights" and "size" in problem.limits else {}
@@ -142,8 +142,8 @@ def _allocate(problem: Problem, settings: Opq) -> Plan:
     load = Load([polynomials[m] for m in problem.limits], list(problem.limits.values()), start, decisions)
     chosen = minimise(decisions, load)
     if chosen is None:
-        least = replace(space.least, kept=space.most.kept) if settings.prunes == "weights" else space.least
-        raise problem.infeasible("opq", replace(least, nonzeros={n: each.nonzeros[0] for n, each in singly.items()}))
+        nonzeros = {name: each.nonzeros[0] for name, each in singly.items()}
+        raise problem.infeasible("opq", replace(space.least, nonzeros=nonzeros))
     plan = space.most
     for choice, at in zip(choices, chosen, strict=True):
         value: Any = choice.values[at]

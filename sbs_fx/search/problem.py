@@ -6,6 +6,7 @@ Holds: a plan fits if its price is at most every limit, by whole numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -97,7 +98,10 @@ class Problem:
     def used(self, plan: Plan) -> float:
         """Price over limit, the largest of all measures: at most 1 is within the limits."""
         price = self.price(plan)
-        return max(price[measure] / limit for measure, limit in self.limits.items())
+        return max(
+            price[measure] / limit if limit else math.inf if price[measure] else 0.0
+            for measure, limit in self.limits.items()
+        )
 
     @cached_property
     def shares(self) -> dict[str, float]:

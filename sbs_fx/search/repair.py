@@ -65,6 +65,7 @@ class Harm:
     def __call__(self, plan: Plan, move: Move) -> float:
         """Of the move itself, or minus that of the move back if that was judged."""
         before = plan.value(move.kind, move.name)
+        before = tuple(before) if move.kind == "channels" else before  # reason: a plan may have any sequence
         key, back = (move.kind, move.name, before, move.value), (move.kind, move.name, move.value, before)
         if key not in self._judged:
             if self._last is None or self._last[0] is not plan:

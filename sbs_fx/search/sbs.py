@@ -99,8 +99,9 @@ class GateTraining:
         before = dict(self.problem.graph.named_parameters()) | dict(self.problem.graph.named_buffers())
         state = network.state_dict()
         tensors = {n: state[n].detach().clone() for n in before if n in state}
-        ranges = self._ranges()
-        decided = self._repaired(stage.plan(), ranges)
+        chosen = stage.plan()
+        ranges = self._ranges()  # reason: only now, as it opens and fixes the gates
+        decided = self._repaired(chosen, ranges)
         if stage.start is not None:
             start = self._repaired(stage.start, ranges)
             losses = [self._divergence(plan, ranges) for plan in (decided, start)]
@@ -144,14 +145,14 @@ class GateTraining:
         plan's coarser choices do not meet the limits."""
         problem = self.problem
         if not problem.space.settings.quantise:
-            return self.stage.plan()
+            return problem.space.most
         # reason: data may be shuffled, and a resumed run has drawn less
         with random_state_kept(device_of(self.network)):
             seed_everything(problem.seed, 0, 0, 0)
             try:
                 return two_stage(problem, Run(self.run.data, ranges=self.run.ranges)).plan
             except InfeasibleBudget:
-                return self.stage.plan()
+                return problem.space.most
 
 
 def _even(problem: Problem) -> Plan | None:

@@ -1,4 +1,4 @@
-"""Reconstruction and rounding in closed form: exact where there is an exact answer, never worse than before elsewhere."""
+"""Reconstruction and rounding in closed form: exact where there is an exact answer, else never worse than before."""
 
 from __future__ import annotations
 

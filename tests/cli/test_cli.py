@@ -107,7 +107,7 @@ def test_apply_gives_the_same_cost_again(output: Path, capsys: Captured) -> None
         (["compress", "test_vit", "--budget", "nan"], "Budget"),
         (["compress", "test_vit", "--budget", "120%"], "Budget"),
         (["compress", "test_vit", "--method", "magic"], "magic"),
-        (["compress", "test_vit", "--weight-bits", "3"], "--weight-bits 3"),
+        (["compress", "test_vit", "--weight-bits", "7"], "--weight-bits 7"),
         (["compress", "test_vit", "--lr", "-1"], "--lr -1"),
         (["compress", "test_vit", "--device", "cuda:99"], "--device cuda:99"),
         (["compress", "test_vit", "--device", "gpu"], "--device gpu"),
@@ -189,7 +189,11 @@ def test_a_search_leaves_metrics_and_is_not_run_again(tmp_path: Path, capsys: Ca
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [("training.ema", "expected NAME=VALUE"), ("training.none=1", "none"), ("search.epochs=0", "search")],
+    [
+        ("training.ema", "expected NAME=VALUE"),
+        ("training.none=1", "none"),
+        ("search.epochs=0", "epochs: Input should be greater"),
+    ],
 )
 def test_settings_that_mean_nothing(setting: str, message: str, capsys: Captured) -> None:
     assert _run(["compress", *MODEL, "--set", setting]) == 2

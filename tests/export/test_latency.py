@@ -15,6 +15,7 @@ from sbs_fx.export.benchmark import Timing
 from sbs_fx.export.latency import Latency, LatencyModel, latency_model, random_counts
 from sbs_fx.passes import ChannelGroups, CostModel, channel_groups, cost_model, trace
 from sbs_fx.passes.channels.importance import kernel_multiple
+from sbs_fx.plan import Plan
 from sbs_fx.plan.errors import MethodError
 from tests.networks.small import Residual
 
@@ -54,7 +55,10 @@ def test_exact_and_differentiable_forms_agree(measured: Measured) -> None:
         counts = random_counts(measured.groups, random.Random(seed))
         sizes = {name: torch.tensor(float(count), requires_grad=True) for name, count in counts.items()}
         expected = measured.cost.expected(sizes, {}, {})["latency"]
-        exact = measured.cost.evaluate(counts, dict.fromkeys(measured.cost.weights, 8), {}).seconds
+        kept = {name: range(count) for name, count in counts.items()}
+        plan = Plan(kept, dict.fromkeys(measured.cost.weights, 8))
+        exact = measured.cost.evaluate(plan).seconds
+        assert measured.cost.price(plan)["latency"] == pytest.approx(exact, rel=1e-12)
         assert isinstance(expected, Tensor)
         assert float(expected) == pytest.approx(exact, rel=1e-5)
         expected.backward()
@@ -73,9 +77,9 @@ def test_multiples_are_those_that_save_most(measured: Measured, monkeypatch: pyt
     assert measured.found.multiple in (4, 8, 16, 32)
     wide = channel_groups(trace(nn.Sequential(nn.Conv2d(3, 128, 1), nn.Conv2d(128, 4, 1)), IMAGES))["0.weight:0"]
     found = LatencyModel(float_seconds=1.0, dense_seconds=1.0, layers={}, rest=(0.0, 0.0, 0.0), error=0.0, multiple=32)
-    assert kernel_multiple(wide, None, found) == 32
+    assert kernel_multiple(wide, None, found.multiple) == 32
     assert kernel_multiple(wide, None) == 16
-    assert kernel_multiple(wide, 4, found) == 4
+    assert kernel_multiple(wide, 4, found.multiple) == 4
 
 
 def test_it_is_measured_once(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,8 +105,8 @@ def test_a_budget_in_seconds_is_met(measured: Measured, method: str, tmp_path: P
     )
     settings = measured.settings.model_copy(update={"cache": str(tmp_path)})
     latency._cache_path(measured.groups, settings).write_text(known.model_dump_json())
-    bits = dict.fromkeys(measured.cost.weights, 8), dict.fromkeys(measured.cost.activations, 8)
-    dense = cost_model(measured.graph, measured.groups, known).evaluate({}, *bits).seconds / known.float_seconds
+    plan = Plan({}, dict.fromkeys(measured.cost.weights, 8), dict.fromkeys(measured.cost.activations, 8))
+    dense = cost_model(measured.graph, measured.groups, known).evaluate(plan).seconds / known.float_seconds
     budget = sbs_fx.Budget(latency=min(1.0, 0.97 * dense))
     config = sbs_fx.Config(latency=settings, round_to=1)
     result = sbs_fx.compress(measured.model, IMAGES, budget=budget, method=method, config=config)
@@ -116,4 +120,4 @@ def test_bad_input(measured: Measured) -> None:
     with pytest.raises(MethodError, match="onnxruntime"):
         latency_model(measured.graph, measured.groups, measured.plain, (IMAGES,), settings)
     with pytest.raises(ValueError, match="latency"):
-        sbs_fx.Budget(latency=0.5).is_satisfied_by(measured.plain.evaluate({}, {}, {"x": 8}))
+        sbs_fx.Budget(latency=0.5).is_satisfied_by(measured.plain.evaluate(Plan({}, {}, {"x": 8})))

@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sbs_fx.data.datasets import open_data
-from sbs_fx.passes import channel_groups, cost_model, trace
 from sbs_fx.plan import Budget
 from sbs_fx.plan.errors import Interrupted
-from sbs_fx.search import Search, sbs
+from sbs_fx.search import Problem, Run, Search, SearchResult, sbs
 from sbs_fx.training import Checkpoints, Training
+from tests.oracles.problems import problem_of
 
 IMAGES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 SETTINGS = Training(checkpoint_every=3, ema=0.9, mixup=0.2, label_smoothing=0.1)
-SEARCH = Search(epochs=2, lr=0.02, block=1)
+SEARCH = Search(epochs=2, lr=0.02)
 BUDGET = Budget(bops=1 / 40)
 INTERRUPTED = 3  # exit code
 
@@ -52,23 +53,31 @@ def digits(count: int = 320, split: str = "train", shuffle: bool = True) -> Any:
     return data
 
 
+def problem(budget: Budget = BUDGET, *, norm: bool = True) -> Problem:
+    """What the search is given: any number of channels may stay."""
+    return problem_of(network(norm), IMAGES, budget, block=1)
+
+
 def search(
     directory: Path | None,
     *,
     norm: bool = True,
     settings: Training = SETTINGS,
     writes: bool = True,
-    progress: Any = None,
-) -> Any:
-    """The policy and the tensors of one search, with checkpoints if there is a directory for them."""
-    graph = trace(network(norm), IMAGES)
-    groups = channel_groups(graph)
-    cost = cost_model(graph, groups)
-    options: dict[str, Any] = {"inputs": (IMAGES,), "search": SEARCH, "settings": settings, "progress": progress}
+    observer: Any = None,
+) -> tuple[Problem, SearchResult]:
+    """The problem and the result of one search, with checkpoints if there is a directory for them."""
+    given = problem(norm=norm)
+    run = Run(digits(), SEARCH, settings, observer=observer)
     if directory is None:
-        return sbs(graph, groups, cost, BUDGET, digits(), **options)
+        return given, sbs(given, run)
     with Checkpoints(directory / "checkpoints", {"run": "test"}, writes=writes) as checkpoints:
-        return sbs(graph, groups, cost, BUDGET, digits(), checkpoints=checkpoints, **options)
+        return given, sbs(given, replace(run, checkpoints=checkpoints))
+
+
+def _written(found: tuple[Problem, SearchResult], path: Path) -> None:
+    given, result = found
+    save_file(dict(result.tensors), path, {"policy": given.policy(result.plan, "sbs").to_json()})
 
 
 def _child(directory: Path) -> tuple[int, int]:
@@ -80,8 +89,8 @@ def _child(directory: Path) -> tuple[int, int]:
         return number, reads
     code = 1
     try:
-        found = search(directory, progress=lambda _: os.write(writes, b".") and None)
-        save_file(found.tensors, directory / "state.tmp", {"policy": found.policy.to_json()})
+        found = search(directory, observer=lambda _: os.write(writes, b".") and None)
+        _written(found, directory / "state.tmp")
         os.replace(directory / "state.tmp", directory / "state.safetensors")
         code = 0
     except Interrupted as error:
@@ -136,7 +145,7 @@ def spread(directory: Path) -> None:
     processes = Processes()
     settings = Training(checkpoint_every=1000, mixup=0.2)
     found = search(directory, norm=False, settings=settings, writes=processes.is_first)
-    save_file(found.tensors, directory / f"state-{processes.rank}.safetensors", {"policy": found.policy.to_json()})
+    _written(found, directory / f"state-{processes.rank}.safetensors")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import sympy
@@ -15,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._cifar_models import CifarResNet
 from sbs_fx.passes import channel_groups, cost_model, slim, trace
+from sbs_fx.plan import Plan
 from sbs_fx.plan.errors import GraphError
-from sbs_fx.search.uniform import uniform_bits
 from tests.networks.models import Recipe, networks
+from tests.oracles.problems import even_plan
 
 
 def analysed(module: nn.Module, *shape: int):
@@ -53,8 +55,7 @@ PUBLISHED = [
 @pytest.mark.parametrize(("depth", "bits", "millions"), PUBLISHED)
 def test_cifar_resnet_bops_are_the_published_ones(depth: int, bits: int, millions: str) -> None:
     _, _, cost = analysed(CifarResNet(depth), 3, 32, 32)
-    chosen = uniform_bits(cost, bits, bits, ends=32 if bits == 32 else 8)
-    total = cost.evaluate({}, chosen.weights, chosen.activations)
+    total = cost.evaluate(even_plan(cost, bits, bits, ends=32 if bits == 32 else 8))
     assert f"{total.bops / 1e6:.1f}" == millions
     assert total.macs == {20: 40_818_944, 56: 125_753_600}[depth]
 
@@ -62,8 +63,7 @@ def test_cifar_resnet_bops_are_the_published_ones(depth: int, bits: int, million
 @pytest.mark.parametrize(("name", "bits", "billions"), [("resnet18", 4, "34.7"), ("mobilenetv2_100", 6, "11.2")])
 def test_imagenet_bops_are_the_published_ones(name: str, bits: int, billions: str) -> None:
     _, _, cost = analysed(timm.create_model(name), 3, 224, 224)
-    chosen = uniform_bits(cost, bits, bits)
-    assert f"{cost.evaluate({}, chosen.weights, chosen.activations).bops / 1e9:.1f}" == billions
+    assert f"{cost.evaluate(even_plan(cost, bits, bits)).bops / 1e9:.1f}" == billions
 
 
 @settings(max_examples=25)
@@ -73,8 +73,8 @@ def test_macs_equal_an_independent_count_of_the_slim_graph(recipe: Recipe) -> No
     graph, groups, cost = analysed(recipe.build(), *shape)
     plan = random_plan(groups)
     slimmed = slim(graph, groups, plan)
-    unknown_to_the_counter = sum(x.macs for x in cost.evaluate(plan, {}, {}).layers if x.kind == "lstm")
-    assert cost.evaluate(plan).macs - unknown_to_the_counter == counted_macs(slimmed, *shape)
+    unknown_to_the_counter = sum(x.macs for x in cost.evaluate(Plan(plan)).layers if x.kind == "lstm")
+    assert cost.evaluate(Plan(plan)).macs - unknown_to_the_counter == counted_macs(slimmed, *shape)
 
 
 def test_lstm_macs_by_hand() -> None:
@@ -88,26 +88,26 @@ def test_lstm_macs_by_hand() -> None:
             return self.head(self.lstm(x)[0].mean(1))
 
     _, _, cost = analysed(Tokens(), 7, 8)
-    lstm, head = cost.evaluate().layers
+    lstm, head = cost.evaluate(Plan()).layers
     assert lstm.macs == 2 * 7 * 4 * 6 * (8 + 6)
     assert head.macs == 12 * 5
 
 
 def test_expressions_agree_with_the_exact_and_the_differentiable_cost() -> None:
     _, groups, cost = analysed(CifarResNet(20), 3, 32, 32)
-    plan, bits = random_plan(groups), uniform_bits(cost, 4, 2)
-    exact = cost.evaluate(plan, bits.weights, bits.activations).bops
-    values = {sympy.Symbol(f"n[{n}]", positive=True, integer=True): len(k) for n, k in plan.items()}
-    for table in (bits.weights, bits.activations):
+    plan = replace(even_plan(cost, 4, 2), kept=random_plan(groups))
+    exact = cost.evaluate(plan).bops
+    values = {sympy.Symbol(f"n[{n}]", positive=True, integer=True): len(k) for n, k in plan.kept.items()}
+    for table in (plan.weight_bits, plan.activation_bits):
         values |= {sympy.Symbol(f"bits[{n}]", positive=True): b for n, b in table.items()}
     assert sum(e.subs(values) for e in cost.expressions.values()) == exact
-    sizes = {n: torch.tensor(float(len(k)), dtype=torch.float64, requires_grad=True) for n, k in plan.items()}
-    soft = cost.expected(sizes, bits.weights, bits.activations)["bops"]
+    sizes = {n: torch.tensor(float(len(k)), dtype=torch.float64, requires_grad=True) for n, k in plan.kept.items()}
+    soft = cost.expected(sizes, plan.weight_bits, plan.activation_bits)["bops"]
     assert soft.item() == pytest.approx(exact, rel=1e-12)
     soft.backward()
-    name = next(iter(plan))
-    more = {**plan, name: list(range(len(plan[name]) + 1))}
-    assert cost.evaluate(more, bits.weights, bits.activations).bops - exact == pytest.approx(sizes[name].grad.item())
+    name = next(iter(plan.kept))
+    more = plan.with_value("channels", name, range(len(plan.kept[name]) + 1))
+    assert cost.evaluate(more).bops - exact == pytest.approx(sizes[name].grad.item())
 
 
 def test_dynamic_height_and_width_stay_symbols() -> None:

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sbs_fx.plan import Budget, Cost, LayerCost, Policy, current_versions, errors
+from sbs_fx.plan import Budget, Cost, LayerCost, Plan, Policy, current_versions, errors
 from sbs_fx.plan.errors import BudgetError, FileError, InfeasibleBudget, PolicyError, PolicyMismatch, SbsError
+from sbs_fx.plan.files import checksum_of
 from sbs_fx.plan.policy import CHANNEL_BITS, LAYER_BITS
 
 NAMES = st.text(min_size=1, max_size=12)
@@ -33,11 +34,11 @@ def policies(draw: st.DrawFn) -> Policy:
         fingerprint=draw(st.text(max_size=20)),
         method=draw(NAMES),
         seed=draw(st.integers(-(2**70), 2**70)),
-        grid=draw(st.sampled_from(["symmetric", "paper"])),
         kept=kept,
         sizes=sizes,
         weight_bits=draw(st.dictionaries(NAMES, WEIGHT_BITS, max_size=5)),
         activation_bits=draw(st.dictionaries(NAMES, st.sampled_from(LAYER_BITS), max_size=5)),
+        nonzeros=draw(st.dictionaries(NAMES, st.integers(1, 2**60), max_size=3)),
     )
 
 
@@ -99,8 +100,9 @@ def test_policy_is_a_value() -> None:
         ({"weight_bits": {"conv": []}}, ["'conv'", "empty"]),
         ({"activation_bits": {"relu": 0}}, ["'relu'", "[0]"]),
         ({"activation_bits": {"relu": True}}, ["activation_bits.relu"]),
-        ({"grid": "log"}, ["grid", "log"]),
-        ({"format": 2}, ["format", "2"]),
+        ({"nonzeros": {"fc": 0}}, ["nonzeros.fc", "greater than 0"]),
+        ({"grid": "symmetric"}, ["grid", "symmetric"]),
+        ({"format": 1}, ["format", "2"]),
         ({"colour": "red"}, ["colour", "red"]),
         ({"seed": "0"}, ["seed", "'0'"]),
     ],
@@ -134,7 +136,7 @@ def test_altered_policy_says_so(tmp_path: Path) -> None:
         (text.replace('"conv": 8', '"conv": 4', 1), FileError, "altered"),
         (text.replace('"checksum"', '"chequesum"'), FileError, "altered"),
         (text.replace('"method"', '"seed": 0, "method"'), FileError, "seed"),
-        (text.replace('"format": 1', '"format": 7'), PolicyError, "format 7"),
+        (text.replace('"format": 2', '"format": 7'), PolicyError, "format 7"),
         ("[1]", FileError, "list"),
         ("[" * 100_000, FileError, "JSON"),
         ("", FileError, "truncated"),
@@ -146,6 +148,44 @@ def test_altered_policy_says_so(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe" + text.encode())
     with pytest.raises(FileError):
         Policy.load(path)
+
+
+@pytest.mark.parametrize("grid", ["symmetric", "paper", None])
+def test_files_of_the_first_format(grid: str | None) -> None:
+    """They had one field more: of the two grids one is gone."""
+    fields = example().model_dump(mode="json", exclude={"nonzeros"}) | {"format": 1} | ({"grid": grid} if grid else {})
+    text = json.dumps({**fields, "checksum": checksum_of(fields)})
+    if grid == "paper":
+        with pytest.raises(PolicyError, match="zero-free grid of format 1"):
+            Policy.from_json(text)
+    else:
+        assert Policy.from_json(text) == example()
+        with pytest.raises(FileError, match="altered"):
+            Policy.from_json(text.replace('"seed": 0', '"seed": 1'))
+
+
+def test_a_policy_is_a_plan_with_an_identity() -> None:
+    policy = example(nonzeros={"conv": 5})
+    plan = Plan({"stem": (0, 2, 3), "stage": (1,)}, {"conv": 8, "fc": [0, 2, 4]}, {"conv": 8, "relu": 4}, {"conv": 5})
+    assert policy.plan == plan
+    assert Policy.of(plan, "abc", {"stem": 4, "stage": 2}, "uniform", 0) == policy
+    unnamed = Policy.of(Plan(), "abc", {"stem": 4}, "uniform", 0)
+    assert unnamed.kept == {"stem": [0, 1, 2, 3]}, "a group that a plan does not name keeps all"
+
+
+def test_a_policy_changed_by_hand() -> None:
+    policy = example()
+    changed = policy.changed({"stem": (1, 0)}, {"conv": 4, "fc": (8, 8, 0)}, {"relu": 8})
+    assert changed.kept == {"stem": [0, 1], "stage": [1]}
+    assert changed.weight_bits == {"conv": 4, "fc": [8, 8, 0]}
+    assert changed.activation_bits == {"conv": 8, "relu": 8}
+    assert policy == example(), "the policy itself stays"
+    assert changed.changed({"stem": [0, 2, 3]}, {"conv": 8, "fc": [0, 2, 4]}, {"relu": 4}) == policy
+    with pytest.raises(PolicyError, match="weight_bits has no 'convs'; the nearest names are .'conv'"):
+        policy.changed(weight_bits={"convs": 4})
+    for wrong in ({"kept": {"stem": []}}, {"kept": {"stem": [4]}}, {"activation_bits": {"relu": 7}}):
+        with pytest.raises(PolicyError):
+            policy.changed(**wrong)
 
 
 def test_whole_file_of_an_invalid_policy() -> None:
@@ -320,7 +360,7 @@ def test_errors_carry_what_failed() -> None:
     table: list[tuple[SbsError, dict[str, Any]]] = [
         (errors.TraceError("m", submodule="blocks.0", reason="r"), {"submodule": "blocks.0", "reason": "r"}),
         (errors.GraphError("m", pass_name="slim", node="conv"), {"pass_name": "slim", "node": "conv"}),
-        (InfeasibleBudget("m", least={"bops": 0.1}), {"least": {"bops": 0.1}}),
+        (InfeasibleBudget("m", least={"bops": 0.1}, binding=["b"]), {"least": {"bops": 0.1}, "binding": ("b",)}),
         (errors.WeightsError("m", names=["w"]), {"names": ("w",)}),
         (errors.MethodError("m", known=["uniform"]), {"known": ("uniform",)}),
     ]

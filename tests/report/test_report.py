@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from sbs_fx.passes import ChannelGroups, CostModel, channel_groups, cost_model, trace
+from sbs_fx.passes import ChannelGroups, CostModel
 from sbs_fx.plan import Budget, Policy
 from sbs_fx.plan.errors import FileError
 from sbs_fx.report import Report
 from sbs_fx.report.text import closing_table, columns
-from sbs_fx.search import uniform
+from sbs_fx.search import Run, uniform
+from tests.oracles.problems import cost_of, problem_of
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Small(nn.Module):
@@ -35,16 +38,16 @@ class Small(nn.Module):
 
 
 def _analysed(unknown: bool = False) -> tuple[ChannelGroups, CostModel]:
-    graph = trace(Small(unknown), torch.randn(2, 3, 8, 8))
-    groups = channel_groups(graph)
-    return groups, cost_model(graph, groups)
+    cost = cost_of(Small(unknown), IMAGES)
+    return cost.groups, cost
 
 
 def _planned() -> tuple[Report, Policy]:
     groups, cost = _analysed()
-    policy = uniform(groups, cost, Budget(bops=0.02), weight_bits=8, activation_bits=8, round_to=4)
-    total = cost.evaluate(policy.kept, policy.weight_bits, policy.activation_bits)
-    return Report.of(groups, cost, policy, total), policy
+    problem = problem_of(cost, IMAGES, Budget(bops=0.02), weight_bits=8, activation_bits=8, round_to=4)
+    plan = uniform(problem, Run()).plan
+    policy = problem.policy(plan, "uniform")
+    return Report.of(groups, cost, policy, cost.evaluate(plan)), policy
 
 
 def test_layers_add_up_to_the_cost() -> None:

@@ -1,4 +1,4 @@
-"""Bits per kernel: what a plan amounts to, clipping, the policy gradient, episodes that go on, the way to the file."""
+"""Bits by channel: what a plan amounts to, clipping, the policy gradient, episodes that go on, the way to the file."""
 
 from __future__ import annotations
 
@@ -12,33 +12,36 @@ import torch
 from torch import Tensor, nn
 
 from sbs_fx.calibration.calibrate import calibrate
-from sbs_fx.compress import compress, kept_bits
+from sbs_fx.compress import compress
 from sbs_fx.config import Config
 from sbs_fx.export.pt2 import load_pt2, save_pt2
 from sbs_fx.passes import (
+    CostModel,
     activation_gates,
     apply_bits,
     channel_groups,
     cost_model,
     insert_gates,
     slim,
-    trace,
     weight_gates,
 )
-from sbs_fx.passes.channels.slim import Slices
+from sbs_fx.passes.channels.slim import Slices, slim_bits
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.graph import with_tensors
-from sbs_fx.plan import Budget, Policy
+from sbs_fx.plan import Budget, Plan, Policy
 from sbs_fx.plan.errors import CheckpointMismatch, DataError, InfeasibleBudget, WeightsError
-from sbs_fx.search.ajpq import Agent, Ajpq, Trial, ajpq, kernels_of, policy_of
-from sbs_fx.search.controllers import LEVELS, bits_of, draw
-from sbs_fx.search.kernels import Kernels
+from sbs_fx.search import Ajpq, Run, SearchResult, ajpq
+from sbs_fx.search.ajpq import Agent, Trial, channel_bits_of
+from sbs_fx.search.channel_bits import BitsByChannel, ChannelBits
+from sbs_fx.search.controllers import bits_of, draw
 from sbs_fx.search.reward import Reward
 from sbs_fx.training import Checkpoints, Training
 from tests.oracles.gated import check_static
+from tests.oracles.problems import cost_of, problem_of
 
 IMAGES = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 BUDGET = Budget(size=0.2)
+LEVELS = (0, 2, 4, 8)
 SHORT = Ajpq(episodes=9, group=3, norm_batches=1, reward_batches=1)
 
 
@@ -61,20 +64,25 @@ class Residual(nn.Module):
         return self.head(torch.relu(self.inner(x.mean((2, 3)))))
 
 
-def analysed(module: nn.Module, x: Tensor = IMAGES) -> Any:
-    graph = trace(module.eval(), x)
-    groups = channel_groups(graph)
-    return graph, groups, cost_model(graph, groups)
-
-
 @pytest.fixture(scope="module")
-def parts() -> Any:
+def cost() -> CostModel:
     torch.manual_seed(0)
     module = Residual()
     for p in module.parameters():
         if p.ndim == 1:
             nn.init.uniform_(p, 0.2, 1.5)
-    return analysed(module)
+    return cost_of(module, IMAGES)
+
+
+def channels_of(cost: CostModel, budget: Budget = BUDGET, settings: Ajpq = SHORT) -> ChannelBits:
+    return channel_bits_of(problem_of(cost, IMAGES, budget), settings)
+
+
+def searched(
+    cost: CostModel, budget: Budget = BUDGET, data: Any = None, settings: Ajpq = SHORT, seed: int = 0, **options: Any
+) -> SearchResult:
+    problem = problem_of(cost, IMAGES, budget, seed)
+    return ajpq(problem, Run(batches() if data is None else data, settings, **options))
 
 
 def batches(count: int = 2, size: int = 16) -> list[tuple[Tensor, Tensor]]:
@@ -85,48 +93,55 @@ def batches(count: int = 2, size: int = 16) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def drawn(kernels: Kernels, seed: int, levels: Any = LEVELS) -> dict[str, list[int]]:
+def drawn(channels: ChannelBits, seed: int) -> BitsByChannel:
     generator = random.Random(seed)
-    return {n: [generator.choice(levels) for _ in kernels.importance[n]] for n in kernels.names}
+    return {n: [generator.choice(LEVELS) for _ in channels.importance[n]] for n in channels.names}
+
+
+def spent(channels: ChannelBits, bits: BitsByChannel) -> Any:
+    return channels.problem.cost.evaluate(channels.plan(bits))
 
 
 # What a plan amounts to
 
 
-def test_a_channel_goes_where_all_its_makers_say_so(parts: Any) -> None:
-    kernels = kernels_of(*parts, BUDGET, SHORT)
-    assert kernels.names == ["first", "depthwise", "second", "third", "inner"]
-    plan = {n: [8] * len(kernels.importance[n]) for n in kernels.names}
-    plan["first"][3] = 0
-    kept = kernels.kept(plan)
-    owner = {m.tensor: g.name for g in parts[1].values() for m in g.members if m.dim == 0}
+def test_a_channel_goes_where_all_its_makers_say_so(cost: CostModel) -> None:
+    channels = channels_of(cost)
+    assert channels.names == ["first", "depthwise", "second", "third", "inner"]
+    assert set(channels.levels.values()) == {LEVELS}
+    bits = {n: [8] * len(channels.importance[n]) for n in channels.names}
+    bits["first"][3] = 0
+    kept = channels.kept(bits)
+    owner = {m.tensor: g.name for g in cost.groups.values() for m in g.members if m.dim == 0}
     inner = owner["first.weight"]
-    assert kept[inner] == list(range(12)), "the depthwise kernel still makes that channel"
-    plan["depthwise"][3] = 0
-    assert kernels.kept(plan)[inner] == [i for i in range(12) if i != 3]
+    assert kept[inner] == tuple(range(12)), "the depthwise kernel still makes that channel"
+    bits["depthwise"][3] = 0
+    assert channels.kept(bits)[inner] == tuple(i for i in range(12) if i != 3)
     stream = owner["third.weight"]
-    plan["third"][0] = 0
-    assert 0 in kernels.kept(plan)[stream], "two layers make the stream"
-    plan["second"][0] = 0
-    assert 0 not in kernels.kept(plan)[stream]
-    plan["inner"] = [0] * 16
-    assert kernels.kept(plan)[owner["inner.weight"]] == [0], "one stays"
+    bits["third"][0] = 0
+    assert 0 in channels.kept(bits)[stream], "two layers make the stream"
+    bits["second"][0] = 0
+    assert 0 not in channels.kept(bits)[stream]
+    bits["inner"] = [0] * 16
+    assert channels.kept(bits)[owner["inner.weight"]] == (0,), "one stays"
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_policy_per_kernel_survives_to_the_file(parts: Any, seed: int, tmp_path: Path) -> None:
+def test_bits_by_channel_survive_to_the_file(cost: CostModel, seed: int, tmp_path: Path) -> None:
     """Costs agree, zero rows and all; what is pruned counts nothing; the static graph has the gated one's codes, and
     comes back from its file as it was."""
-    graph, groups, cost = parts
-    kernels = kernels_of(*parts, BUDGET, SHORT)
-    plan = drawn(kernels, seed)
-    policy = policy_of(kernels, plan, 0)
+    groups, channels = cost.groups, channels_of(cost)
+    plan = channels.plan(drawn(channels, seed))
+    policy = channels.problem.policy(plan, "ajpq")
     assert Policy.from_json(policy.to_json()) == policy
     policy.check(groups.fingerprint, {g.name: g.size for g in groups.values()}, cost.weights, cost.activations)
-    bits = kept_bits(groups, cost, policy)
-    total = cost.evaluate(policy.kept, bits, policy.activation_bits)
-    assert total == kernels.cost_of(plan)
-    slimmed = slim(graph, groups, policy.kept)
+    bits = slim_bits(groups, policy.plan)
+    whole = cost.evaluate(plan)
+    assert cost.evaluate(policy.plan) == whole
+    assert channels.problem.price(plan) == {"size": whole.stored_bits}
+    slimmed = slim(groups.inference.graph_module, groups, policy.kept)
+    after = cost_model(slimmed, channel_groups(slimmed))
+    assert after.evaluate(Plan({}, bits, policy.activation_bits)).bops == whole.bops
     gated = insert_gates(slimmed, groups, channels=False)
     apply_bits(gated, bits, policy.activation_bits)
     calibrate(gated, None, inputs=(IMAGES,))
@@ -141,7 +156,7 @@ def test_a_policy_per_kernel_survives_to_the_file(parts: Any, seed: int, tmp_pat
     assert torch.equal(load_pt2(str(path))(IMAGES), static(IMAGES))
 
 
-def test_bits_per_kernel_are_fine_tuned() -> None:
+def test_bits_by_channel_are_fine_tuned() -> None:
     torch.manual_seed(0)
     data = [(torch.randn(8, 1, 8, 8), torch.arange(8) % 5) for _ in range(3)]
     config = Config(ajpq=SHORT, epochs=1, training=Training(norm_batches=1))
@@ -150,40 +165,35 @@ def test_bits_per_kernel_are_fine_tuned() -> None:
     assert torch.isfinite(result.model(IMAGES)).all()
 
 
-def test_stored_bits_are_counted_by_hand(parts: Any) -> None:
-    _, groups, cost = parts
-    kernels = kernels_of(*parts, BUDGET, SHORT)
-    plan = drawn(kernels, 3)
-    kept = kernels.kept(plan)
+def test_stored_bits_are_counted_by_hand(cost: CostModel) -> None:
+    channels = channels_of(cost)
+    bits = drawn(channels, 3)
+    kept = channels.kept(bits)
     by_name = {
-        next(iter(layer.weights)): row for layer, row in zip(cost.layers, kernels.cost_of(plan).layers, strict=True)
+        next(iter(layer.weights)): row for layer, row in zip(cost.layers, spent(channels, bits).layers, strict=True)
     }
-    owner = {m.tensor: g.name for g in groups.values() for m in g.members if m.dim == 0}
+    owner = {m.tensor: g.name for g in cost.groups.values() for m in g.members if m.dim == 0}
     inputs = len(kept[owner["stem.weight"]])
-    bits = [plan["first"][i] for i in kept[owner["first.weight"]]]
-    assert by_name["first"].stored_bits == 9 * inputs * sum(bits)
+    first = [bits["first"][i] for i in kept[owner["first.weight"]]]
+    assert by_name["first"].stored_bits == 9 * inputs * sum(first)
 
 
-def test_the_gated_network_is_the_slim_one(parts: Any) -> None:
+def test_the_gated_network_is_the_slim_one(cost: CostModel) -> None:
     """The reward is measured on masks; on the slim graph, statistics included, it is the same."""
-    graph, groups, cost = parts
-    kernels = kernels_of(*parts, BUDGET, SHORT)
-    reward = Reward(graph, groups, kernels, batches(), (IMAGES,), 1, 1)
+    groups, channels = cost.groups, channels_of(cost)
+    reward = Reward(channels, batches(), 1, 1)
     for seed in range(3):
-        plan = drawn(kernels, seed)
-        reward.apply(plan)
-        policy = policy_of(kernels, plan, 0)
-        slimmed = slim(with_tensors(graph, reward.statistics()), groups, policy.kept)
+        bits = drawn(channels, seed)
+        reward.apply(bits)
+        plan = channels.plan(bits)
+        slimmed = slim(with_tensors(groups.inference.graph_module, reward.statistics()), groups, plan.kept)
         gated = insert_gates(slimmed, groups, channels=False)
-        bits = kept_bits(groups, cost, policy)
-        apply_bits(gated, bits, policy.activation_bits)
+        apply_bits(gated, slim_bits(groups, plan), plan.activation_bits)
         for gates_in in (weight_gates, activation_gates):
-            wide = gates_in(reward.network)
             for name, gate in gates_in(gated).items():
-                value = wide[name].range.detach()
+                value = gates_in(reward.network)[name].range
                 if gates_in is weight_gates:
-                    index = kernels.outputs[name]
-                    value = value[Slices(groups, policy.kept).index(index)]
+                    value = value[Slices(groups, plan.kept).index(groups.outputs[name])]
                 with torch.no_grad():
                     gate.range.copy_(value)
         x = batches()[0][0]
@@ -196,43 +206,47 @@ def test_the_gated_network_is_the_slim_one(parts: Any) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("budget", [Budget(size=0.2), Budget(bops=0.04), Budget(size=0.25, macs=0.8)])
-def test_every_episode_ends_inside_the_budget(parts: Any, seed: int, budget: Budget) -> None:
-    kernels = kernels_of(*parts, budget, SHORT)
-    agent = Agent(kernels, SHORT, seed)
+def test_every_episode_ends_inside_the_budget(cost: CostModel, seed: int, budget: Budget) -> None:
+    channels = channels_of(cost, budget)
+    agent = Agent(channels, SHORT, seed)
     agent.episode = seed
-    assert kernels.load(agent.play().bits) <= 1
-    plan = dict(kernels.least)
-    for name in kernels.names:
-        plan[name] = kernels.clip({**plan, name: [8] * len(plan[name])}, name)
-    assert kernels.load(plan) <= 1
+    assert budget.is_satisfied_by(spent(channels, agent.play().bits))
+    bits = dict(channels.least)
+    for name in channels.names:
+        bits[name] = channels.clip({**bits, name: [8] * len(bits[name])}, name)
+    assert budget.is_satisfied_by(spent(channels, bits))
+    assert channels.used(bits) <= 1
 
 
-def test_clipping_takes_the_least_important_first(parts: Any) -> None:
-    kernels = kernels_of(*parts, Budget(size=0.15), SHORT)
-    plan = {**kernels.least, "third": [8] * 8}
-    clipped = kernels.clip(plan, "third")
-    order = kernels.importance["third"].argsort().tolist()
-    assert clipped != plan["third"]
+def test_clipping_takes_the_least_important_first(cost: CostModel) -> None:
+    channels = channels_of(cost, Budget(size=0.15))
+    bits = {**channels.least, "third": [8] * 8}
+    clipped = channels.clip(bits, "third")
+    order = channels.importance["third"].argsort().tolist()
+    assert clipped != bits["third"]
     assert all(clipped[a] <= clipped[b] for a, b in itertools.pairwise(order))
-    loose = kernels_of(*parts, Budget(size=0.9), SHORT)
-    assert loose.clip(plan, "third") == plan["third"]
+    loose = channels_of(cost, Budget(size=0.9))
+    assert loose.clip(bits, "third") == bits["third"]
 
 
-def test_out_of_reach_says_what_is_reachable(parts: Any) -> None:
+def test_out_of_reach_says_what_is_reachable(cost: CostModel) -> None:
     for measure in ("size", "bops"):
         with pytest.raises(InfeasibleBudget) as caught:
-            ajpq(*parts, Budget(**{measure: 1e-3}), batches(), inputs=(IMAGES,), search=SHORT)
+            searched(cost, Budget(**{measure: 1e-3}))
         least = caught.value.least[measure]
         assert least > 1e-3
         short = SHORT.model_copy(update={"episodes": 1})
-        assert ajpq(*parts, Budget(**{measure: least}), batches(), inputs=(IMAGES,), search=short)
+        assert searched(cost, Budget(**{measure: least}), settings=short)
 
 
 # The controllers
 
 
 def test_scores_become_bits() -> None:
-    assert bits_of(torch.tensor([-9.0, -1.51, -1.5, -0.51, -0.5, 0.49, 0.5, 9.0])) == [0, 0, 2, 2, 4, 4, 8, 8]
+    scores = torch.tensor([-9.0, -1.51, -1.5, -0.51, -0.5, 0.49, 0.5, 9.0])
+    assert bits_of(scores, LEVELS) == [0, 0, 2, 2, 4, 4, 8, 8]
+    assert bits_of(scores, (3, 6)) == [3, 3, 3, 3, 3, 3, 6, 6]
+    assert bits_of(scores, (8,)) == [8] * 8
 
 
 def test_the_score_is_the_gradient_of_the_log_density() -> None:
@@ -252,15 +266,15 @@ def test_the_score_is_the_gradient_of_the_log_density() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_controllers_learn_what_is_rewarded(parts: Any) -> None:
+def test_the_controllers_learn_what_is_rewarded(cost: CostModel) -> None:
     """A reward that counts bits in one layer and against those of another moves both the right way."""
     settings = Ajpq(episodes=150, group=5, lr=0.02)
-    kernels = kernels_of(*parts, BUDGET, settings)
+    channels = channels_of(cost, settings=settings)
 
     def bits(plan: Any, name: str) -> float:
         return sum(plan[name]) / len(plan[name])
 
-    agent = Agent(kernels, settings, 0)
+    agent = Agent(channels, settings, 0)
     before = agent.play().bits
     while agent.episode < settings.episodes:
         trials = [agent.play() for _ in range(settings.group)]
@@ -269,26 +283,25 @@ def test_the_controllers_learn_what_is_rewarded(parts: Any) -> None:
         agent.learn(trials)
     after = [agent.play().bits for _ in range(10)]
     gained = sum(bits(p, "third") - bits(p, "first") for p in after) / len(after)
-    # reason: what is left of a budget goes to kernels of 2 bits first, so the first layer does not stay that low
+    # reason: what is left of a budget goes to channels of 2 bits first, so the first layer does not stay that low
     assert gained > bits(before, "third") - bits(before, "first") + 1
 
 
 # Runs
 
 
-def test_deterministic_and_within_the_budget(parts: Any) -> None:
-    graph, _, _ = parts
-    one, two = (ajpq(*parts, BUDGET, batches(), inputs=(IMAGES,), search=SHORT, seed=5) for _ in range(2))
-    assert one.policy == two.policy
+def test_deterministic_and_within_the_budget(cost: CostModel) -> None:
+    graph = cost.groups.inference.graph_module
+    one, two = (searched(cost, seed=5) for _ in range(2))
+    assert one.plan == two.plan
     assert all(torch.equal(v, two.tensors[n]) for n, v in one.tensors.items())
     assert one.tensors.keys() == dict(graph.named_buffers()).keys()
-    bits = kept_bits(parts[1], parts[2], one.policy)
-    assert BUDGET.is_satisfied_by(parts[2].evaluate(one.policy.kept, bits, one.policy.activation_bits))
-    assert one.policy.weight_bits["stem"] == one.policy.weight_bits["head"] == 8
+    assert BUDGET.is_satisfied_by(cost.evaluate(one.plan))
+    assert one.plan.weight_bits["stem"] == one.plan.weight_bits["head"] == 8
 
 
-def test_a_stopped_run_ends_as_one_that_was_not(parts: Any, tmp_path: Path) -> None:
-    whole = ajpq(*parts, BUDGET, batches(), inputs=(IMAGES,), search=SHORT, seed=2)
+def test_a_stopped_run_ends_as_one_that_was_not(cost: CostModel, tmp_path: Path) -> None:
+    whole = searched(cost, seed=2)
 
     class Stop(Exception):
         pass
@@ -297,31 +310,28 @@ def test_a_stopped_run_ends_as_one_that_was_not(parts: Any, tmp_path: Path) -> N
         if progress.step == 5:
             raise Stop
 
-    def run(progress: Any, identity: Any = 1) -> Any:
+    def run(observer: Any, identity: Any = 1) -> SearchResult:
         with Checkpoints(tmp_path, {"run": identity}) as checkpoints:
-            return ajpq(
-                *parts, BUDGET, batches(), inputs=(IMAGES,), search=SHORT, seed=2, checkpoints=checkpoints,
-                progress=progress,
-            )  # fmt: skip
+            return searched(cost, seed=2, checkpoints=checkpoints, observer=observer)
 
     with pytest.raises(Stop):
         run(stop)
     seen: list[int] = []
     again = run(lambda p: seen.append(p.step))
     assert seen == [4, 5, 6, 7, 8, 9]
-    assert again.policy == whole.policy
+    assert again.plan == whole.plan
     assert all(torch.equal(v, whole.tensors[n]) for n, v in again.tensors.items())
     with pytest.raises(CheckpointMismatch):
         run(None, identity=2)
 
 
-def test_one_image_is_enough_and_labels_are_needed(parts: Any) -> None:
-    found = ajpq(*parts, BUDGET, batches(1, 1), inputs=(IMAGES,), search=SHORT)
+def test_one_image_is_enough_and_labels_are_needed(cost: CostModel) -> None:
+    found = searched(cost, data=batches(1, 1))
     assert all(torch.isfinite(t).all() for t in found.tensors.values())
     with pytest.raises(DataError, match="no labels"):
-        ajpq(*parts, BUDGET, [IMAGES], inputs=(IMAGES,), search=SHORT)
+        searched(cost, data=[IMAGES])
     with pytest.raises(DataError, match="no batch"):
-        ajpq(*parts, BUDGET, [], inputs=(IMAGES,), search=SHORT)
+        searched(cost, data=[])
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3])
@@ -329,21 +339,19 @@ def test_zero_and_constant_weights(value: float) -> None:
     module = Residual()
     with torch.no_grad():
         module.third.weight.fill_(value)
-    parts = analysed(module)
-    found = ajpq(*parts, BUDGET, batches(), inputs=(IMAGES,), search=SHORT)
+    found = searched(cost_of(module, IMAGES))
     assert all(torch.isfinite(t).all() for t in found.tensors.values())
 
 
 def test_a_network_with_nothing_to_decide() -> None:
-    parts = analysed(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)))
-    found = ajpq(*parts, Budget(bops=1 / 16), batches(), inputs=(IMAGES,), search=SHORT)
-    assert found.policy.weight_bits == {"1": 8}
+    found = searched(cost_of(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), IMAGES), Budget(bops=1 / 16))
+    assert found.plan.weight_bits == {"1": 8}
     assert Trial({}).reward == float("-inf")
 
 
 def test_non_finite_weights_are_named() -> None:
-    graph, groups, cost = analysed(Residual())
+    cost = cost_of(Residual(), IMAGES)
     with torch.no_grad():
-        graph.get_parameter("third.weight")[0, 0] = torch.inf
+        cost.groups.inference.graph_module.get_parameter("third.weight")[0, 0] = torch.inf
     with pytest.raises(WeightsError, match="'third'"):
-        ajpq(graph, groups, cost, BUDGET, batches(), inputs=(IMAGES,), search=SHORT)
+        searched(cost)

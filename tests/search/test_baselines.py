@@ -10,26 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from benchmarks._cifar_models import CifarResNet
-from sbs_fx.passes import (
-    ChannelGroups,
-    CostModel,
-    activation_gates,
-    channel_gates,
-    channel_groups,
-    cost_model,
-    insert_gates,
-    trace,
-    weight_gates,
-)
-from sbs_fx.passes.channels.importance import kernel_multiple
+from sbs_fx.passes import CostModel, activation_gates, channel_gates, insert_gates, weight_gates
 from sbs_fx.passes.oracles.slimming import activations
 from sbs_fx.plan import Budget
 from sbs_fx.plan.errors import InputError
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
-from sbs_fx.search.baselines.bayesian_bits import BayesianSearch, bayesian_bits
+from sbs_fx.search import Keep, Problem, Run, Search, SearchResult, bayesian_bits, multi_path
+from sbs_fx.search.baselines.bayesian_bits import BayesianSearch
 from sbs_fx.search.baselines.hard_concrete import (
     HardConcreteChannelGate,
     HardConcreteQuantizer,
@@ -37,26 +27,19 @@ from sbs_fx.search.baselines.hard_concrete import (
     drawn_gates,
     open_probability,
 )
-from sbs_fx.search.baselines.multi_path import MultiPathSearch, multi_path
+from sbs_fx.search.baselines.multi_path import MultiPathSearch
 from sbs_fx.search.baselines.split_paths import split_paths
-from sbs_fx.search.gate_search import Draft, Search
-from sbs_fx.search.sbs import Searched
-from sbs_fx.search.settle import Space, _moves
+from sbs_fx.search.repair import BudgetRepair, Harm
 from sbs_fx.training import Checkpoints, Progress, Training
 from tests.networks.small import digits, network
+from tests.oracles.problems import cost_of, problem_of
 
 OPEN, CLOSED = 50.0, -50.0  # phi at which every draw is 1, or 0
-Analysed = tuple[fx.GraphModule, ChannelGroups, CostModel]
-
-
-def analysed(module: nn.Module, x: Tensor) -> Analysed:
-    graph = trace(module.eval(), x)
-    groups = channel_groups(graph)
-    return graph, groups, cost_model(graph, groups)
+DIGITS = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def trained() -> Analysed:
+def trained() -> CostModel:
     """A float network that has learned the digits."""
     module = network()
     optimiser = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
@@ -65,7 +48,7 @@ def trained() -> Analysed:
             optimiser.zero_grad()
             nn.functional.cross_entropy(module(images), labels).backward()
             optimiser.step()
-    return analysed(module, torch.randn(2, 1, 8, 8))
+    return cost_of(module, DIGITS)
 
 
 # Hard-concrete gates
@@ -239,8 +222,10 @@ def test_channel_gate() -> None:
 
 
 def test_regulariser_is_the_papers_sum() -> None:
-    graph, groups, cost = analysed(CifarResNet(8), torch.randn(2, 3, 32, 32))
-    stage = BayesianSearch(insert_gates(graph, groups), groups, cost, Budget(bops=0.05), Search())
+    every = Keep(place="ends", weight_bits=(2, 4, 8), activation_bits=(2, 4, 8))
+    problem = problem_of(CifarResNet(8), torch.randn(2, 3, 32, 32), Budget(bops=0.05), constraints=(every,))
+    cost = problem.cost
+    stage = BayesianSearch(insert_gates(problem.graph, problem.groups), problem, Search())
     total = 0.0
     macs = cost.reference.macs
     for layer in cost.reference.layers:
@@ -286,7 +271,8 @@ class Branches(nn.Module):
 )
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_one_path_is_the_fixed_graph_node_for_node(make: Callable[[], nn.Module], x: Tensor, bits: int) -> None:
-    graph, groups, cost = analysed(make(), x)
+    cost = cost_of(make(), x)
+    groups, graph = cost.groups, cost.groups.inference.graph_module
     single, split = (insert_gates(graph, groups, channels=False) for _ in range(2))
     fixed = ({next(iter(cost.weights)): 8}, {next(iter(cost.activations)): 8})
     choices = split_paths(split, cost, fixed)
@@ -317,20 +303,21 @@ def test_one_path_is_the_fixed_graph_node_for_node(make: Callable[[], nn.Module]
 
 
 def test_what_is_split_and_what_is_left() -> None:
-    graph, groups, cost = analysed(Branches(), torch.randn(2, 3, 6, 6))
-    gated = insert_gates(graph, groups, channels=False)
-    fixed = ({"stem": 8, "head": 8}, {next(iter(cost.activations)): 8, "mean": 8})
-    stage = MultiPathSearch(gated, groups, cost, Budget(bops=0.05), Search(), fixed=fixed)
+    problem = problem_of(Branches(), torch.randn(2, 3, 6, 6), Budget(bops=0.05))
+    graph, cost = problem.graph, problem.cost
+    gated = insert_gates(graph, problem.groups, channels=False)
+    stage = MultiPathSearch(gated, problem, Search())
+    assert stage.fixed == ({"stem": 8, "head": 8}, {next(iter(cost.activations)): 8, "mean": 8})
     parameters = dict(gated.named_parameters())
     assert set(stage.choices) == {"left", "right", "shared"}
     assert "left.weight" not in parameters
     assert "stem.weight" in parameters
     assert len(stage.choices["shared"].reads) == 2
     # the operands of the two products of activations search by thresholds, everything else by paths
-    assert set(stage.searched["w"]) == set()
+    assert set(stage.searched["weight"]) == set()
     products = {n for n, places in cost.activations.items() if any(layer.kind == "matmul" for layer, _ in places)}
     assert len(products) >= 3
-    assert set(stage.searched["a"]) == products
+    assert set(stage.searched["activation"]) == products
     shared_input = stage.choices["left"].reads[0]
     assert stage.readers[shared_input] == [stage.choices["left"].paths, stage.choices["right"].paths]
     with torch.no_grad():
@@ -340,59 +327,51 @@ def test_what_is_split_and_what_is_left() -> None:
     _, weight_bits, activation_bits = stage.expectations()
     mean = (weight_bits["left"].item() + weight_bits["right"].item()) / 2
     assert activation_bits[shared_input].item() == pytest.approx(mean)
-    draft = stage.draft()
-    assert (draft.weight_bits["left"], draft.weight_bits["right"], draft.weight_bits["stem"]) == (2, 4, 8)
-    assert draft.activation_bits[shared_input] == 4
-    assert draft.weight_bits.keys() == cost.weights.keys()
-    assert draft.activation_bits.keys() == cost.activations.keys()
-    tensors = stage.tensors(graph, draft.weight_bits)
+    plan = stage.plan()
+    assert (plan.weight_bits["left"], plan.weight_bits["right"], plan.weight_bits["stem"]) == (2, 4, 8)
+    assert plan.activation_bits[shared_input] == 4
+    assert plan.weight_bits.keys() == cost.weights.keys()
+    assert plan.activation_bits.keys() == cost.activations.keys()
+    tensors = stage.tensors(graph, plan)
     assert tensors.keys() == dict(graph.state_dict()).keys()
     assert torch.equal(tensors["left.weight"], parameters[stage.choices["left"].copies[2]])
     with pytest.raises(InputError, match="prunes nothing"):
-        MultiPathSearch(gated, groups, cost, Budget(bops=0.05), Search(decisions="channels"), fixed=fixed)
+        multi_path(problem.within(quantise=False), Run([(torch.randn(2, 3, 6, 6), torch.tensor([0, 1]))]))
 
 
 # End to end
 
 
-def run(method: Any, found: Analysed, budget: Budget, seed: int = 0, **options: Any) -> tuple[Searched, list[Progress]]:
+def run(method: Any, problem: Problem, **options: Any) -> tuple[SearchResult, list[Progress]]:
     steps: list[Progress] = []
-    searched = method(
-        *found,
-        budget,
-        digits(shuffle=True, count=1024),
-        inputs=(torch.randn(2, 1, 8, 8),),
-        search=Search(epochs=2, lr=0.02, **options),
-        settings=Training(distillation=0.0),
-        seed=seed,
-        progress=steps.append,
-    )
-    return searched, steps
+    data, settings = digits(shuffle=True, count=1024), Search(epochs=2, lr=0.02, **options)
+    return method(problem, Run(data, settings, Training(distillation=0.0), observer=steps.append)), steps
 
 
 @pytest.mark.parametrize("method", [bayesian_bits, multi_path])
-def test_it_meets_the_budget_and_leaves_no_room(method: Any, trained: Analysed) -> None:
-    graph, groups, cost = trained
+def test_it_meets_the_budget_and_leaves_no_room(method: Any, trained: CostModel) -> None:
+    groups, graph = trained.groups, trained.groups.inference.graph_module
     before = {name: value.clone() for name, value in graph.state_dict().items()}
+    prunes = method is bayesian_bits
     for share in (0.02, 0.04):
         budget = Budget(bops=share)
-        searched, steps = run(method, trained, budget)
-        policy = searched.policy
-        policy.check(groups.fingerprint, {g.name: g.size for g in groups.values()}, cost.weights, cost.activations)
-        assert policy.method == method.__name__
-        total = cost.evaluate(policy.kept, policy.weight_bits, policy.activation_bits)
-        assert budget.is_satisfied_by(total)
+        problem = problem_of(trained, DIGITS, budget)
+        searched, steps = run(method, problem)
+        plan = searched.plan
+        policy = problem.policy(plan, method.__name__)
+        policy.check(
+            groups.fingerprint, {g.name: g.size for g in groups.values()}, trained.weights, trained.activations
+        )
+        assert budget.is_satisfied_by(trained.evaluate(plan))
         # a network this small has steps of more than 1 %: none of them fits any more
-        prunes = method is bayesian_bits
-        blocks = {n: (torch.ones(group.size), kernel_multiple(group, None)) for n, group in groups.items() if prunes}
-        space = Space(("4",), ("max_pool2d",), blocks)
-        draft = Draft(dict(policy.weight_bits), policy.activation_bits, policy.kept)  # type: ignore[arg-type]
-        for move in _moves(draft, space, down=False):
-            after = move.applied(draft)
-            dearer = cost.evaluate(after.kept, after.weight_bits, after.activation_bits)
-            assert not budget.is_satisfied_by(dearer), move
-        assert policy.weight_bits["0"] == policy.weight_bits["9"] == 8
-        assert prunes or all(len(kept) == policy.sizes[name] for name, kept in policy.kept.items())
+        harm = Harm(insert_gates(graph, groups), [], {})
+        scores = {n: torch.ones(group.size) for n, group in groups.items()}
+        repair = BudgetRepair(problem.within(prune=prunes), harm, scores)
+        assert repair.choices
+        for move in repair._moves(plan, down=False):
+            assert not budget.is_satisfied_by(trained.evaluate(move.applied(plan))), move
+        assert plan.weight_bits["0"] == plan.weight_bits["9"] == 8
+        assert prunes or all(len(kept) == groups[name].size for name, kept in plan.kept.items())
         assert searched.tensors.keys() == before.keys()
         assert not torch.equal(searched.tensors["4.weight"], before["4.weight"])
         assert all(math.isfinite(step.loss) for step in steps)
@@ -402,26 +381,22 @@ def test_it_meets_the_budget_and_leaves_no_room(method: Any, trained: Analysed) 
 
 
 @pytest.mark.parametrize("method", [bayesian_bits, multi_path])
-def test_a_seed_decides_everything(method: Any, trained: Analysed) -> None:
-    results = [run(method, trained, Budget(bops=0.03), seed)[0] for seed in (0, 0, 1)]
-    assert results[0].policy == results[1].policy
+def test_a_seed_decides_everything(method: Any, trained: CostModel) -> None:
+    results = [run(method, problem_of(trained, DIGITS, Budget(bops=0.03), seed))[0] for seed in (0, 0, 1)]
+    assert results[0].plan == results[1].plan
     assert all(torch.equal(value, results[1].tensors[name]) for name, value in results[0].tensors.items())
     assert any(not torch.equal(value, results[2].tensors[name]) for name, value in results[0].tensors.items())
 
 
 @pytest.mark.parametrize("method", [bayesian_bits, multi_path])
-def test_an_interrupted_search_goes_on(method: Any, trained: Analysed, tmp_path: Path) -> None:
-    def search(progress: Any = None, directory: str = "whole") -> Searched:
+def test_an_interrupted_search_goes_on(method: Any, trained: CostModel, tmp_path: Path) -> None:
+    def search(observer: Any = None, directory: str = "whole") -> SearchResult:
+        data, settings = digits(shuffle=True, count=512), Search(epochs=2, lr=0.02)
         with Checkpoints(tmp_path / directory, {"run": "test"}) as checkpoints:
+            options: dict[str, Any] = {"checkpoints": checkpoints, "observer": observer}
             return method(
-                *trained,
-                Budget(bops=0.03),
-                digits(shuffle=True, count=512),
-                inputs=(torch.randn(2, 1, 8, 8),),
-                search=Search(epochs=2, lr=0.02),
-                settings=Training(checkpoint_every=3),
-                checkpoints=checkpoints,
-                progress=progress,
+                problem_of(trained, DIGITS, Budget(bops=0.03)),
+                Run(data, settings, Training(checkpoint_every=3), **options),
             )
 
     def stop(step: Progress) -> None:
@@ -431,16 +406,16 @@ def test_an_interrupted_search_goes_on(method: Any, trained: Analysed, tmp_path:
     with pytest.raises(KeyboardInterrupt):
         search(stop, "parts")
     whole, parts = search(), search(directory="parts")
-    assert whole.policy == parts.policy
+    assert whole.plan == parts.plan
     assert all(torch.equal(value, parts.tensors[name]) for name, value in whole.tensors.items())
 
 
-def test_a_fixed_multiplier_is_left_alone(trained: Analysed) -> None:
-    _, steps = run(bayesian_bits, trained, Budget(bops=0.03), lam=0.5)
+def test_a_fixed_multiplier_is_left_alone(trained: CostModel) -> None:
+    _, steps = run(bayesian_bits, problem_of(trained, DIGITS, Budget(bops=0.03)), lam=0.5)
     assert {step.measures["multiplier"]["bops"] for step in steps} == {0.5}
 
 
-def test_channels_alone(trained: Analysed) -> None:
-    searched, _ = run(bayesian_bits, trained, Budget(macs=0.6), decisions="channels")
-    assert set(searched.policy.weight_bits.values()) == {32}
-    assert any(len(kept) < searched.policy.sizes[name] for name, kept in searched.policy.kept.items())
+def test_channels_alone(trained: CostModel) -> None:
+    plan = run(bayesian_bits, problem_of(trained, DIGITS, Budget(macs=0.6), quantise=False))[0].plan
+    assert set(plan.weight_bits.values()) == {32}
+    assert any(len(kept) < trained.groups[name].size for name, kept in plan.kept.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -124,3 +125,10 @@ def test_limits_of_any_sign_and_size() -> None:
     assert allocate(zero).choices == (1,)
     with pytest.raises(InfeasibleBudget, match="no allocation"):
         allocate(Knapsack([np.array([1.0])], [np.array([[2.0]])], np.array([1.0])))
+
+
+@pytest.mark.parametrize("solve", [allocate, greedy])
+def test_nothing_to_allocate(solve: Callable[[Knapsack], Allocation]) -> None:
+    assert solve(Knapsack([], [], np.array([0.0, 3.0]))) == Allocation((), 0.0, 0.0, True)
+    with pytest.raises(InfeasibleBudget, match="nothing is left to allocate"):
+        solve(Knapsack([], [], np.array([1.0, -1.0])))

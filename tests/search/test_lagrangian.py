@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sbs_fx.search.solvers.lagrangian import Decision, Load, Polynomial, minimise
+from sbs_fx.passes.cost.polynomial import Polynomial
+from sbs_fx.search.solvers.lagrangian import Decision, Load, minimise
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -17,16 +18,16 @@ def test_the_multiplier_finds_what_enumeration_finds(seed: int) -> None:
     decisions, variables = [], [Polynomial.variable(i) for i in range(6)]
     for _ in range(6):
         damage = np.sort(draw.exponential(size=4) * np.array([8.0, 3, 1, 0]))[::-1]
-        decisions.append(Decision(np.array([1.0, 2, 4, 8]), damage))
-    costs = []
+        decisions.append(Decision({len(decisions): np.array([1.0, 2, 4, 8])}, damage))
+    costs, limits, start = [], [], np.full(6, 8.0)
     for limit in (0.3, 0.4)[: 1 + seed % 2]:
         cost = Polynomial({})
         for _ in range(8):
             i, j = draw.integers(6, size=2)
             cost = cost + variables[i] * variables[j] * float(draw.uniform(0.1, 1))
-        whole = float(Load([cost], 6)(np.full(6, 8.0))[0])
-        costs.append(cost * (1 / (limit * whole)))
-    load = Load(costs, 6)
+        costs.append(cost)
+        limits.append(limit * float(Load([cost], [1], start, decisions)(start)[0]))
+    load = Load(costs, limits, start, decisions)
     chosen = minimise(decisions, load)
     assert chosen is not None
 
@@ -34,7 +35,8 @@ def test_the_multiplier_finds_what_enumeration_finds(seed: int) -> None:
         return sum(d.damage[i] for d, i in zip(decisions, at, strict=True))
 
     def fits(at: Any) -> bool:
-        return bool((load(np.array([d.values[i] for d, i in zip(decisions, at, strict=True)])) <= 1).all())
+        x = np.array([d.values[n][i] for n, (d, i) in enumerate(zip(decisions, at, strict=True))])
+        return bool((load(x) <= limits).all())
 
     assert fits(chosen)
     every = [at for at in itertools.product(range(4), repeat=6) if fits(at)]
@@ -50,12 +52,29 @@ def test_polynomials_multiply_out() -> None:
     x, y = Polynomial.variable(0), Polynomial.variable(1)
     product = (2 * x + y * 3.0 + 1) * (x + y) + 5
     assert product.terms == {(0, 0): 2, (0, 1): 5, (1, 1): 3, (0,): 1, (1,): 1, (): 5}
-    assert float(Load([product], 2)(np.array([2.0, 3.0]))[0]) == (2 * 2 + 3 * 3 + 1) * 5 + 5
+    assert product(np.array([2, 3])) == (2 * 2 + 3 * 3 + 1) * 5 + 5
+    assert float(Load([product], [1], np.zeros(2), [])(np.array([2.0, 3.0]))[0]) == (2 * 2 + 3 * 3 + 1) * 5 + 5
 
 
 def test_out_of_reach_is_none_and_all_is_kept_where_it_fits() -> None:
-    decisions = [Decision(np.array([1.0, 2.0]), np.array([1.0, 0.0]))] * 2
+    decisions = [Decision({i: np.array([1.0, 2.0])}, np.array([1.0, 0.0])) for i in range(2)]
     cost = Polynomial.variable(0) * Polynomial.variable(1)
-    assert minimise(decisions, Load([cost * 1.01], 2)) is None
-    assert minimise(decisions, Load([cost], 2)) == [0, 0]
-    assert minimise(decisions, Load([cost * 0.25], 2)) == [1, 1]
+    for limit, chosen in ((0.99, None), (1, [0, 0]), (3.99, [0, 1]), (4, [1, 1])):
+        found = minimise(decisions, Load([cost], [limit], np.zeros(2), decisions))
+        assert found is chosen or sorted(found) == chosen
+
+
+def test_a_decision_that_moves_two_variables() -> None:
+    """As the bits of a weight do, whose scales are stored only where it is quantised."""
+    decisions = [
+        Decision({0: np.array([2.0, 32.0]), 1: np.array([1.0, 0.0])}, np.array([1.0, 0.0])),
+        Decision({2: np.array([1.0, 2.0, 3.0])}, np.array([2.0, 1.0, 0.0])),
+    ]
+    cost = (Polynomial.variable(0) * 10 + Polynomial.variable(1) * 7) * Polynomial.variable(2)
+    load = Load([cost], [100], np.zeros(3), decisions)
+    x = np.array([2.0, 1.0, 2.0])
+    assert load.along(x, 0, decisions[0], 0, load(x)).tolist() == [[54.0, 640.0]]
+    assert load.along(x, 1, decisions[1], 1, load(x)).tolist() == [[27.0, 54.0, 81.0]]
+    assert minimise(decisions, load) == [0, 2]
+    assert minimise(decisions, Load([cost], [320], np.zeros(3), decisions)) == [0, 2], "2 + 0 is more than 1 + 0"
+    assert minimise(decisions, Load([cost], [26], np.zeros(3), decisions)) is None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 
 from benchmarks._cifar_models import CifarResNet
 from sbs_fx.calibration.calibrate import calibrate
-from sbs_fx.compress import kept_bits
-from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
+from sbs_fx.passes import CostModel, apply_bits, finalize, insert_gates, slim
+from sbs_fx.passes.channels.slim import slim_bits
 from sbs_fx.passes.graph import with_tensors
 from sbs_fx.plan import Budget, Policy
 from sbs_fx.plan.errors import InfeasibleBudget, WeightsError
 from sbs_fx.quantizer.superbit import max_level
-from sbs_fx.search.opq import Opq, _bit_decisions, _channel_decision, _load, opq
+from sbs_fx.search import Opq, Run, SearchResult, opq, uniform
+from sbs_fx.search.solvers.lagrangian import Decision, Load
 from sbs_fx.search.solvers.laplace import (
     allocate,
     choices,
@@ -37,25 +39,19 @@ from sbs_fx.search.solvers.laplace import (
     rounding_error,
     sparse_bits,
 )
-from sbs_fx.search.sparse import FORM_BITS, coded_bits, sparse_cost
-from sbs_fx.search.uniform import uniform
+from sbs_fx.search.sparse import largest, weight_tensors
 from sbs_fx.training import Training, train
 from sbs_fx.training.frozen import FrozenMasks
+from tests.oracles.problems import cost_of, even_plan, problem_of
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 ALLOCATION = Opq(shifts_norms=False)
 
 
-def analysed(module: nn.Module, x: Tensor = IMAGES) -> Any:
-    graph = trace(module.eval(), x)
-    groups = channel_groups(graph)
-    return graph, groups, cost_model(graph, groups)
-
-
 @pytest.fixture(scope="module")
-def resnet() -> Any:
+def resnet() -> CostModel:
     torch.manual_seed(0)
-    return analysed(CifarResNet(20, padded_shortcuts=True))
+    return cost_of(CifarResNet(20, padded_shortcuts=True), IMAGES)
 
 
 def plain() -> nn.Sequential:
@@ -66,15 +62,20 @@ def plain() -> nn.Sequential:
     )  # fmt: skip
 
 
-def realised(parts: Any, found: Any, x: Tensor = IMAGES) -> Any:
-    graph, groups, cost = parts
-    gated = insert_gates(slim(with_tensors(graph, found.tensors), groups, found.policy.kept), groups, channels=False)
-    apply_bits(gated, kept_bits(groups, cost, found.policy), found.policy.activation_bits)
+def allocated(cost: CostModel, budget: Budget, settings: Opq | None = None, **space: Any) -> SearchResult:
+    return opq(problem_of(cost, IMAGES, budget, **space), Run(settings=settings))
+
+
+def realised(cost: CostModel, found: SearchResult, x: Tensor = IMAGES) -> Any:
+    groups, plan = cost.groups, found.plan
+    graph = with_tensors(groups.inference.graph_module, found.tensors)
+    gated = insert_gates(slim(graph, groups, plan.kept), groups, channels=False)
+    apply_bits(gated, slim_bits(groups, plan), plan.activation_bits)
     calibrate(gated, None, inputs=(x,))
     return gated
 
 
-def weights_of(found: Any) -> dict[str, Tensor]:
+def weights_of(found: SearchResult) -> dict[str, Tensor]:
     return {n: t for n, t in found.tensors.items() if t.ndim > 1}
 
 
@@ -190,72 +191,72 @@ def test_one_global_threshold_where_worth_is_the_squared_norm() -> None:
 # Stored size
 
 
-def encoded(mask: Tensor, codes: Tensor, bits: int, r: int | None) -> tuple[str, Any]:
-    """An independent coder: a string of bits, by bitmap (r None) or runs."""
-    text = ""
-    if r is None:
-        text = "".join("1" if m else "0" for m in mask.tolist())
-        return text + "".join(f"{c:0{bits}b}" for c in codes[mask].tolist()), None
-    run = 0
-    for m, c in zip(mask.tolist(), codes.tolist(), strict=True):
-        if m:
-            text += f"{run:0{r}b}{c:0{bits}b}"
-            run = 0
-        elif run == 2**r - 1:
-            text += f"{run:0{r}b}{0:0{bits}b}"
-            run = 0
-        else:
-            run += 1
-    return text, r
+def encoded(mask: Tensor, codes: Tensor, bits: int) -> str:
+    """An independent coder: which weights stay, and the codes of those that do."""
+    text = "".join("1" if m else "0" for m in mask.tolist())
+    return text + "".join(f"{c:0{bits}b}" for c in codes[mask].tolist())
 
 
-def decoded(text: str, r: int, bits: int, total: int) -> list[int]:
-    values: list[int] = []
-    for k in range(0, len(text), r + bits):
-        values += [0] * int(text[k : k + r], 2) + [int(text[k + r : k + r + bits], 2)]
-    return values + [0] * (total - len(values))
+def decoded(text: str, bits: int, total: int) -> list[int]:
+    codes = iter(range(total, len(text), bits))
+    return [int(text[(k := next(codes)) : k + bits], 2) if kept == "1" else 0 for kept in text[:total]]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.002, 0.05, 0.5, 0.97])
-@pytest.mark.parametrize("bits", [2, 8])
-def test_coded_size_is_what_a_coder_writes(share: float, bits: int) -> None:
-    mask = torch.rand(4000) < share
-    codes = torch.randint(1, 2**bits, (4000,)) * mask
-    texts = [encoded(mask, codes, bits, r)[0] for r in (None, *range(1, 17))]
-    assert coded_bits(mask, bits) - FORM_BITS == min(4000 * bits, *map(len, texts))
-    for r in (2, 5, 9):
-        assert decoded(encoded(mask, codes, bits, r)[0], r, bits, 4000) == codes.tolist()
+@pytest.mark.parametrize("count", [1, 20, 1500, 3400, 3456])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_stored_size_is_what_a_coder_writes(count: int, bits: int) -> None:
+    cost = cost_of(plain(), IMAGES)
+    mask = (largest(weight_tensors(cost)["3"], count) != 0).flatten()
+    codes = torch.randint(1, 2**bits, mask.shape) * mask
+    text = encoded(mask, codes, bits)
+    assert decoded(text, bits, len(mask)) == codes.tolist()
+    dense = replace(even_plan(cost, bits, 8), nonzeros={})
+    sparse = replace(dense, nonzeros={"3": count})
+    (row,) = (layer for layer in cost.evaluate(sparse).layers if layer.name.startswith("3 "))
+    assert row.stored_bits == len(text)
+    assert cost.evaluate(dense).stored_bits - cost.evaluate(sparse).stored_bits == len(mask) * bits - len(text)
+    assert cost.price(sparse)["size"] == cost.evaluate(sparse).stored_bits
+    assert problem_of(cost, IMAGES, Budget(size=1.0)).price(sparse) == {"size": cost.evaluate(sparse).stored_bits}
 
 
 @pytest.mark.parametrize("share", [0.001, 0.02, 0.2, 0.6, 0.95])
 def test_expected_size_is_that_of_random_places(share: float) -> None:
     mask = torch.rand(400_000) < share
-    found = coded_bits(mask, 4) / 400_000
-    assert found == pytest.approx(float(sparse_bits(mask.double().mean().item(), 4)), rel=0.01, abs=2e-4)
+    found = min(4, len(encoded(mask, mask.long(), 4)) / 400_000)
+    assert found == pytest.approx(float(sparse_bits(mask.double().mean().item(), 4)))
 
 
 # One multiplier over decisions that multiply
 
 
-def test_the_polynomials_are_the_cost_model(resnet: Any) -> None:
-    graph, groups, cost = resnet
-    budget = Budget(bops=0.1, size=0.5, macs=0.7)
-    decisions = _bit_decisions(graph, cost, Opq())
-    scores = {g.name: torch.rand(g.size) for g in groups.values()}
-    decisions |= {("c", g.name): _channel_decision(g, cost, scores[g.name], 1) for g in groups.values()}
-    load = _load(cost, budget, list(decisions))
+def test_the_polynomials_are_the_cost_model(resnet: CostModel) -> None:
+    problem = problem_of(resnet, IMAGES, Budget(bops=0.1, size=0.5, macs=0.7), round_to=1)
+    choices_ = problem.space.choices
+    decisions = [Decision(resnet.moved(c.kind, c.name, c.values), np.zeros(len(c.values))) for c in choices_]
+    polynomials = [resnet.polynomials[measure] for measure in problem.limits]
+    start = resnet.values(problem.space.most)[0]
+    load = Load(polynomials, list(problem.limits.values()), start, decisions)
     draw = np.random.default_rng(0)
+
+    def at(places: list[int]) -> tuple[Any, list[float]]:
+        """Values of all variables, and what the walk over the layers gives."""
+        plan, x = problem.space.most, start.astype(float)
+        for choice, decision, k in zip(choices_, decisions, places, strict=True):
+            value: Any = choice.values[k]
+            plan = plan.with_value(choice.kind, choice.name, range(value) if choice.kind == "channels" else value)
+            for number, values in decision.values.items():
+                x[number] = values[k]
+        price = resnet.evaluate(plan).by_measure
+        return x, [price[measure] for measure in problem.limits]
+
     for _ in range(5):
-        value = {n: int(draw.choice(d.values)) for n, d in decisions.items()}
-        tables = [{n: v for (k, n), v in value.items() if k == kind} for kind in "cwa"]
-        shares = budget.shares(cost.evaluate(*tables))
-        x = np.array(list(value.values()), float)
-        expected = [shares[m] / limit for m, limit in budget.limits.items()]
+        places = [int(draw.integers(len(choice.values))) for choice in choices_]
+        x, expected = at(places)
         np.testing.assert_allclose(load(x), expected, rtol=1e-9)
-        i = int(draw.integers(len(x)))
-        along = load.along(x, i, np.array([1.0, 5.0]), load(x))
-        for k, v in enumerate((1.0, 5.0)):
-            np.testing.assert_allclose(along[:, k], load(np.where(np.arange(len(x)) == i, v, x)), rtol=1e-9)
+        i = int(draw.integers(len(choices_)))
+        along = load.along(x, i, decisions[i], places[i], load(x))
+        for k in range(len(choices_[i].values)):
+            np.testing.assert_allclose(along[:, k], at([*places[:i], k, *places[i + 1 :]])[1], rtol=1e-9)
 
 
 # Budgets
@@ -263,35 +264,33 @@ def test_the_polynomials_are_the_cost_model(resnet: Any) -> None:
 
 @settings(max_examples=15)
 @given(st.floats(0.012, 1.0), st.sampled_from(["bops", "size", "macs", "both"]))
-def test_a_budget_is_never_exceeded(resnet: Any, share: float, measure: str) -> None:
-    _, _, cost = resnet
+def test_a_budget_is_never_exceeded(resnet: CostModel, share: float, measure: str) -> None:
     share = share if measure == "bops" else max(share, 0.16)
     budget = Budget(bops=share, size=share) if measure == "both" else Budget(**{measure: share})
-    policy = opq(*resnet, budget, inputs=(IMAGES,), settings=ALLOCATION).policy
-    shares = budget.shares(cost.evaluate(policy.kept, policy.weight_bits, policy.activation_bits))
+    policy = problem_of(resnet, IMAGES, budget).policy(allocated(resnet, budget, ALLOCATION).plan, "opq")
+    shares = budget.shares(resnet.evaluate(policy.plan))
     assert all(shares[m] <= limit for m, limit in budget.limits.items())
     assert Policy.from_json(policy.to_json()) == policy
     assert all(len(k) % 8 == 0 for n, k in policy.kept.items() if 8 < policy.sizes[n] != len(k))
 
 
-@pytest.mark.parametrize("prunes", ["channels", "weights", "nothing"])
-def test_out_of_reach_says_what_is_reachable(resnet: Any, prunes: Any) -> None:
+@pytest.mark.parametrize(("prunes", "prune"), [("channels", True), ("weights", True), ("channels", False)])
+def test_out_of_reach_says_what_is_reachable(resnet: CostModel, prunes: Any, prune: bool) -> None:
     options = Opq(prunes=prunes, shifts_norms=False)
     for measure in ("bops", "size"):
         with pytest.raises(InfeasibleBudget) as caught:
-            opq(*resnet, Budget(**{measure: 1e-4}), inputs=(IMAGES,), settings=options)
+            allocated(resnet, Budget(**{measure: 1e-4}), options, prune=prune)
         least = caught.value.least[measure]
         assert least > 1e-4
-        assert opq(*resnet, Budget(**{measure: least * 1.01}), inputs=(IMAGES,), settings=options)
+        budget = Budget(**{measure: least * 1.01})
+        assert budget.is_satisfied_by(resnet.evaluate(allocated(resnet, budget, options, prune=prune).plan))
 
 
 @pytest.mark.parametrize("share", [0.2, 0.1, 1 / 12, 0.05])
-def test_single_weights_meet_a_size_to_a_thousandth(resnet: Any, share: float) -> None:
-    graph, _, cost = resnet
-    found = opq(
-        *resnet, Budget(size=share, bops=0.05), inputs=(IMAGES,), settings=Opq(prunes="weights", shifts_norms=False)
-    )
-    shares = Budget(size=share).shares(sparse_cost(cost, found.policy, found.tensors))
+def test_single_weights_meet_a_size_to_a_thousandth(resnet: CostModel, share: float) -> None:
+    graph = resnet.groups.inference.graph_module
+    found = allocated(resnet, Budget(size=share, bops=0.05), Opq(prunes="weights", shifts_norms=False))
+    shares = Budget(size=share).shares(resnet.evaluate(found.plan))
     assert 0.999 * share <= shares["size"] <= share
     assert shares["bops"] <= 0.05
     for name, masked in weights_of(found).items():
@@ -301,40 +300,37 @@ def test_single_weights_meet_a_size_to_a_thousandth(resnet: Any, share: float) -
         assert torch.equal(masked[kept], weight[kept])
         if not kept.all():
             assert weight[kept].abs().min() >= weight[~kept].abs().max()
-    static = finalize(realised(resnet, found, IMAGES))
+    assert {f"{n}.weight": k for n, k in found.plan.nonzeros.items()} == {
+        n: int(torch.count_nonzero(t)) for n, t in weights_of(found).items()
+    }
+    static = finalize(realised(resnet, found))
     for name, masked in weights_of(found).items():
         codes = dict(static.named_buffers()).get(name)
         if codes is not None:
             assert not codes[masked == 0].any()
 
 
-def test_no_damage_model_is_worse_than_uniform(resnet: Any) -> None:
+def test_no_damage_model_is_worse_than_uniform(resnet: CostModel) -> None:
     """At one budget, the output is closer to the float network's than under the uniform policy."""
-    graph, groups, cost = resnet
+    graph = resnet.groups.inference.graph_module
     x = torch.randn(16, 3, 16, 16)
     for share in (1 / 20, 1 / 40, 1 / 70):
+        problem = problem_of(resnet, IMAGES, Budget(bops=share))
         errors = []
-        for policy in (
-            opq(*resnet, Budget(bops=share), inputs=(IMAGES,)).policy,
-            uniform(groups, cost, Budget(bops=share)),
-        ):
-            gated = realised(resnet, type("Found", (), {"policy": policy, "tensors": {}}))
+        for plan in (opq(problem, Run()).plan, uniform(problem, Run(fine_tunes=True)).plan):
+            gated = realised(resnet, SearchResult(plan))
             with torch.no_grad():
                 errors.append(float((gated(x) - graph(x)).square().mean()))
         assert errors[0] < 0.7 * errors[1]
 
 
-def test_several_calls_agree_and_ends_stay_at_eight(resnet: Any) -> None:
+def test_several_calls_agree_and_ends_stay_at_eight(resnet: CostModel) -> None:
     for prunes in ("channels", "weights"):
-        one, two = (
-            opq(*resnet, Budget(size=0.12), inputs=(IMAGES,), settings=Opq(prunes=prunes), seed=3) for _ in range(2)
-        )
-        assert one.policy == two.policy
+        one, two = (allocated(resnet, Budget(size=0.12), Opq(prunes=prunes)) for _ in range(2))
+        assert one.plan == two.plan
         assert all(torch.equal(v, two.tensors[n]) for n, v in one.tensors.items())
-        assert {one.policy.weight_bits[n] for n in ("conv1", "fc")} == {8}
-    fixed = opq(
-        *resnet, Budget(bops=0.04), inputs=(IMAGES,), settings=Opq(weight_bits=4, activation_bits=8, shifts_norms=False)
-    ).policy
+        assert {one.plan.weight_bits[n] for n in ("conv1", "fc")} == {8}
+    fixed = allocated(resnet, Budget(bops=0.04), ALLOCATION, weight_bits=4, activation_bits=8).plan
     assert set(fixed.weight_bits.values()) == {4, 8}
     assert set(fixed.activation_bits.values()) == {8}
 
@@ -343,9 +339,10 @@ def test_several_calls_agree_and_ends_stay_at_eight(resnet: Any) -> None:
 
 
 def test_masks_and_steps_are_frozen() -> None:
-    parts = analysed(plain())
-    found = opq(*parts, Budget(size=0.08), inputs=(IMAGES,), settings=Opq(prunes="weights"))
-    gated = realised(parts, found)
+    cost = cost_of(plain(), IMAGES)
+    found = allocated(cost, Budget(size=0.08), Opq(prunes="weights"))
+    assert found.plan.nonzeros
+    gated = realised(cost, found)
     before = {n: p.detach().clone() for n, p in gated.named_parameters()}
     batches = [(torch.randn(8, 3, 16, 16), torch.arange(8) % 5) for _ in range(4)]
     train(FrozenMasks(gated), batches, epochs=2, lr=0.05, settings=Training(range_lr=0.01, norm_batches=0))
@@ -366,31 +363,29 @@ def test_zero_and_constant_weights(prunes: Any, value: float) -> None:
     module = plain()
     with torch.no_grad():
         module[3].weight.fill_(value)
-    parts = analysed(module)
+    cost = cost_of(module, IMAGES)
     budget = Budget(size=0.15)
-    found = opq(*parts, budget, inputs=(IMAGES,), settings=Opq(prunes=prunes))
-    assert budget.is_satisfied_by(sparse_cost(parts[2], found.policy, found.tensors))
-    assert torch.isfinite(finalize(realised(parts, found))(IMAGES)).all()
+    found = allocated(cost, budget, Opq(prunes=prunes))
+    assert budget.is_satisfied_by(cost.evaluate(found.plan))
+    assert torch.isfinite(finalize(realised(cost, found))(IMAGES)).all()
 
 
 def test_non_finite_weights_are_named() -> None:
-    module = plain()
-    parts = analysed(module)
+    cost = cost_of(plain(), IMAGES)
     with torch.no_grad():
-        parts[0].get_parameter("3.weight")[0, 0] = torch.nan
+        cost.groups.inference.graph_module.get_parameter("3.weight")[0, 0] = torch.nan
     with pytest.raises(WeightsError, match="'3'") as caught:
-        opq(*parts, Budget(bops=0.05), inputs=(IMAGES,))
+        allocated(cost, Budget(bops=0.05))
     assert caught.value.names == ("3",)
 
 
 def test_a_single_layer_has_a_single_choice() -> None:
-    parts = analysed(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)))
-    policy = opq(*parts, Budget(bops=1 / 16), inputs=(IMAGES,)).policy
-    assert policy.weight_bits == {"1": 8}
+    cost = cost_of(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), IMAGES)
+    assert allocated(cost, Budget(bops=1 / 16)).plan.weight_bits == {"1": 8}
     with pytest.raises(InfeasibleBudget):
-        opq(*parts, Budget(bops=1 / 17), inputs=(IMAGES,))
+        allocated(cost, Budget(bops=1 / 17))
 
 
 def test_nothing_is_shifted_without_batch_norms() -> None:
-    parts = analysed(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(1152, 3)))
-    assert not opq(*parts, Budget(bops=0.05), inputs=(IMAGES,)).tensors
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(1152, 3))
+    assert not allocated(cost_of(module, IMAGES), Budget(bops=0.05)).tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -18,116 +17,139 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sbs_fx
-from sbs_fx.passes import channel_groups, cost_model, insert_gates, slim, trace
+from sbs_fx.passes import CostModel, insert_gates, slim
 from sbs_fx.passes.channels.slim import scatter
-from sbs_fx.plan import Budget, Policy
+from sbs_fx.plan import Budget, Plan, Policy
 from sbs_fx.plan.errors import CheckpointMismatch, DataError, InfeasibleBudget
-from sbs_fx.search import Search, prune_then_quantise, sbs
-from sbs_fx.search.gate_search import Draft, GateSearch
-from sbs_fx.search.settle import Space, settle
-from sbs_fx.training import Checkpoints, Training
-from tests.oracles.search_runs import BUDGET, IMAGES, INTERRUPTED, SEARCH, digits, network, search
+from sbs_fx.search import Keep, Problem, Run, Search, SearchResult, prune_then_quantise, sbs
+from sbs_fx.search.gate_search import GateSearch
+from sbs_fx.search.repair import BudgetRepair, Harm
+from sbs_fx.search.sbs import GateTraining
+from sbs_fx.training import Checkpoints
+from tests.oracles.problems import cost_of, problem_of
+from tests.oracles.search_runs import (
+    BUDGET,
+    IMAGES,
+    INTERRUPTED,
+    SEARCH,
+    SETTINGS,
+    digits,
+    network,
+    search,
+)
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def analysed() -> Any:
-    graph = trace(network(), IMAGES)
-    groups = channel_groups(graph)
-    return graph, groups, cost_model(graph, groups)
+def cost() -> CostModel:
+    return cost_of(network(), IMAGES)
 
 
 @pytest.fixture(scope="module")
-def found() -> Any:
-    return search(None)
+def found() -> SearchResult:
+    return search(None)[1]
 
 
-def share(analysed: Any, policy: Policy, measure: str = "bops") -> float:
-    _, _, cost = analysed
-    spent = cost.evaluate(policy.kept, policy.weight_bits, policy.activation_bits)
-    return Budget(**{measure: 1.0}).shares(spent)[measure]
+def problem(cost: CostModel, budget: Budget = BUDGET, **space: Any) -> Problem:
+    return problem_of(cost, IMAGES, budget, **{"block": 1, **space})
+
+
+def run(data: Any = None, settings: Search = SEARCH, **options: Any) -> Run:
+    return Run(digits() if data is None else data, settings, **options)
+
+
+def share(cost: CostModel, plan: Plan, measure: str = "bops") -> float:
+    return Budget(**{measure: 1.0}).shares(cost.evaluate(plan))[measure]
 
 
 # What a search decides
 
 
-def test_the_budget_is_used_and_not_exceeded(analysed: Any, found: Any) -> None:
+def test_the_budget_is_used_and_not_exceeded(cost: CostModel, found: SearchResult) -> None:
     # reason: a channel of this network is 3.5 to 6 % of the budget
-    assert 0.965 * BUDGET.limits["bops"] <= share(analysed, found.policy) <= BUDGET.limits["bops"]
+    assert 0.965 * BUDGET.limits["bops"] <= share(cost, found.plan) <= BUDGET.limits["bops"]
 
 
 @pytest.mark.parametrize("start_is_better", [True, False])
 def test_the_end_is_judged_with_the_weights_from_before_too(
-    analysed: Any, start_is_better: bool, monkeypatch: pytest.MonkeyPatch
+    cost: CostModel, start_is_better: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever diverges less with the float weights wins here, the difference being large; with it go the weights."""
-    seen: list[Draft] = []
+    seen: list[Plan] = []
+    weight = cost.groups.inference.graph_module.get_parameter("0.weight")
 
-    def judge(gated: Any, draft: Draft, *_: Any) -> float:
-        assert torch.equal(gated.get_parameter("0.weight"), analysed[0].get_parameter("0.weight"))
-        seen.append(draft)
-        return 1e-12 if (len(seen) == 2) == start_is_better else 1e12  # what gates chose comes first
+    def judged(self: GateTraining, plan: Plan, ranges: Any) -> float:
+        seen.append(plan)
+        trained = not torch.equal(self.network.get_parameter("0.weight"), weight)
+        assert trained == (len(seen) <= 2)
+        if trained:
+            return divergence(self, plan, ranges)
+        return 1e-12 if (len(seen) == 4) == start_is_better else 1e12  # what gates chose comes first
 
-    monkeypatch.setattr(importlib.import_module("sbs_fx.search.sbs"), "divergence_of", judge)
-    result = sbs(*analysed, BUDGET, digits(), inputs=(IMAGES,), search=SEARCH)
-    chosen = seen[1] if start_is_better else seen[0]
-    assert len(seen) == 2
-    assert (dict(result.policy.weight_bits), result.policy.kept) == (chosen.weight_bits, chosen.kept)
-    weight = analysed[0].get_parameter("0.weight")
+    divergence = GateTraining._divergence
+    monkeypatch.setattr(GateTraining, "_divergence", judged)
+    result = sbs(problem(cost), run())
+    assert len(seen) == 4
+    assert seen[:2] == seen[2:]
+    assert result.plan == (seen[1] if start_is_better else seen[0])
     assert torch.equal(result.tensors["0.weight"], weight) == start_is_better
 
 
-def test_first_and_last_layer_stay_at_eight_bits(found: Any) -> None:
-    policy = found.policy
-    names, tensors = list(policy.weight_bits), list(policy.activation_bits)
-    assert {policy.weight_bits[names[0]], policy.weight_bits[names[-1]]} == {8}
-    assert {policy.activation_bits[tensors[0]], policy.activation_bits[tensors[-1]]} == {8}
+def test_first_and_last_layer_stay_at_eight_bits(found: SearchResult) -> None:
+    plan = found.plan
+    names, tensors = list(plan.weight_bits), list(plan.activation_bits)
+    assert {plan.weight_bits[names[0]], plan.weight_bits[names[-1]]} == {8}
+    assert {plan.activation_bits[tensors[0]], plan.activation_bits[tensors[-1]]} == {8}
 
 
-def test_the_same_seed_gives_the_same_search(found: Any) -> None:
-    again = search(None)
-    assert again.policy == found.policy
+def test_the_same_seed_gives_the_same_search(found: SearchResult) -> None:
+    _, again = search(None)
+    assert again.plan == found.plan
     assert all(torch.equal(value, again.tensors[name]) for name, value in found.tensors.items())
 
 
 @pytest.mark.parametrize(
-    ("decisions", "budget"),
-    [("bits", Budget(bops=1 / 50)), ("channels", Budget(macs=0.5)), ("joint", Budget(bops=1 / 40, size=0.12))],
+    ("prune", "quantise", "budget"),
+    [
+        (False, True, Budget(bops=1 / 50)),
+        (True, False, Budget(macs=0.5)),
+        (True, True, Budget(bops=1 / 40, size=0.12)),
+    ],
 )
-def test_decisions_can_be_restricted(analysed: Any, decisions: Any, budget: Budget) -> None:
-    options = SEARCH.model_copy(update={"decisions": decisions})
-    policy = sbs(*analysed, budget, digits(), inputs=(IMAGES,), search=options).policy
-    assert all(share(analysed, policy, m) <= limit for m, limit in budget.limits.items())
-    pruned = any(len(kept) < policy.sizes[name] for name, kept in policy.kept.items())
-    bits = {b for table in (policy.weight_bits, policy.activation_bits) for b in table.values()}
-    assert pruned or decisions != "channels"
-    assert not pruned or decisions != "bits"
-    assert bits == {32} if decisions == "channels" else bits <= {2, 4, 8}
+def test_decisions_can_be_restricted(cost: CostModel, prune: bool, quantise: bool, budget: Budget) -> None:
+    plan = sbs(problem(cost, budget, prune=prune, quantise=quantise), run()).plan
+    assert all(share(cost, plan, m) <= limit for m, limit in budget.limits.items())
+    pruned = any(len(kept) < cost.groups[name].size for name, kept in plan.kept.items())
+    bits = {b for table in (plan.weight_bits, plan.activation_bits) for b in table.values()}
+    assert pruned or quantise
+    assert not pruned or prune
+    assert bits <= {2, 4, 8} if quantise else bits == {32}
 
 
-def test_inner_groups_alone(analysed: Any) -> None:
-    graph, groups, cost = analysed
-    gated = insert_gates(graph, groups, block=4)
-    every = GateSearch(gated, groups, cost, BUDGET, Search()).channels
-    inner = GateSearch(gated, groups, cost, BUDGET, Search(inner_only=True)).channels
-    assert set(every) == set(inner) == set(groups)  # this network has no residual stream
-    none = GateSearch(gated, groups, cost, BUDGET, Search(decisions="bits")).channels
-    assert not none
+def test_inner_groups_alone(cost: CostModel) -> None:
+    def searched(**space: Any) -> set[str]:
+        given = problem(cost, block=4, **space)
+        gated = insert_gates(given.graph, given.groups, block=4)
+        return set(GateSearch(gated, given, Search()).channels)
+
+    # this network has no residual stream
+    assert searched() == searched(inner_only=True) == set(cost.groups)
+    assert not searched(prune=False)
 
 
-def test_a_search_begins_within_its_budget_and_stays_near(analysed: Any) -> None:
+def test_a_search_begins_within_its_budget_and_stays_near(cost: CostModel) -> None:
     seen: list[Any] = []
-    sbs(*analysed, BUDGET, digits(), inputs=(IMAGES,), search=SEARCH, progress=seen.append)
+    sbs(problem(cost), run(observer=seen.append))
     limit = BUDGET.limits["bops"]
     assert 0.9 * limit <= seen[0].measures["bops"] <= limit
     assert all(0.5 * limit < progress.measures["bops"] < 2 * limit for progress in seen)
 
 
-def test_thresholds_move_within_the_budget(analysed: Any) -> None:
+def test_thresholds_move_within_the_budget(cost: CostModel) -> None:
     """On its path the cost stays the same to first order, whatever the loss asks of them; above it, it falls."""
-    graph, groups, cost = analysed
-    training = GateSearch(insert_gates(graph, groups, block=4), groups, cost, BUDGET, Search())
+    given = problem(cost, block=4)
+    training = GateSearch(insert_gates(given.graph, given.groups, block=4), given, Search())
     training.before_step(0, 0.0)
     training.network(IMAGES)
     generator = torch.Generator().manual_seed(0)
@@ -154,13 +176,13 @@ def test_thresholds_move_within_the_budget(analysed: Any) -> None:
     assert max(moved) < 1e-4
 
 
-def test_gates_close_and_open_under_a_multiplier(analysed: Any) -> None:
+def test_gates_close_and_open_under_a_multiplier(cost: CostModel) -> None:
     """A fixed multiplier is kept; a high one closes gates that a low one leaves open, and never a whole group."""
     runs = []
     for lam in (1e-6, 50.0):
         seen: list[Any] = []
         options = SEARCH.model_copy(update={"lam": lam, "threshold_lr": 0.5})
-        sbs(*analysed, Budget(bops=1.0), digits(), inputs=(IMAGES,), search=options, progress=seen.append)
+        sbs(problem(cost, Budget(bops=1.0)), run(settings=options, observer=seen.append))
         runs.append(seen)
     few, many = runs
     assert {p.measures["multiplier"]["bops"] for p in many} == {50.0}
@@ -169,59 +191,67 @@ def test_gates_close_and_open_under_a_multiplier(analysed: Any) -> None:
     assert 0 < many[-1].measures["pruned"] < 1
 
 
-def test_prune_then_quantise(analysed: Any) -> None:
-    graph, groups, _ = analysed
-    found = prune_then_quantise(*analysed, Budget(bops=1 / 60), digits(), inputs=(IMAGES,), search=SEARCH)
-    assert share(analysed, found.policy) <= 1 / 60
-    assert share(analysed, found.policy, "macs") <= 1 / 1.5
-    slimmed = slim(graph, groups, found.policy.kept)
-    assert found.tensors.keys() == dict(graph.named_parameters()).keys() | dict(graph.named_buffers()).keys()
-    assert all(found.tensors[n].shape == t.shape for n, t in graph.state_dict().items())
+def test_prune_then_quantise(cost: CostModel) -> None:
+    groups = cost.groups
+    state = groups.inference.graph_module.state_dict()
+    found = prune_then_quantise(problem(cost, Budget(bops=1 / 60)), run())
+    assert share(cost, found.plan) <= 1 / 60
+    assert share(cost, found.plan, "macs") <= 1 / 1.5
+    slimmed = slim(groups.inference.graph_module, groups, found.plan.kept)
+    assert found.tensors.keys() == state.keys()
+    assert all(found.tensors[n].shape == t.shape for n, t in state.items())
     for name, part in slimmed.state_dict().items():
-        whole = scatter(groups, found.policy.kept, name, graph.state_dict()[name], torch.full_like(part, 7.0))
+        whole = scatter(groups, found.plan.kept, name, state[name], torch.full_like(part, 7.0))
         assert int((whole == 7.0).sum()) >= part.numel()
 
 
-# Settling
+# Budget repair
 
 
 @settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.floats(0.004, 0.2))
-def test_settling_never_exceeds_the_budget(analysed: Any, seed: int, limit: float) -> None:
-    graph, groups, cost = analysed
+def test_budget_repair_never_exceeds_the_budget(cost: CostModel, seed: int, limit: float) -> None:
+    groups = cost.groups
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(names: Any) -> dict[str, int]:
         return {n: (2, 4, 8)[int(torch.randint(3, (1,), generator=generator))] for n in names}
 
     kept = {n: sorted(torch.randperm(g.size, generator=generator)[: g.size // 2].tolist()) for n, g in groups.items()}
-    draft = Draft(drawn(cost.weights), drawn(cost.activations), kept)
-    scores = {n: (torch.rand(g.size, generator=generator), 4) for n, g in groups.items()}
-    space = Space(tuple(cost.weights), tuple(cost.activations), scores)
-    least = cost.evaluate(dict.fromkeys(groups, 4), dict.fromkeys(cost.weights, 2), dict.fromkeys(cost.activations, 2))
-    gated = insert_gates(graph, groups)
-    wanted = torch.full((2, 10), 0.1).log()
+    plan = Plan(kept, drawn(cost.weights), drawn(cost.activations))
+    scores = {n: torch.rand(g.size, generator=generator) for n, g in groups.items()}
+    every = (2, 4, 8)
+    ends = Keep(place="ends", weight_bits=every, activation_bits=every)
+    given_ = problem(cost, Budget(bops=limit), block=4, constraints=(ends,))
+    least = cost.evaluate(
+        Plan(
+            {n: range(4) for n in groups},
+            dict.fromkeys(cost.weights, 2),
+            dict.fromkeys(cost.activations, 2),
+        )
+    )
+    gated = insert_gates(given_.graph, groups)
+    teacher = torch.full((2, 10), 0.1).log()
+    repair = BudgetRepair(given_, Harm(gated, [(IMAGES, teacher)], {}), scores)
     budget = Budget(bops=limit)
     if not budget.is_satisfied_by(least):
         with pytest.raises(InfeasibleBudget) as error:
-            settle(gated, cost, budget, draft, space, [(IMAGES, wanted)])
+            repair(plan)
         assert error.value.least["bops"] == pytest.approx(budget.shares(least)["bops"])
         return
-    done = settle(gated, cost, budget, draft, space, [(IMAGES, wanted)])
-    spent = budget.shares(cost.evaluate(done.kept, done.weight_bits, done.activation_bits))["bops"]
-    assert spent <= limit
+    done = repair(plan)
+    assert budget.shares(cost.evaluate(done))["bops"] <= limit
     assert all(done.kept.values())
 
 
 # Costs
 
 
-def test_expected_costs_are_the_exact_ones_at_whole_numbers(analysed: Any, found: Any) -> None:
-    _, _, cost = analysed
-    p = found.policy
+def test_expected_costs_are_the_exact_ones_at_whole_numbers(cost: CostModel, found: SearchResult) -> None:
+    p = found.plan
     sizes = {n: torch.tensor(float(len(k)), dtype=torch.float64) for n, k in p.kept.items()}
     soft = cost.expected(sizes, p.weight_bits, p.activation_bits)
-    exact = cost.evaluate(p.kept, p.weight_bits, p.activation_bits)
+    exact = cost.evaluate(p)
     assert float(soft["bops"]) == exact.bops
     assert float(soft["macs"]) == exact.macs
     assert float(soft["size"]) == exact.stored_bits
@@ -238,9 +268,9 @@ def test_expected_costs_are_the_exact_ones_at_whole_numbers(analysed: Any, found
         ([(IMAGES, torch.tensor([3, 3]))], r"label \{3\} alone"),
     ],
 )
-def test_data_that_cannot_be_searched_on(analysed: Any, data: Any, message: str) -> None:
+def test_data_that_cannot_be_searched_on(cost: CostModel, data: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        sbs(*analysed, BUDGET, data, inputs=(IMAGES,))
+        sbs(problem(cost), run(data))
 
 
 # Going on
@@ -281,20 +311,14 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         assert torch.allclose(value, one[1][name], atol=5e-3), name  # reason: sums in another order flip codes
 
 
-def test_a_finished_search_is_not_run_again(tmp_path: Path, found: Any) -> None:
-    first = search(tmp_path)
+def test_a_finished_search_is_not_run_again(cost: CostModel, tmp_path: Path, found: SearchResult) -> None:
+    _, first = search(tmp_path)
     assert all(torch.equal(value, first.tensors[name]) for name, value in found.tensors.items())
     seen: list[Any] = []
-    graph = trace(network(), IMAGES)
-    groups = channel_groups(graph)
     with Checkpoints(tmp_path / "checkpoints", {"run": "test"}) as checkpoints:
-        again = sbs(
-            graph, groups, cost_model(graph, groups), BUDGET, digits(), inputs=(IMAGES,), search=SEARCH,
-            settings=Training(checkpoint_every=3, ema=0.9, mixup=0.2, label_smoothing=0.1), checkpoints=checkpoints,
-            progress=seen.append,
-        )  # fmt: skip
+        again = sbs(problem(cost), run(training=SETTINGS, checkpoints=checkpoints, observer=seen.append))
     assert not seen
-    assert again.policy == first.policy
+    assert again.plan == first.plan
 
 
 # The one call
@@ -304,13 +328,13 @@ def test_compress_by_search_end_to_end(tmp_path: Path) -> None:
     """Budget, static = gated, a second call that trains nothing, other settings refused, `restart`."""
     seen: list[Any] = []
 
-    def run(**options: Any) -> Any:
+    def compressed(**options: Any) -> Any:
         seen.clear()
         arguments: dict[str, Any] = {"budget": BUDGET, "method": "sbs", "output_dir": tmp_path / "out", **options}
-        config = sbs_fx.Config(epochs=1, search=SEARCH.model_copy(update={"epochs": 1}))
+        config = sbs_fx.Config(epochs=1, block=1, search=SEARCH.model_copy(update={"epochs": 1}))
         return sbs_fx.compress(network(), IMAGES, data=digits(), config=config, observer=seen.append, **arguments)
 
-    first = run()
+    first = compressed()
     assert {p.stage for p in seen} == {"search", "fine-tune"}
     assert BUDGET.is_satisfied_by(first.cost)
     assert first.policy.method == "sbs"
@@ -318,14 +342,14 @@ def test_compress_by_search_end_to_end(tmp_path: Path) -> None:
     with torch.no_grad():
         agree = (first.model(images).argmax(1) == first.gated(images).argmax(1)).double().mean()
     assert agree >= 0.96  # one image of 32 may lie on a tie
-    again = run()
+    again = compressed()
     assert not seen
     assert again.policy == first.policy
     assert all(torch.equal(v, again.model.state_dict()[n]) for n, v in first.model.state_dict().items())
     with pytest.raises(CheckpointMismatch, match="budget was .*0.025.*is .*0.05") as error:
-        run(budget=Budget(bops=0.05))
+        compressed(budget=Budget(bops=0.05))
     assert error.value.different == ("budget",)
-    run(budget=Budget(bops=0.05), restart=True)
+    compressed(budget=Budget(bops=0.05), restart=True)
     assert seen
     with pytest.raises(DataError, match="'sbs' needs data"):
         sbs_fx.compress(network(), IMAGES, method="sbs")

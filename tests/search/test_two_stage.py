@@ -14,30 +14,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sbs_fx.calibration.calibrate import calibrate
-from sbs_fx.passes import activation_gates, apply_bits, channel_groups, cost_model, insert_gates, trace, weight_gates
-from sbs_fx.plan import Budget, Policy
+from sbs_fx.passes import CostModel, activation_gates, apply_bits, insert_gates, weight_gates
+from sbs_fx.plan import Budget, Plan
 from sbs_fx.plan.errors import DataError, InfeasibleBudget, InputError, WeightsError
+from sbs_fx.search import Run, SearchResult, TwoStage, two_stage
+from sbs_fx.search.allocation import Allocator, Decision
 from sbs_fx.search.dynamic_norm import Predictor
-from sbs_fx.search.gate_search import Draft
 from sbs_fx.search.sensitivity import sensitivity
-from sbs_fx.search.solvers.allocation import Allocator, Decision
-from sbs_fx.search.two_stage import TwoStage, _counts, two_stage
-from sbs_fx.search.uniform import end_bits
+from sbs_fx.search.two_stage import _levels
 from tests.networks.models import SMALLEST, example
+from tests.oracles.problems import cost_of, problem_of
 from tests.oracles.search_runs import IMAGES, digits, network
 
 SMALL = TwoStage(images=128, judged=64, measured=40, rounds=1)
+FEWEST = SMALL.model_copy(update={"measured": 0, "rounds": 0})
 BUDGET = Budget(bops=1 / 60)
 
 
-def analysed(module: nn.Module, x: Tensor) -> Any:
-    graph = trace(module.eval(), x)
-    groups = channel_groups(graph)
-    return graph, groups, cost_model(graph, groups)
-
-
 @pytest.fixture(scope="module")
-def trained() -> Any:
+def trained() -> CostModel:
     module = network().train()
     optimiser = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
     for _ in range(3):
@@ -45,103 +40,113 @@ def trained() -> Any:
             optimiser.zero_grad()
             F.cross_entropy(module(images), labels).backward()
             optimiser.step()
-    return analysed(module, IMAGES)
+    return cost_of(module, IMAGES)
+
+
+def searched(
+    cost: CostModel, budget: Budget = BUDGET, data: Any = None, settings: TwoStage = SMALL, **space: Any
+) -> SearchResult:
+    data = digits(shuffle=False) if data is None else data
+    return two_stage(problem_of(cost, IMAGES, budget, **space), Run(data, settings))
 
 
 @pytest.fixture(scope="module")
-def found(trained: Any) -> Any:
-    return two_stage(*trained, BUDGET, digits(shuffle=False), inputs=(IMAGES,), search=SMALL)
+def found(trained: CostModel) -> SearchResult:
+    return searched(trained)
 
 
-def share(analysed_: Any, policy: Policy, measure: str = "bops") -> float:
-    _, _, cost = analysed_
-    spent = cost.evaluate(policy.kept, policy.weight_bits, policy.activation_bits)
-    return Budget(**{measure: 1.0}).shares(spent)[measure]
+def share(cost: CostModel, plan: Plan, measure: str = "bops") -> float:
+    return Budget(**{measure: 1.0}).shares(cost.evaluate(plan))[measure]
 
 
 # What a search decides
 
 
-def test_budget_ends_and_choice(trained: Any, found: Any) -> None:
-    policy = found.policy
-    assert 0.85 * BUDGET.limits["bops"] <= share(trained, policy) <= BUDGET.limits["bops"]
-    names, tensors = list(policy.weight_bits), list(policy.activation_bits)
-    assert {policy.weight_bits[names[0]], policy.weight_bits[names[-1]]} == {8}
-    assert {policy.activation_bits[tensors[0]], policy.activation_bits[tensors[-1]]} == {8}
-    assert policy.method == "two_stage"
-    assert found.labelled
-    assert not found.notes
-    by_name = {score.name: score for score in found.scores}
+def test_budget_ends_and_choice(trained: CostModel, found: SearchResult) -> None:
+    plan = found.plan
+    assert 0.85 * BUDGET.limits["bops"] <= share(trained, plan) <= BUDGET.limits["bops"]
+    names, tensors = list(plan.weight_bits), list(plan.activation_bits)
+    assert {plan.weight_bits[names[0]], plan.weight_bits[names[-1]]} == {8}
+    assert {plan.activation_bits[tensors[0]], plan.activation_bits[tensors[-1]]} == {8}
+    assert not found.tensors
+    assert not found.notes, "the data has labels, and the solver ran to its end"
+    by_name = {considered.name: considered for considered in found.considered}
     assert {"bits", "bits, greedy", "joint"} <= by_name.keys()
     assert by_name["bits"].proven
     assert by_name["bits"].gap == 0
     assert by_name["bits"].estimated <= by_name["bits, greedy"].estimated + 1e-12
-    assert all(0 <= score.gap < np.inf for score in found.scores)
+    assert all(0 <= considered.gap < np.inf for considered in found.considered)
     # channels and bits together are never worse than bits alone, on what was measured
-    best = min(found.scores, key=lambda score: score.predicted)
+    best = min(found.considered, key=lambda considered: considered.predicted)
     assert best.predicted <= by_name["bits"].predicted
 
 
-def test_the_same_seed_gives_the_same_policy_and_the_graph_stays(trained: Any, found: Any) -> None:
-    before = {n: t.clone() for n, t in trained[0].state_dict().items()}
-    again = two_stage(*trained, BUDGET, digits(shuffle=False), inputs=(IMAGES,), search=SMALL)
-    assert again.policy == found.policy
-    assert again.scores == found.scores
-    assert all(torch.equal(t, before[n]) for n, t in trained[0].state_dict().items())
+def test_the_same_seed_gives_the_same_plan_and_the_graph_stays(trained: CostModel, found: SearchResult) -> None:
+    graph = trained.groups.inference.graph_module
+    before = {n: t.clone() for n, t in graph.state_dict().items()}
+    again = searched(trained)
+    assert again.plan == found.plan
+    assert again.considered == found.considered
+    assert all(torch.equal(t, before[n]) for n, t in graph.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    ("decisions", "budget"), [("bits", Budget(bops=1 / 60, size=0.14)), ("joint", Budget(bops=1 / 30, macs=0.6))]
+    ("prune", "budget"), [(False, Budget(bops=1 / 60, size=0.14)), (True, Budget(bops=1 / 30, macs=0.6))]
 )
-def test_limits_hold_together(trained: Any, decisions: Any, budget: Budget) -> None:
-    options = SMALL.model_copy(update={"decisions": decisions, "measured": 0, "rounds": 0})
-    policy = two_stage(*trained, budget, digits(shuffle=False), inputs=(IMAGES,), search=options).policy
-    assert all(share(trained, policy, m) <= limit for m, limit in budget.limits.items())
-    assert (decisions == "bits") == all(len(kept) == policy.sizes[n] for n, kept in policy.kept.items())
+def test_limits_hold_together(trained: CostModel, prune: bool, budget: Budget) -> None:
+    plan = searched(trained, budget, settings=FEWEST, prune=prune).plan
+    assert all(share(trained, plan, m) <= limit for m, limit in budget.limits.items())
+    assert prune != all(len(kept) == trained.groups[n].size for n, kept in plan.kept.items())
 
 
-def test_what_no_choice_can_meet(trained: Any) -> None:
+def test_what_no_choice_can_meet(trained: CostModel) -> None:
     with pytest.raises(InfeasibleBudget, match="the least that method 'two_stage' reaches is bops") as error:
-        two_stage(*trained, Budget(bops=1e-5), digits(), inputs=(IMAGES,), search=SMALL)
+        searched(trained, Budget(bops=1e-5))
     least = error.value.least["bops"]
-    options = SMALL.model_copy(update={"measured": 0, "rounds": 0})
-    policy = two_stage(*trained, Budget(bops=least), digits(), inputs=(IMAGES,), search=options).policy
-    assert share(trained, policy) == least
+    assert share(trained, searched(trained, Budget(bops=least), settings=FEWEST).plan) == least
     with pytest.raises(InfeasibleBudget):
-        two_stage(*trained, Budget(bops=least * 0.999), digits(), inputs=(IMAGES,), search=options)
+        searched(trained, Budget(bops=least * 0.999), settings=FEWEST)
 
 
-def test_without_labels_predictions_stand_in(trained: Any) -> None:
-    images = [x for x, _ in digits(64)]
-    options = SMALL.model_copy(update={"measured": 0, "rounds": 0})
-    searched = two_stage(*trained, BUDGET, images, inputs=(IMAGES,), search=options)
-    assert not searched.labelled
-    assert "no labels" in searched.notes[0]
+def test_without_labels_predictions_stand_in(trained: CostModel) -> None:
+    (note,) = searched(trained, data=[x for x, _ in digits(64)], settings=FEWEST).notes
+    assert "no labels" in note
+
+
+def test_a_network_of_a_first_and_a_last_layer_has_nothing_to_decide() -> None:
+    """Both have their bits by convention, and whole channels that must stay leave nothing."""
+    module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    found = searched(cost_of(module, IMAGES), Budget(bops=0.07), [IMAGES], FEWEST, prune=False)
+    assert set(found.plan.weight_bits.values()) == set(found.plan.activation_bits.values()) == {8}
+    assert found.notes == ("nothing is left to decide: constraints fix every choice",)
+    alone = searched(cost_of(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), IMAGES), Budget(bops=0.07), [IMAGES])
+    assert alone.plan.weight_bits == {"1": 8}
+    # channels between the two may still go
+    pruned = searched(cost_of(module, IMAGES), Budget(bops=0.04), [IMAGES], FEWEST, round_to=1).plan
+    assert len(pruned.kept["0.weight:0"]) < 8
+    assert set(pruned.weight_bits.values()) == {8}
 
 
 @pytest.mark.parametrize("name", ["depthwise", "dense", "attention", "tokens-and-back", "lstm", "shared"])
 def test_kinds_of_networks(name: str) -> None:
     x = example(name)
-    traced = analysed(SMALLEST[name](), x)
-    budget = Budget(bops=1 / 50)
-    options = TwoStage(measured=0, rounds=0)
-    policy = two_stage(*traced, budget, [torch.randn(8, *x.shape[1:])], inputs=(x,), search=options).policy
-    assert share(traced, policy) <= 1 / 50
+    problem = problem_of(SMALLEST[name](), x, Budget(bops=1 / 50))
+    plan = two_stage(problem, Run([torch.randn(8, *x.shape[1:])], TwoStage(measured=0, rounds=0))).plan
+    assert share(problem.cost, plan) <= 1 / 50
 
 
 # Data and networks that nothing can be learned from
 
 
-def test_one_image_zero_weights_and_constant_images(trained: Any) -> None:
+def test_one_image_zero_weights_and_constant_images(trained: CostModel) -> None:
     options = SMALL.model_copy(update={"measured": 12})
-    one = two_stage(*trained, BUDGET, [IMAGES[:1]], inputs=(IMAGES,), search=options)
-    assert share(trained, one.policy) <= BUDGET.limits["bops"]
+    one = searched(trained, data=[IMAGES[:1]], settings=options)
+    assert share(trained, one.plan) <= BUDGET.limits["bops"]
     module = network()
     nn.init.zeros_(module[4].weight)
-    zeros = analysed(module, IMAGES)
+    zeros = cost_of(module, IMAGES)
     constant = [(torch.zeros(16, 1, 8, 8), torch.zeros(16, dtype=torch.int64))]
-    policy = two_stage(*zeros, BUDGET, constant, inputs=(IMAGES,), search=options).policy
-    assert share(zeros, policy) <= BUDGET.limits["bops"]
+    assert share(zeros, searched(zeros, data=constant, settings=options).plan) <= BUDGET.limits["bops"]
 
 
 def test_gradients_that_are_not_finite_name_the_layer() -> None:
@@ -153,9 +158,8 @@ def test_gradients_that_are_not_finite_name_the_layer() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.second(self.first(x).relu()).mul(0).sqrt().mean((2, 3)))
 
-    traced = analysed(Root(), IMAGES)
     with pytest.raises(WeightsError, match="gradient at 'conv2d_1' is NaN or Inf") as error:
-        two_stage(*traced, Budget(bops=0.05), [IMAGES], inputs=(IMAGES,), search=TwoStage(measured=0, rounds=0))
+        searched(cost_of(Root(), IMAGES), Budget(bops=0.05), [IMAGES], FEWEST)
     assert error.value.names == ("conv2d_1",)
 
 
@@ -163,9 +167,9 @@ def test_gradients_that_are_not_finite_name_the_layer() -> None:
     ("data", "message"),
     [([], "no batch"), ([IMAGES * torch.nan], "NaN or Inf"), ([(IMAGES, torch.tensor([1, 99]))], "label 99")],
 )
-def test_bad_data(trained: Any, data: Any, message: str) -> None:
+def test_bad_data(trained: CostModel, data: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        two_stage(*trained, BUDGET, data, inputs=(IMAGES,), search=SMALL)
+        searched(trained, data=data)
 
 
 def test_bad_settings() -> None:
@@ -174,17 +178,18 @@ def test_bad_settings() -> None:
 
 
 def test_kept_counts() -> None:
-    assert _counts(64, 16, 8) == (64, 48, 32, 16)
-    assert _counts(24, 16, 8) == (24, 16)
-    assert _counts(512, 16, 4) == (512, 496, 256, 16)
-    assert _counts(8, 8, 8) == (8,)
+    assert _levels((16, 32, 48, 64), 8) == (64, 48, 32, 16)
+    assert _levels((16, 24), 8) == (24, 16)
+    assert _levels(tuple(range(16, 513, 16)), 4) == (512, 496, 256, 16)
+    assert _levels((8,), 8) == (8,)
 
 
 # Estimates
 
 
-def test_estimates_are_those_of_per_sample_gradients(trained: Any) -> None:
-    graph, groups, cost = trained
+def test_estimates_are_those_of_per_sample_gradients(trained: CostModel) -> None:
+    groups, cost = trained.groups, trained
+    graph = groups.inference.graph_module
     network_ = insert_gates(graph, groups)
     images, labels = next(iter(digits(16)))
     apply_bits(network_, dict.fromkeys(cost.weights, 4), dict.fromkeys(cost.activations, 2))
@@ -192,7 +197,8 @@ def test_estimates_are_those_of_per_sample_gradients(trained: Any) -> None:
     forms = {n: {4: (lambda w, g=g: 0.5 * w)} for n, g in weight_gates(network_).items()}
     rounded = {n: {2: (lambda x, t=float(g.range): x.clamp(max=t / 2))} for n, g in activation_gates(network_).items()}
     apply_bits(network_, dict.fromkeys(cost.weights, 32), dict.fromkeys(cost.activations, 32))
-    got = sensitivity(network_, groups, [(images, labels)], forms, rounded, prunable=list(groups))
+    both = {"weight": forms, "activation": rounded}
+    got = sensitivity(network_, groups, [(images, labels)], both, prunable=list(groups))
 
     module = dict(graph.named_parameters())
     wanted_w = dict.fromkeys(forms, 0.0)
@@ -220,8 +226,8 @@ def test_estimates_are_those_of_per_sample_gradients(trained: Any) -> None:
             step = rounded[name][2](tensor) - tensor
             wanted_a[name] += 0.5 / len(images) * float((tensor.grad * step).sum()) ** 2
         rows.append(_products(kept["max_pool2d"]))
-    assert {n: t[4] for n, t in got.weights.items()} == pytest.approx(wanted_w, rel=1e-3)
-    assert {n: t[2] for n, t in got.activations.items()} == pytest.approx(wanted_a, rel=1e-3)
+    assert {n: t[4] for n, t in got.bits["weight"].items()} == pytest.approx(wanted_w, rel=1e-3)
+    assert {n: t[2] for n, t in got.bits["activation"].items()} == pytest.approx(wanted_a, rel=1e-3)
     # channels: all that is read of them, but for their mean
     first = torch.stack(rows)
     assert got.channels["0.weight:0"].shape == first.shape[:2]
@@ -255,89 +261,81 @@ def _means(graph: Any, images: Tensor) -> Tensor:
 # Allocation
 
 
-def start_of(traced: Any) -> Draft:
-    _, groups, cost = traced
-    fixed = end_bits(cost)
-    return Draft(
-        {n: fixed.weights.get(n, 8) for n in cost.weights},
-        {n: fixed.activations.get(n, 8) for n in cost.activations},
-        {n: list(range(g.size)) for n, g in groups.items()},
-    )
-
-
 @pytest.mark.parametrize("seed", range(3))
-def test_plans_against_all_plans(trained: Any, seed: int) -> None:
+def test_plans_against_all_plans(trained: CostModel, seed: int) -> None:
     """Bits: the best of all. Channels too: no worse than that, and not below the bound, which is below the best."""
-    _, groups, cost = trained
     rng = np.random.default_rng(seed)
-    start, budget = start_of(trained), Budget(bops=1 / 60)
+    problem = problem_of(trained, IMAGES, BUDGET)
+    start = problem.space.most
     decisions = [
         Decision(kind, name, (2, 4, 8), tuple(-np.sort(-rng.exponential(1, 3))))
-        for kind, table in (("w", cost.weights), ("a", cost.activations))
+        for kind, table in (("weight", trained.weights), ("activation", trained.activations))
         for name in list(table)[1:-1]
     ]
     decisions += [
-        Decision("c", n, (g.size, g.size // 2), (0.0, float(rng.exponential(0.5))), list(range(g.size)))
-        for n, g in groups.items()
+        Decision("channels", n, (g.size, g.size // 2), (0.0, float(rng.exponential(0.5))), list(range(g.size)))
+        for n, g in trained.groups.items()
     ]
-    allocator = Allocator(cost, budget, start, 60.0)
-    plans = {plan.name: plan for plan in allocator.plans(decisions)}
+    allocator = Allocator(problem, 60.0)
+    candidates = {candidate.name: candidate for candidate in allocator.candidates(decisions)}
+
+    def fits(plan: Plan) -> bool:
+        return BUDGET.is_satisfied_by(trained.evaluate(plan))
 
     def loss_of_best(free: list[Decision]) -> float:
         best = np.inf
         for choice in itertools.product(*(range(len(x.choices)) for x in free)):
-            draft, loss = start, 0.0
-            for x, c in zip(free, choice, strict=True):
-                draft, loss = x.applied(draft, c), loss + x.losses[c]
-            if loss < best and allocator.fits(draft):
-                best = loss
+            loss = sum(x.losses[c] for x, c in zip(free, choice, strict=True))
+            if loss < best:
+                plan = start
+                for x, c in zip(free, choice, strict=True):
+                    plan = x.applied(plan, c)
+                best = loss if problem.fits(plan) else best
         return best
 
-    bits = loss_of_best([x for x in decisions if x.kind != "c"])
+    bits = loss_of_best([x for x in decisions if x.kind != "channels"])
     both = loss_of_best(decisions)
-    assert plans["bits"].loss == pytest.approx(bits)
-    assert plans["bits, greedy"].loss >= bits - 1e-9
-    assert both - 1e-9 <= plans["joint"].loss <= bits + 1e-9
-    assert plans["joint"].bound <= both + 1e-9
-    assert all(allocator.fits(plan.draft) for plan in plans.values())
+    assert candidates["bits"].loss == pytest.approx(bits)
+    assert candidates["bits, greedy"].loss >= bits - 1e-9
+    assert both - 1e-9 <= candidates["joint"].loss <= bits + 1e-9
+    assert candidates["joint"].bound <= both + 1e-9
+    assert all(fits(candidate.plan) for candidate in candidates.values())
     # from there, changes of two decisions at most
-    joint = plans["joint"]
+    joint = candidates["joint"]
     moved = allocator.moved([replace(x, losses=tuple(-loss for loss in x.losses)) for x in decisions], joint, 2)
     if moved is not None:
-        changed = [x.name for x in decisions if x.value(moved.draft) != x.value(joint.draft)]
-        assert len(changed) <= 2 or moved.draft.kept != joint.draft.kept
-        assert allocator.fits(moved.draft)
+        changed = [x.name for x in decisions if x.value(moved.plan) != x.value(joint.plan)]
+        assert len(changed) <= 2 or moved.plan.kept != joint.plan.kept
+        assert fits(moved.plan)
 
 
-def test_a_layer_with_a_single_choice(trained: Any) -> None:
-    _, _, cost = trained
-    only = [
-        Decision("w", list(cost.weights)[1], (4,), (0.1,)),
-        Decision("a", list(cost.activations)[1], (8, 2), (0, 1)),
-    ]
-    plans = Allocator(cost, Budget(bops=0.9), start_of(trained), 60.0).plans(only)
-    assert plans[0].draft.weight_bits[list(cost.weights)[1]] == 4
-    assert plans[0].loss == pytest.approx(0.1)
+def test_a_layer_with_a_single_choice(trained: CostModel) -> None:
+    weight, tensor = list(trained.weights)[1], list(trained.activations)[1]
+    only = [Decision("weight", weight, (4,), (0.1,)), Decision("activation", tensor, (8, 2), (0, 1))]
+    first = Allocator(problem_of(trained, IMAGES, Budget(bops=0.9)), 60.0).candidates(only)[0]
+    assert first.plan.weight_bits[weight] == 4
+    assert first.loss == pytest.approx(0.1)
 
 
 # Dynamic BN
 
 
-def test_predicted_loss_is_that_of_moved_statistics(trained: Any) -> None:
+def test_predicted_loss_is_that_of_moved_statistics(trained: CostModel) -> None:
     """By hand: batch statistics of the float and of the masked network, and what the one moves the other by."""
-    graph, groups, cost = trained
+    groups, cost = trained.groups, trained
+    graph = groups.inference.graph_module
     images = next(iter(digits(64)))[0]
     gated = insert_gates(graph, groups)
-    open_ = Draft(
+    open_ = Plan(
+        {n: range(g.size) for n, g in groups.items()},
         dict.fromkeys(cost.weights, 32),
         dict.fromkeys(cost.activations, 32),
-        {n: [*range(g.size)] for n, g in groups.items()},
     )
-    draft = replace(open_, kept={**open_.kept, "0.weight:0": list(range(8))})
+    plan = open_.with_value("channels", "0.weight:0", range(8))
     predictor = Predictor(gated, {}, {}, images, graph)
     before = {n: t.clone() for n, t in gated.state_dict().items() if "running" in n}
     assert predictor(open_) == pytest.approx(0, abs=1e-6)
-    static, dynamic = predictor(draft, dynamic=False), predictor(draft)
+    static, dynamic = predictor(plan, dynamic=False), predictor(plan)
     assert all(torch.equal(t, gated.state_dict()[n]) for n, t in before.items())
     assert dynamic < static
     assert predictor.passes == 3

@@ -105,6 +105,8 @@ def allocate(problem: Knapsack, time_limit: float = 60.0) -> Allocation:
     Raises:
         InfeasibleBudget: no allocation keeps the limits, or none was found in time.
     """
+    if not problem.losses:
+        return _of_nothing(problem)
     kept = undominated(problem)
     starts = np.cumsum([0, *(len(k) for k in kept)])
     tables = [p.costs[:, kept[p.first]][:, :, kept[p.second]] for p in problem.pairs]
@@ -176,6 +178,15 @@ def allocate(problem: Knapsack, time_limit: float = 60.0) -> Allocation:
     return Allocation(best, loss, loss if proven else min(bound, loss), proven)
 
 
+def _of_nothing(problem: Knapsack) -> Allocation:
+    """The one allocation of no variables. Raises InfeasibleBudget."""
+    if not problem.fits(()):
+        raise InfeasibleBudget(
+            f"nothing is left to allocate, and some of the limits {problem.limits.tolist()} are below 0"
+        )
+    return Allocation((), 0.0, 0.0, True)
+
+
 def _rounded(problem: Knapsack, kept: list[list[int]], starts: Array, x: Array | None) -> tuple[int, ...] | None:
     """The relaxed solution with, for each variable, the cheapest of the choices that it mixes; None if that is over."""
     if x is None:
@@ -198,6 +209,8 @@ def greedy(problem: Knapsack) -> Allocation:
     Raises:
         InfeasibleBudget: nothing is left that frees anything.
     """
+    if not problem.losses:
+        return _of_nothing(problem)
     choices = [int(loss.argmin()) for loss in problem.losses]
     spent = problem.spent(choices)
     partners: list[list[Pair]] = [[] for _ in choices]

@@ -1,0 +1,270 @@
+"""The cost as one value: a plan's price is the walk over the layers and the count on the slim graph; gradients, slopes,
+tables and sympy are readings of the same polynomial; whole numbers stay exact however large."""
+
+from __future__ import annotations
+
+import math
+import random
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sbs_fx.passes import CostModel, channel_groups, cost_model, slim
+from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.slim import slim_bits
+from sbs_fx.passes.cost.polynomial import Polynomial, Variable
+from sbs_fx.plan import Plan
+from sbs_fx.plan.errors import PolicyError
+from tests.networks.models import Recipe, networks
+from tests.networks.small import Residual
+from tests.oracles.problems import cost_of
+
+BITS = (2, 3, 4, 5, 6, 8)
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+MEASURES = ("bops", "macs", "size")
+
+
+def drawn(cost: CostModel, seed: int, *, by_channel: bool = True) -> Plan:
+    """Any channels of any group; bits of any weight or tensor, a third of the weights by channel, zeros among them."""
+    rng = random.Random(seed)
+    kept = {g.name: tuple(sorted(rng.sample(range(g.size), rng.randint(1, g.size)))) for g in cost.groups.values()}
+    weight_bits: dict[str, Any] = {name: rng.choice((*BITS, 32)) for name in cost.weights}
+    for name in cost.weights:
+        if by_channel and rng.random() < 1 / 3:
+            weight_bits[name] = tuple(rng.choice((0, *BITS)) for _ in range(d.resolve(cost.groups.outputs[name]).size))
+    return Plan(kept, weight_bits, {name: rng.choice((*BITS, 32)) for name in cost.activations})
+
+
+def measured(cost: CostModel, plan: Plan) -> dict[str, float]:
+    return {m: v for m, v in cost.evaluate(plan).by_measure.items() if m in MEASURES}
+
+
+@pytest.fixture(scope="module")
+def residual() -> CostModel:
+    torch.manual_seed(0)
+    return cost_of(Residual(), IMAGES)
+
+
+# One cost, in three ways
+
+
+@settings(max_examples=16)
+@given(networks(max_blocks=3), st.integers(0, 2**32 - 1))
+def test_price_walk_and_slim_graph_agree(recipe: Recipe, seed: int) -> None:
+    """Exactly: of the plan by the polynomials, layer by layer, and with nothing pruned in the graph that it leaves."""
+    cost = cost_of(recipe.build(), recipe.example(2))
+    assert cost.price(Plan()) | {"size": 0} == measured(cost, Plan()) | {"size": 0}
+    for turn in range(3):
+        plan = drawn(cost, seed + turn)
+        price = cost.price(plan)
+        assert price == measured(cost, plan)
+        assert all(isinstance(value, int) for value in price.values())
+        assert {m: cost.price(plan, [m])[m] for m in MEASURES} == price
+    slimmed = slim(cost.groups.inference.graph_module, cost.groups, plan.kept)
+    after = cost_model(slimmed, channel_groups(slimmed))
+    rest = Plan({}, slim_bits(cost.groups, plan), plan.activation_bits)
+    adapters = any(cost.groups.inference.adapters)
+    assert after.price(rest)["macs"] == price["macs"] or adapters
+    assert after.price(rest)["bops"] == price["bops"] or adapters
+
+
+def test_price_of_a_plan_by_hand() -> None:
+    """A convolution whose channels have bits of their own, and a linear layer, with nothing else in the file."""
+    cost = cost_of(
+        torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.Conv2d(4, 2, 1, bias=False)), IMAGES
+    )
+    plan = Plan({"0.weight:0": (0, 2, 3)}, {"0": (2, 8, 0, 3), "1": 32}, {"input_1": 4, "conv2d": 8})
+    assert list(cost.activations) == ["input_1", "conv2d"]
+    first, second = 30 * 30 * 9 * 3, 30 * 30 * 3 * 2
+    assert cost.price(plan) == {
+        "macs": 3 * first + second,
+        "bops": first * (2 + 0 + 3) * 4 + second * 32 * 8,
+        "size": 27 * (2 + 0 + 3) + 3 * 32 + 6 * 32,  # codes, and a scale for each channel; floats
+    }
+    assert cost.price(plan) == measured(cost, plan)
+    # a mean over three channels that leaves a fraction is rounded up, in all as in each layer
+    assert cost.price(Plan({}, {"0": (2, 3, 3, 3)}))["size"] == 27 * 11 + 4 * 32 + 8 * 32
+
+
+@pytest.mark.parametrize("given_bits", [(8, 8), (8,) * 11, ()])
+def test_bits_by_channel_are_those_of_the_float_model(residual: CostModel, given_bits: tuple[int, ...]) -> None:
+    plan = Plan({name: tuple(range(8)) for name in residual.groups}, {"stem": given_bits})
+    for read in (residual.price, residual.evaluate):
+        with pytest.raises(
+            PolicyError, match=rf"{len(given_bits)} bitwidths for the weight 'stem'; expected .* 16 out"
+        ):
+            read(plan)
+
+
+def test_single_weights_are_counted(residual: CostModel) -> None:
+    bits = {"left": 4, "inner": 3}
+    dense, sparse = Plan({}, bits), Plan({}, bits, {}, {"left": 100, "inner": 7})
+    saved = sum(2304 * b - 2304 - n * b for b, n in ((4, 100), (3, 7)))
+    assert residual.price(dense)["size"] - residual.price(sparse)["size"] == saved
+    assert residual.price(sparse) == measured(residual, sparse)
+    for wrong in (32, (4,) * 16):
+        with pytest.raises(PolicyError, match="expected one bitwidth below 32"):
+            residual.price(Plan({}, {"left": wrong}, {}, {"left": 100}))
+
+
+# Other readings
+
+
+@settings(max_examples=8)
+@given(networks(max_blocks=2), st.integers(0, 2**32 - 1))
+def test_gradients_are_slopes_and_finite_differences(recipe: Recipe, seed: int) -> None:
+    cost = cost_of(recipe.build(), recipe.example(2))
+    plan = drawn(cost, seed, by_channel=False)
+    x, _ = cost.values(plan)
+
+    def leaves(values: Any) -> dict[str, torch.Tensor]:
+        return {n: torch.tensor(float(v), dtype=torch.float64, requires_grad=True) for n, v in values.items()}
+
+    kept = leaves({n: len(k) for n, k in plan.kept.items()})
+    weights, activations = leaves(plan.weight_bits), leaves(plan.activation_bits)
+    soft = cost.expected(kept, weights, activations)
+    named: list[tuple[Any, str, torch.Tensor]] = [("channels", n, t) for n, t in kept.items()]
+    named += [("weight", n, t) for n, t in weights.items()] + [("activation", n, t) for n, t in activations.items()]
+    for measure in MEASURES:
+        assert float(soft[measure].detach()) == cost.price(plan)[measure]
+        slopes = cost.polynomials[measure].slopes(x)
+        if not soft[measure].requires_grad:  # reason: a single layer has MACs, but none that could go
+            assert not slopes[[cost.number[Variable(kind, name)] for kind, name, _ in named]].any()
+            continue
+        grads = torch.autograd.grad(soft[measure], [t for *_, t in named], allow_unused=True, retain_graph=True)
+        for (kind, name, _), grad in zip(named, grads, strict=True):
+            number = cost.number[Variable(kind, name)]
+            assert (0.0 if grad is None else float(grad)) == pytest.approx(slopes[number], rel=1e-9)
+    # of whole numbers the central difference of a square is exact; no cost has a third power of one variable
+    draw = random.Random(seed)
+    for measure in MEASURES:
+        polynomial = cost.polynomials[measure]
+        for number in draw.sample(range(len(x)), min(8, len(x))):
+            more, less = x.copy(), x.copy()
+            more[number], less[number] = x[number] + 1, x[number] - 1
+            if max((key.count(number) for key in polynomial.terms), default=0) <= 2:
+                difference = (polynomial(more) - polynomial(less)) / 2
+                assert polynomial.slopes(x)[number] == pytest.approx(difference, rel=1e-9)
+
+
+@settings(max_examples=8)
+@given(networks(max_blocks=2), st.integers(0, 2**32 - 1))
+def test_sympy_reads_the_same(recipe: Recipe, seed: int) -> None:
+    cost = cost_of(recipe.build(), recipe.example(2))
+    plan = drawn(cost, seed)
+    x, over = cost.values(plan)
+    divisors = np.ones_like(x) if over is None else over
+    symbols = [sympy.Symbol(f"x{i}") for i in range(len(x))]
+    values = {s: sympy.Rational(int(n), int(m)) for s, n, m in zip(symbols, x, divisors, strict=True)}
+    for measure in MEASURES:
+        expression = cost.polynomials[measure].substituted(symbols.__getitem__)
+        exact = sympy.sympify(expression).subs(values)
+        assert sympy.ceiling(exact) == cost.price(plan)[measure]
+
+
+@settings(max_examples=8)
+@given(networks(max_blocks=2), st.integers(0, 2**32 - 1))
+def test_tables_are_evaluations(recipe: Recipe, seed: int) -> None:
+    """Bits as decisions, one or two in each product; the rest of the plan stays."""
+    cost = cost_of(recipe.build(), recipe.example(2))
+    plan, rng = drawn(cost, seed, by_channel=False), random.Random(seed)
+    choices = {
+        (kind, name): tuple(sorted(rng.sample((*BITS, 32), rng.randint(1, 4))))
+        for kind, table in (("weight", cost.weights), ("activation", cost.activations))
+        for name in table
+        if rng.random() < 0.7
+    }
+    moved = [cost.moved(kind, name, values) for (kind, name), values in choices.items()]
+    x, _ = cost.values(plan)
+    for measure in MEASURES:
+        tables = cost.polynomials[measure].tables(x, moved)
+        for _ in range(4):
+            at = [rng.randrange(len(values)) for values in choices.values()]
+            other = plan
+            for ((kind, name), values), k in zip(choices.items(), at, strict=True):
+                other = other.with_value(kind, name, values[k])
+            total = tables.constant + sum(single[at[i]] for i, single in tables.single.items())
+            total += sum(pair[at[i], at[j]] for (i, j), pair in tables.pairs.items())
+            assert total == cost.evaluate(other).by_measure[measure]
+
+
+def test_tables_of_more_than_two_decisions_are_refused() -> None:
+    cube = Polynomial.variable(0) * Polynomial.variable(1) * Polynomial.variable(2)
+    with pytest.raises(ValueError, match="3 decisions in one product"):
+        cube.tables(np.ones(3), [{i: np.array([1.0, 2.0])} for i in range(3)])
+
+
+@settings(max_examples=8)
+@given(networks(max_blocks=2), st.integers(0, 2**32 - 1))
+def test_along_one_decision_are_evaluations(recipe: Recipe, seed: int) -> None:
+    cost = cost_of(recipe.build(), recipe.example(2))
+    plan, rng = drawn(cost, seed, by_channel=False), random.Random(seed)
+    x, _ = cost.values(plan)
+    names: list[tuple[Any, str]] = [("channels", n) for n in cost.groups]
+    names += [("weight", n) for n in cost.weights] + [("activation", n) for n in cost.activations]
+    for kind, name in rng.sample(names, min(5, len(names))):
+        size = cost.groups[name].size if kind == "channels" else 0
+        values = range(1, size + 1) if kind == "channels" else (*BITS, 32)
+        moved = cost.moved(kind, name, values)
+        expected = [
+            cost.price(plan.with_value(kind, name, range(value) if kind == "channels" else value)) for value in values
+        ]
+        for measure in MEASURES:
+            polynomial = cost.polynomials[measure]
+            rows = polynomial.rows_of(list(moved))
+            change = polynomial.along(x.astype(float), moved, rows)
+            here = cost.price(plan)[measure] - polynomial.along(x.astype(float), {}, rows)
+            assert (here + change).tolist() == [price[measure] for price in expected]
+
+
+# Numbers
+
+
+@given(
+    st.dictionaries(
+        st.lists(st.integers(0, 3), max_size=4).map(lambda key: tuple(sorted(key))), st.integers(0, 2**40), max_size=6
+    ),
+    st.lists(st.integers(0, 2**16), min_size=4, max_size=4),
+    st.lists(st.integers(1, 2**10), min_size=4, max_size=4),
+)
+def test_whole_numbers_stay_exact(terms: dict[tuple[int, ...], int], x: list[int], over: list[int]) -> None:
+    """Whatever their size, above 2^53 too; of means, the sum is rounded up once."""
+    polynomial = Polynomial(terms)
+    by_hand = sum(c * math.prod(x[i] for i in key) for key, c in terms.items())
+    assert polynomial(np.array(x)) == by_hand
+    exact = sum(
+        (Fraction(c) * math.prod(Fraction(x[i], over[i]) for i in key) for key, c in terms.items()), Fraction(0)
+    )
+    assert polynomial(np.array(x), np.array(over)) == math.ceil(exact)
+
+
+def test_a_network_of_more_than_2_to_the_53_stays_exact() -> None:
+    """8.4 million times 8.4 million channels of a linear layer, as counts alone: nothing of that size is allocated."""
+    cost = cost_of(
+        torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), torch.randn(2, 3)
+    )
+    x, _ = cost.values(Plan({}, {"1": 3}, {"linear": 5}))
+    first, second = (cost.number[Variable("channels", name)] for name in ("0.weight:0", "1.weight:0"))
+    x[first], x[second] = 2**23 + 1, 2**23 - 1
+    exact = (2**23 + 1) * (2**23 - 1)
+    assert cost.polynomials["macs"](x) == exact + 3 * (2**23 + 1) + 2 * (2**23 - 1)
+    assert cost.polynomials["bops"](x) == 15 * exact + 1024 * (3 * (2**23 + 1) + 2 * (2**23 - 1))
+
+
+def test_arithmetic_of_polynomials() -> None:
+    a, b = Polynomial.variable(0), Polynomial.variable(1)
+    product = (a + 2) * (b * a + 3) * 2
+    assert product.terms == {(0, 0, 1): 2, (0,): 6, (0, 1): 4, (): 12}
+    assert product.is_exact
+    assert product(np.array([5, 7])) == (5 + 2) * (5 * 7 + 3) * 2
+    assert product.slopes(np.array([5, 7])).tolist() == [2 * (2 * 5 * 7 + 3 + 2 * 7), 2 * (25 + 2 * 5)]
+    seconds = product * 0.5
+    assert not seconds.is_exact
+    assert seconds(np.array([5, 7]), np.array([2, 1])) == (2.5 + 2) * (2.5 * 7 + 3)
+    assert Polynomial({})(np.array([], np.int64)) == 0
