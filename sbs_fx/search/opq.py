@@ -146,12 +146,13 @@ def _allocate(problem: Problem, settings: Opq) -> Plan:
         raise problem.infeasible("opq", replace(space.least, nonzeros=nonzeros))
     plan = space.most
     for choice, at in zip(choices, chosen, strict=True):
-        value: Any = choice.values[at]
-        if choice.kind == "channels":
-            value = tuple(most_important(scores[choice.name], value))
-        elif choice.kind == "weight" and (each := singly.get(choice.name)):
+        value: Any
+        if choice.kind == "weight" and (each := singly.get(choice.name)):
             value, stay = each.bits[at], each.nonzeros[at]
             plan = replace(plan, nonzeros={**plan.nonzeros, choice.name: stay}) if stay else plan
+        else:
+            count = choice.values[at]
+            value = tuple(most_important(scores[choice.name], count)) if choice.kind == "channels" else count
         plan = plan.with_value(choice.kind, choice.name, value)
     return plan
 

@@ -52,8 +52,8 @@ def test_polynomials_multiply_out() -> None:
     x, y = Polynomial.variable(0), Polynomial.variable(1)
     product = (2 * x + y * 3.0 + 1) * (x + y) + 5
     assert product.terms == {(0, 0): 2, (0, 1): 5, (1, 1): 3, (0,): 1, (1,): 1, (): 5}
-    assert product(np.array([2, 3])) == (2 * 2 + 3 * 3 + 1) * 5 + 5
-    assert float(Load([product], [1], np.zeros(2), [])(np.array([2.0, 3.0]))[0]) == (2 * 2 + 3 * 3 + 1) * 5 + 5
+    assert product(np.array([2.0, 3.0, 1.0])) == (2 * 2 + 3 * 3 + 1) * 5 + 5
+    assert float(Load([product], [1], np.zeros(3), [])(np.array([2.0, 3.0, 1.0]))[0]) == (2 * 2 + 3 * 3 + 1) * 5 + 5
 
 
 def test_out_of_reach_is_none_and_all_is_kept_where_it_fits() -> None:

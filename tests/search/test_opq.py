@@ -28,18 +28,15 @@ from sbs_fx.plan import Budget, Policy
 from sbs_fx.plan.errors import InfeasibleBudget, WeightsError
 from sbs_fx.quantizer.superbit import max_level
 from sbs_fx.search import Opq, Run, SearchResult, opq, uniform
-from sbs_fx.search.solvers.lagrangian import Decision, Load
+from sbs_fx.search.solvers.lagrangian import Decision, Load, Polynomial, minimise
 from sbs_fx.search.solvers.laplace import (
-    allocate,
-    choices,
     laplace_fit,
     least_rounding_error,
     pruned_share,
     pruning_error,
     rounding_error,
-    sparse_bits,
 )
-from sbs_fx.search.sparse import largest, weight_tensors
+from sbs_fx.search.sparse import SingleWeights, largest, single_weights, weight_tensors
 from sbs_fx.training import Training, train
 from sbs_fx.training.frozen import FrozenMasks
 from tests.oracles.problems import cost_of, even_plan, problem_of
@@ -112,14 +109,14 @@ def test_the_best_step_is_that_of_a_numerical_optimiser(bits: int) -> None:
 
 def optimised(counts: Any, worth: Any, size: float, bits: Any, *starts: Any) -> tuple[float, Any]:
     """Least damage at a total size over continuous thresholds, bits fixed, by sequential quadratic programming; from
-    several starts, as the size has kinks where another form becomes the shortest."""
+    several starts."""
     n = np.array(counts)
 
     def errors(t: Any) -> Any:
         return pruning_error(t) + [_rounding(x, b) for x, b in zip(t, bits, strict=True)]
 
     def sizes(t: Any) -> Any:
-        return np.array([float(sparse_bits(math.exp(-x), b)) for x, b in zip(t, bits, strict=True)])
+        return np.array([1 + math.exp(-x) * b for x, b in zip(t, bits, strict=True)])
 
     constraint = {"type": "ineq", "fun": lambda t: (size - n @ sizes(t)) / n.sum()}
     best = None
@@ -152,40 +149,64 @@ def _rounding(t: float, bits: int) -> float:
     return float(_table(bits)(t))
 
 
+def laplace(count: int, scale: float, seed: int) -> Tensor:
+    """A weight of that density, without chance: its quantiles, in disorder."""
+    places = (torch.arange(count) + 0.5) / count
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return torch.distributions.Laplace(0.0, scale).icdf(places)[order]
+
+
+def allocated_singly(weights: list[Tensor], worth: list[float], bits: tuple[int, ...], limit: float) -> Any:
+    """(choices of each weight, what was chosen) of least damage within a size."""
+    each = [single_weights(w, bits) for w in weights]
+    decisions = [
+        Decision({i: np.array(e.stored, float)}, c * e.damage) for i, (e, c) in enumerate(zip(each, worth, strict=True))
+    ]
+    size = sum((Polynomial.variable(i) for i in range(len(each))), start=Polynomial({}))
+    chosen = minimise(decisions, Load([size], [limit], np.array([0.0] * len(each) + [1.0]), decisions))
+    assert chosen is not None
+    return each, chosen
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_allocation_is_a_numerical_optimisers(seed: int) -> None:
-    """Laplace tensors of other sizes and worths: same pruned shares at the same bits, and no bits are better."""
+    """Laplace tensors of other sizes and worths: no bits and thresholds are better, to the distance of the tabulated
+    ones."""
     draw = np.random.default_rng(seed)
-    counts = {str(i): int(n) for i, n in enumerate(draw.integers(1000, 50_000, 3))}
-    worth = {n: float(c * draw.uniform(0.7, 1.5)) for n, c in counts.items()}
-    tables = {n: choices((2, 4, 8), "sparse") for n in counts}
-    limit = 3.0 * sum(counts.values())
-    found = allocate(counts, tables, limit, worth)
-    assert found is not None
-    at = found[0]
-    size = sum(counts[n] * tables[n].size[i] for n, i in at.items())
-    damage = sum(worth[n] * tables[n].error[i] for n, i in at.items())
-    assert size <= limit
-    args = (list(counts.values()), list(worth.values()), size)
-    ours = tuple(int(tables[n].bits[i]) for n, i in at.items())
-    chosen = np.array([tables[n].threshold[i] for n, i in at.items()])
-    least, thresholds = optimised(*args, ours, chosen, 0.9 * chosen)
-    assert damage == pytest.approx(least, rel=1e-3)
-    np.testing.assert_allclose(pruned_share(chosen), pruned_share(thresholds), atol=1e-3)
-    for bits in itertools.product((2, 4, 8), repeat=3):
-        assert optimised(*args, bits)[0] >= damage * (1 - 1e-3)
+    weights = [laplace(int(n), 0.1, i) for i, n in enumerate(draw.integers(1000, 50_000, 3))]
+    worth = [float(len(w) * draw.uniform(0.7, 1.5)) for w in weights]
+    limit = 3.0 * sum(map(len, weights))
+    each, chosen = allocated_singly(weights, worth, (2, 4, 8), limit)
+    size = sum(e.stored[k] for e, k in zip(each, chosen, strict=True))
+    damage = sum(c * e.damage[k] for e, c, k in zip(each, worth, chosen, strict=True))
+    assert 0.999 * limit <= size <= limit
+    args = ([len(w) for w in weights], worth, size)
+    least = min(optimised(*args, bits)[0] for bits in itertools.product((2, 4, 8), repeat=3))
+    assert least * (1 - 1e-3) <= damage <= least * 1.01
 
 
 def test_one_global_threshold_where_worth_is_the_squared_norm() -> None:
     """c_i = 1, that is worth 2 b^2 N: without rounding, the optimum prunes below one value in all layers; with codes of
-    8 bits it does so to the error of rounding, as long as bitmaps are the shortest form."""
-    scales = {"a": 0.01, "b": 0.015, "c": 0.02}
-    counts = dict.fromkeys(scales, 10_000)
-    tables = dict.fromkeys(scales, choices((8,), "sparse"))
-    found = allocate(counts, tables, 30_000 * 5.0, {n: 2 * b * b * counts[n] for n, b in scales.items()})
-    assert found is not None
-    values = [tables[n].threshold[i] * scales[n] for n, i in found[0].items()]
-    assert max(values) < 1.02 * min(values)
+    8 bits it does so to the error of rounding and to the distance of the tabulated thresholds."""
+    scales = (0.01, 0.015, 0.02)
+    weights = [laplace(10_000, b, i) for i, b in enumerate(scales)]
+    each, chosen = allocated_singly(weights, [2 * b * b * 10_000 for b in scales], (8,), 30_000 * 5.0)
+    values = [-math.log(e.nonzeros[k] / 10_000) * b for e, k, b in zip(each, chosen, scales, strict=True)]
+    assert max(values) < 1.1 * min(values)
+
+
+def test_choices_of_single_weights_are_worth_their_size() -> None:
+    weight = laplace(4000, 0.1, 0)
+    weight[:100] = 0
+    each: SingleWeights = single_weights(weight, (2, 4, 8, 32))
+    assert list(each.stored) == sorted(set(each.stored))
+    assert (np.diff(each.damage) < 0).all()
+    assert (each.bits[-1], each.nonzeros[-1], each.stored[-1], each.damage[-1]) == (32, 0, 4000 * 32, 0.0)
+    for bits, count, stored in zip(each.bits, each.nonzeros, each.stored, strict=True):
+        assert 0 <= count <= 3900
+        assert stored == (4000 + count * bits if count else 4000 * bits)
+        if count:
+            assert int(torch.count_nonzero(largest(weight, count))) == count
 
 
 # Stored size
@@ -217,13 +238,6 @@ def test_stored_size_is_what_a_coder_writes(count: int, bits: int) -> None:
     assert cost.evaluate(dense).stored_bits - cost.evaluate(sparse).stored_bits == len(mask) * bits - len(text)
     assert cost.price(sparse)["size"] == cost.evaluate(sparse).stored_bits
     assert problem_of(cost, IMAGES, Budget(size=1.0)).price(sparse) == {"size": cost.evaluate(sparse).stored_bits}
-
-
-@pytest.mark.parametrize("share", [0.001, 0.02, 0.2, 0.6, 0.95])
-def test_expected_size_is_that_of_random_places(share: float) -> None:
-    mask = torch.rand(400_000) < share
-    found = min(4, len(encoded(mask, mask.long(), 4)) / 400_000)
-    assert found == pytest.approx(float(sparse_bits(mask.double().mean().item(), 4)))
 
 
 # One multiplier over decisions that multiply

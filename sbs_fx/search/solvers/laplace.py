@@ -18,7 +18,7 @@ from sbs_fx.quantizer.superbit import max_level
 
 Array = NDArray[np.float64]
 
-FARTHEST, _STEP = 8.0, 0.05  # thresholds that are tabulated: beyond it one weight in 3000 is left
+FARTHEST, _STEP = 8.0, 0.02  # thresholds that are tabulated: beyond it one weight in 3000 is left
 _GOLDEN = (5**0.5 - 1) / 2
 
 
