@@ -145,7 +145,7 @@ def test_gradients_are_slopes_and_finite_differences(recipe: Recipe, seed: int) 
     draw = random.Random(seed)
     for measure in MEASURES:
         polynomial = cost.polynomials[measure]
-        for number in draw.sample(range(len(x)), min(8, len(x))):
+        for number in draw.sample(range(len(x) - 1), min(8, len(x) - 1)):
             more, less = x.copy(), x.copy()
             more[number], less[number] = x[number] + 1, x[number] - 1
             if max((key.count(number) for key in polynomial.terms), default=0) <= 2:
@@ -197,33 +197,15 @@ def test_tables_are_evaluations(recipe: Recipe, seed: int) -> None:
 def test_tables_of_more_than_two_decisions_are_refused() -> None:
     cube = Polynomial.variable(0) * Polynomial.variable(1) * Polynomial.variable(2)
     with pytest.raises(ValueError, match="3 decisions in one product"):
-        cube.tables(np.ones(3), [{i: np.array([1.0, 2.0])} for i in range(3)])
-
-
-@settings(max_examples=8)
-@given(networks(max_blocks=2), st.integers(0, 2**32 - 1))
-def test_along_one_decision_are_evaluations(recipe: Recipe, seed: int) -> None:
-    cost = cost_of(recipe.build(), recipe.example(2))
-    plan, rng = drawn(cost, seed, by_channel=False), random.Random(seed)
-    x, _ = cost.values(plan)
-    names: list[tuple[Any, str]] = [("channels", n) for n in cost.groups]
-    names += [("weight", n) for n in cost.weights] + [("activation", n) for n in cost.activations]
-    for kind, name in rng.sample(names, min(5, len(names))):
-        size = cost.groups[name].size if kind == "channels" else 0
-        values = range(1, size + 1) if kind == "channels" else (*BITS, 32)
-        moved = cost.moved(kind, name, values)
-        expected = [
-            cost.price(plan.with_value(kind, name, range(value) if kind == "channels" else value)) for value in values
-        ]
-        for measure in MEASURES:
-            polynomial = cost.polynomials[measure]
-            rows = polynomial.rows_of(list(moved))
-            change = polynomial.along(x.astype(float), moved, rows)
-            here = cost.price(plan)[measure] - polynomial.along(x.astype(float), {}, rows)
-            assert (here + change).tolist() == [price[measure] for price in expected]
+        cube.tables(np.ones(4), [{i: np.array([1.0, 2.0])} for i in range(3)])
 
 
 # Numbers
+
+
+def vector(values: list[int]) -> Any:
+    """As polynomials take them: a 1 behind the variables."""
+    return np.array([*values, 1], float)
 
 
 @given(
@@ -237,11 +219,11 @@ def test_whole_numbers_stay_exact(terms: dict[tuple[int, ...], int], x: list[int
     """Whatever their size, above 2^53 too; of means, the sum is rounded up once."""
     polynomial = Polynomial(terms)
     by_hand = sum(c * math.prod(x[i] for i in key) for key, c in terms.items())
-    assert polynomial(np.array(x)) == by_hand
+    assert polynomial(vector(x)) == by_hand
     exact = sum(
         (Fraction(c) * math.prod(Fraction(x[i], over[i]) for i in key) for key, c in terms.items()), Fraction(0)
     )
-    assert polynomial(np.array(x), np.array(over)) == math.ceil(exact)
+    assert polynomial(vector(x), vector(over)) == math.ceil(exact)
 
 
 def test_a_network_of_more_than_2_to_the_53_stays_exact() -> None:
@@ -262,9 +244,9 @@ def test_arithmetic_of_polynomials() -> None:
     product = (a + 2) * (b * a + 3) * 2
     assert product.terms == {(0, 0, 1): 2, (0,): 6, (0, 1): 4, (): 12}
     assert product.is_exact
-    assert product(np.array([5, 7])) == (5 + 2) * (5 * 7 + 3) * 2
-    assert product.slopes(np.array([5, 7])).tolist() == [2 * (2 * 5 * 7 + 3 + 2 * 7), 2 * (25 + 2 * 5)]
+    assert product(vector([5, 7])) == (5 + 2) * (5 * 7 + 3) * 2
+    assert product.slopes(vector([5, 7])).tolist()[:2] == [2 * (2 * 5 * 7 + 3 + 2 * 7), 2 * (25 + 2 * 5)]
     seconds = product * 0.5
     assert not seconds.is_exact
-    assert seconds(np.array([5, 7]), np.array([2, 1])) == (2.5 + 2) * (2.5 * 7 + 3)
-    assert Polynomial({})(np.array([], np.int64)) == 0
+    assert seconds(vector([5, 7]), vector([2, 1])) == (2.5 + 2) * (2.5 * 7 + 3)
+    assert Polynomial({})(vector([])) == 0
