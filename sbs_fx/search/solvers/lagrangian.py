@@ -21,6 +21,7 @@ from sbs_fx.passes.cost.polynomial import Polynomial
 
 Array = NDArray[np.float64]
 
+_NEXT_TO_NOTHING = 1e-9  # in the place of a limit of 0, which nothing can be divided by
 _NORM = 8.0  # close to the largest of the measures' loads, and smooth
 _SWEEPS = 20
 _BISECTIONS = 32
@@ -50,7 +51,8 @@ class Load:
     def __init__(
         self, costs: Sequence[Polynomial], limits: Sequence[float], start: Array, decisions: Sequence[Decision]
     ) -> None:
-        self.limits, self.start = np.array(limits, float), start.astype(float)
+        self.start = start.astype(float)
+        self.limits = np.array([limit or _NEXT_TO_NOTHING for limit in limits], float)
         width = max(cost.index.shape[1] for cost in costs)
         padded = [np.pad(c.index, ((0, 0), (0, width - c.index.shape[1])), constant_values=-1) for c in costs]
         self.index, self.scale = np.concatenate(padded), np.concatenate([cost.coefficients for cost in costs])
