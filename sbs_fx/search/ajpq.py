@@ -89,9 +89,12 @@ def ajpq(problem: Problem, run: Run) -> SearchResult:
     group of episodes and goes on from there.
 
     Raises:
-        DataError: no batch, no labels. InfeasibleBudget: the least bits are over the limits.
+        DataError: no batch, no labels. InfeasibleBudget: the least bits are over the limits. InputError: the settings
+            quantise nothing.
     """
     settings = run.settings or Ajpq()
+    if not problem.space.settings.quantise:
+        raise InputError("quantise=False with bits by channel, of which 0 prunes: choose another method")
     channels = channel_bits_of(problem, settings)
     reward = Reward(channels, run.data, settings.norm_batches, settings.reward_batches)
     agent = Agent(channels, settings, problem.seed)

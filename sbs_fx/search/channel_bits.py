@@ -34,7 +34,8 @@ class ChannelBits:
         least_share: of a layer's channels that keep at least the fewest bits; constraints may ask for more.
 
     Attributes:
-        names: weights that are decided on, in graph order. fixed: bits of the others.
+        names: weights that are decided on, in graph order: those whose bits, or else whose channels, no constraint
+            fixes. fixed: bits of the others.
         levels: weight name -> what a channel of it may have, ascending; 0 only where channels may go.
         importance: weight name -> L2 norm of each channel, times the scale of the batch norm that it is folded with.
         least: weight name -> the fewest bits of each channel.
@@ -42,9 +43,12 @@ class ChannelBits:
 
     def __init__(self, problem: Problem, activation_bits: Mapping[str, int], least_share: float) -> None:
         self.problem, self.activation_bits, space = problem, dict(activation_bits), problem.space
-        self.fixed = space.fixed("weight")
         self.importance = _importance(problem)
-        self.names = space.free("weight")
+        bound = {n for scope in space.scopes if scope.constraint.weight_bits is not None for n in scope.weights}
+        fixed = space.fixed("weight")
+        # reason: of one candidate the bits are no choice, but 0 is
+        self.fixed = {n: b for n, b in fixed.items() if n in bound or b == FLOAT_BITS or not space.settings.prune}
+        self.names = [n for n in problem.cost.weights if n not in self.fixed]
         self.levels: dict[str, tuple[int, ...]] = {}
         self.least: BitsByChannel = {}
         for name in self.names:

@@ -34,13 +34,16 @@ def gates_by_bits(
     method: str = "mse",
     max_batches: int = _BATCHES,
 ) -> dict[tuple[Kind, str, int], SuperBitQuantizer]:
-    """Copies of all gates, fixed at each bitwidth that they may have and calibrated for it, all channels there."""
-    for channel_gate in channel_gates(network).values():
+    """Copies of all gates, fixed at each bitwidth that they may have and calibrated for it, all channels there. The
+    network's own end as they were, but for ranges."""
+    masks = {gate: (gate.mask.clone(), gate.searching) for gate in channel_gates(network).values()}
+    for channel_gate in masks:
         channel_gate.fix(range(channel_gate.size))
     gates: dict[Kind, dict[str, SuperBitQuantizer]] = {
         "weight": weight_gates(network),
         "activation": activation_gates(network),
     }
+    fixed = {gate: gate.bits for of_kind in gates.values() for gate in of_kind.values()}
     copies: dict[tuple[Kind, str, int], SuperBitQuantizer] = {}
     for bits in sorted({b for kind in gates for name in gates[kind] for b in space.values(kind, name)}):
         apply_bits(network, *(dict.fromkeys(gates[kind], bits) for kind in gates))
@@ -50,6 +53,14 @@ def gates_by_bits(
             for name, gate in of_kind.items():
                 if bits in space.values(kind, name):
                     copies[kind, name, bits] = copy.deepcopy(gate)
+    for gate, before in fixed.items():
+        if before is None:
+            gate.search()
+        else:
+            gate.fix(before)
+    for channel_gate, (mask, searching) in masks.items():
+        channel_gate.mask.copy_(mask)
+        channel_gate.searching = searching
     return copies
 
 

@@ -126,7 +126,7 @@ class Space:
         """The space of channels alone, everything in float."""
         asked = (c.model_copy(update={"weight_bits": None, "activation_bits": None}) for c in self.settings.constraints)
         kept = tuple(c for c in asked if c.prune is not None or c.least is not None)
-        settings = self.settings.model_copy(update={"quantise": False, "prune": True, "constraints": kept})
+        settings = self.settings.model_copy(update={"quantise": False, "constraints": kept})
         return Space(self.groups, self.cost, settings)
 
     # -- what searchers ask --------------------------------------------------------------------------------------------
@@ -137,6 +137,11 @@ class Space:
 
     def values(self, kind: Kind, name: str) -> tuple[int, ...]:
         return self.by_name[kind, name].values
+
+    def at_most(self, kind: Kind, name: str, bits: int) -> int:
+        """The most of the values that is not above `bits`, or the least."""
+        values = self.values(kind, name)
+        return max((value for value in values if value <= bits), default=values[0])
 
     def free(self, kind: Kind) -> list[str]:
         """Names of what there is a choice for."""
@@ -149,9 +154,9 @@ class Space:
     def plan(self, weight_bits: int, activation_bits: int, counts: Mapping[str, int] | None = None) -> Plan:
         """The same bits everywhere, or the most below them that the space has, or the least; the first so many channels
         of groups, or all."""
-        asked = {"weight": weight_bits, "activation": activation_bits}
+        asked: dict[Kind, int] = {"weight": weight_bits, "activation": activation_bits}
         tables = {
-            kind: {c.name: _at_most(c.values, bits) for c in self.choices if c.kind == kind}
+            kind: {c.name: self.at_most(kind, c.name, bits) for c in self.choices if c.kind == kind}
             for kind, bits in asked.items()
         }
         kept = {name: tuple(range((counts or {}).get(name, group.size))) for name, group in self.groups.items()}
@@ -236,7 +241,3 @@ class Space:
         for name, (words, value) in relaxed.items():
             if getattr(settings, name) != value:
                 yield words, settings.model_copy(update={name: value})
-
-
-def _at_most(values: tuple[int, ...], bits: int) -> int:
-    return max((value for value in values if value <= bits), default=values[0])

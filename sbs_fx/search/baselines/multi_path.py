@@ -94,7 +94,9 @@ class MultiPathSearch(GateSearch):
         weights = {**plan.weight_bits} | {n: choice.paths.decided_bits() for n, choice in self.choices.items()}
         activations = {**self.fixed[1], **plan.activation_bits}
         for name, readers in self.readers.items():
-            activations[name] = max([paths.decided_bits() for paths in readers] + [activations.get(name, 0)])
+            most = max([paths.decided_bits() for paths in readers] + [activations.get(name, 0)])
+            # reason: a path has its weight's bits, which the tensor's own constraints may not allow
+            activations[name] = self.problem.space.at_most("activation", name, most)
         return Plan(
             plan.kept,
             {name: weights[name] for name in self.problem.cost.weights},

@@ -38,10 +38,15 @@ def prune_then_quantise(problem: Problem, run: Run) -> SearchResult:
     """
     problem.check_feasible("prune_then_quantise")
     search: Search = run.settings or Search()
+    if not problem.space.free("channels"):  # reason: nothing may be pruned, and bits alone have all epochs
+        return GateTraining(problem, run, name="quantise").result()
     first = max(1, search.epochs // 2)
     one = replace(run, settings=search.model_copy(update={"epochs": first}))
     pruned = GateTraining(_pruning(problem), one, name="prune").result()
     kept = pruned.plan.kept
+    least = replace(problem.space.least, kept=kept)
+    if not problem.fits(least):
+        raise problem.infeasible("prune_then_quantise", least)
     slimmed = slim(with_tensors(problem.graph, pruned.tensors), problem.groups, kept)
     two = replace(run, settings=search.model_copy(update={"epochs": max(1, search.epochs - first)}))
     quantised = GateTraining(
@@ -55,7 +60,9 @@ def prune_then_quantise(problem: Problem, run: Run) -> SearchResult:
 def _pruning(problem: Problem) -> Problem:
     """Channels alone, down to what the limits say of work or time, which bits do not change."""
     limits = {m: limit for m, limit in problem.limits.items() if m in ("macs", "latency")}
-    limits = limits or {"macs": math.floor(PRUNED_MACS * problem.cost.whole["macs"])}
+    if not limits:  # reason: no less than constraints leave
+        least = problem.cost.price(problem.space.least)["macs"]
+        limits = {"macs": max(least, math.floor(PRUNED_MACS * problem.cost.whole["macs"]))}
     return replace(problem, limits=limits, space=problem.space.of_channels())
 
 

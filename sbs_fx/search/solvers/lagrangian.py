@@ -20,6 +20,7 @@ from sbs_fx.passes.cost.polynomial import Polynomial, Together
 
 Array = NDArray[np.float64]
 
+_NEXT_TO_NOTHING = 1e-9  # in the place of a limit of 0, which nothing can be divided by
 _NORM = 8.0  # close to the largest of the measures' loads, and smooth
 _SWEEPS = 20
 _BISECTIONS = 32
@@ -49,7 +50,8 @@ class Load:
     def __init__(
         self, costs: Sequence[Polynomial], limits: Sequence[float], start: Array, decisions: Sequence[Decision]
     ) -> None:
-        self.together, self.limits, self.start = Together(costs), np.array(limits, float), start.astype(float)
+        self.together, self.start = Together(costs), start.astype(float)
+        self.limits = np.array([limit or _NEXT_TO_NOTHING for limit in limits], float)
         self.rows = [self._rows(list(decision.values)) for decision in decisions]
 
     def _rows(self, numbers: list[int]) -> list[tuple[tuple[int, ...], NDArray[np.int64]]]:

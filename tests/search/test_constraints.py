@@ -1,0 +1,270 @@
+"""Constraints and the space: every method obeys them, in its plan, its static graph and its report; what is out of
+reach names what binds; what matches nothing names what is near."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import sbs_fx
+from sbs_fx.calibration.reconstruction import Reconstruction
+from sbs_fx.passes import CostModel
+from sbs_fx.passes.cost.polynomial import Polynomial
+from sbs_fx.plan import Budget
+from sbs_fx.plan.errors import ConstraintError, InfeasibleBudget, InputError
+from sbs_fx.search import Ajpq, Keep, Problem, Run, Search, Space, SpaceSettings, TwoStage
+from sbs_fx.search.registry import methods
+from tests.networks.models import Recipe, networks
+from tests.networks.small import EXAMPLE, batches, net
+from tests.oracles.constraints import check_obeyed, check_plan, layers_of, names_of
+from tests.oracles.problems import cost_of
+
+BITS = (2, 3, 4, 5, 6, 8, 32)
+QUICK: dict[str, Any] = {
+    "search": Search(epochs=1, repair_batches=1),
+    "ajpq": Ajpq(episodes=2, group=2, norm_batches=1, reward_batches=1),
+    "two_stage": TwoStage(images=32, judged=16, measured=4, rounds=0),
+    "reconstruction": Reconstruction(images=16, steps=2, batch=8),
+}
+
+
+# Drawn constraints
+
+
+@st.composite
+def constraints(draw: st.DrawFn, cost: CostModel, *, rounds: bool = True) -> Keep:
+    """About a name in the network, a part of one, a kind or a place; at least one thing is asked for."""
+    names = sorted({name for layer in cost.layers for name in names_of(cost, layer)[1:]})
+    parts = sorted({".".join(n.split(".")[:k]) for n in names for k in range(1, n.count(".") + 2)})
+    pattern = draw(st.sampled_from(["*", *parts, *(f"{part}*" for part in parts), *(f"{part}.*" for part in parts)]))
+    kinds = [None, None, *sorted({layer.kind for layer in cost.layers})]
+    bits = st.sampled_from(BITS) | st.sets(st.sampled_from(BITS), min_size=1, max_size=3).map(tuple)
+    bits = bits if rounds else st.just(32)
+    asked = draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "weight_bits": bits,
+                "activation_bits": bits,
+                "prune": st.booleans(),
+                "least": st.sampled_from([0.25, 0.5, 0.9, 1.0]),
+            },
+        ).filter(bool)
+    )
+    return Keep(
+        pattern,
+        kind=draw(st.sampled_from(kinds)),
+        place=draw(st.sampled_from([None, None, None, "first", "last", "ends"])),
+        **asked,
+    )
+
+
+@st.composite
+def spaces(draw: st.DrawFn, cost: CostModel) -> SpaceSettings:
+    quantise = draw(st.sampled_from([True, True, True, False]))
+    return SpaceSettings(
+        candidates=draw(st.sampled_from([(2, 4, 8), (3, 6), (2, 4, 8, 32), (8,)])),
+        weight_bits=draw(st.sampled_from([None, None, None, 5])),
+        constraints=tuple(draw(st.lists(constraints(cost, rounds=quantise), max_size=3))),
+        quantise=quantise,
+        prune=draw(st.sampled_from([True, True, True, False])),
+        round_to=draw(st.sampled_from([None, 1, 4])),
+        minor_groups=draw(st.booleans()),
+    )
+
+
+def matches_something(cost: CostModel, space: SpaceSettings) -> bool:
+    """Whether each constraint is about something that it could act on, so that none is an error."""
+    for keep in space.constraints:
+        layers = layers_of(cost, keep)
+        weights = any(layer.weights for layer in layers)
+        reads = {layer.node for layer in layers}
+        tensors = any(x.name in reads for places in cost.activations.values() for x, _ in places)
+        named = keep.kind is None and keep.place is None
+        groups = named or bool(layers)
+        asked = [
+            keep.weight_bits is not None and weights,
+            keep.activation_bits is not None and tensors,
+            (keep.prune is not None or keep.least is not None) and groups,
+        ]
+        if not any(asked):
+            return False
+    return True
+
+
+def reached(method: str, cost: CostModel, x: Tensor, budget: Budget, space: SpaceSettings) -> dict[str, float] | None:
+    """The least shares that a method reports; None if it meets the budget."""
+    try:
+        methods()[method].search(Problem.of(cost, budget, (x,), space), Run())
+    except InfeasibleBudget as error:
+        return error.least
+    return None
+
+
+def relaxed(space: SpaceSettings, binding: str) -> SpaceSettings:
+    """Settings without what an error says binds: a constraint, or a field."""
+    for keep in space.constraints:
+        if binding.startswith(f"{keep} "):
+            return space.model_copy(update={"constraints": tuple(k for k in space.constraints if k != keep)})
+    if binding.startswith("Keep(place='ends', weight_bits=8, activation_bits=8)"):
+        every = Keep(place="ends", weight_bits=space.candidates, activation_bits=space.candidates)
+        return space.model_copy(update={"constraints": (every, *space.constraints)})
+    name = binding.partition("=")[0]
+    looser = {"quantise": True, "prune": True, "minor_groups": True, "inner_only": False, "weight_bits": None}
+    looser |= {"activation_bits": None, "round_to": 1, "block": 1, "candidates": tuple({2, *space.candidates})}
+    return space.model_copy(update={name: looser[name]})
+
+
+@pytest.mark.parametrize("method", ["uniform", "opq"])
+@settings(max_examples=8)
+@given(networks(max_blocks=2), st.data())
+def test_drawn_constraints_are_obeyed(method: str, recipe: Recipe, data: st.DataObject) -> None:
+    module, x = recipe.build(), recipe.example(2)
+    cost = cost_of(module, x)
+    space = data.draw(spaces(cost))
+    measure = data.draw(st.sampled_from(["bops", "size", "macs"]))
+    budget = Budget(**{measure: data.draw(st.sampled_from([0.02, 0.1, 0.3, 0.7, 1.0]))})
+    if not matches_something(cost, space):
+        return
+    config = sbs_fx.Config(**space.model_dump())
+    try:
+        result = sbs_fx.compress(module, x, budget=budget, method=method, config=config)
+    except InfeasibleBudget as error:
+        check_binding(method, cost, x, space, error, measure)
+        return
+    assert budget.is_satisfied_by(result.cost)
+    check_obeyed(result, cost, space)
+    assert torch.isfinite(result.model(x)).all()
+
+
+@settings(max_examples=15)
+@given(networks(max_blocks=2), st.data())
+def test_every_corner_of_a_drawn_space_obeys(recipe: Recipe, data: st.DataObject) -> None:
+    """The least, the most and what lies between; and a budget below the least says what binds."""
+    x = recipe.example(2)
+    cost = cost_of(recipe.build(), x)
+    space = data.draw(spaces(cost))
+    if not matches_something(cost, space):
+        with pytest.raises(
+            ConstraintError, match=r"matches nothing of this model; the nearest names are '.*'; its kinds"
+        ):
+            Space(cost.groups, cost, space)
+        return
+    corners = Space(cost.groups, cost, space)
+    for plan in (corners.least, corners.most, corners.plan(4, 6), corners.plan(32, 2)):
+        check_plan(cost, space, plan)
+    least = cost.price(corners.least)
+    assert all(value <= cost.price(corners.most)[measure] for measure, value in least.items())
+    budget = Budget(bops=max(least["bops"] * 0.9 / cost.whole["bops"], 1e-9))
+    for method in ("uniform", "opq"):
+        with pytest.raises(InfeasibleBudget) as caught:
+            methods()[method].search(Problem.of(cost, budget, (x,), space), Run())
+        check_binding(method, cost, x, space, caught.value, "bops")
+
+
+def check_binding(
+    method: str, cost: CostModel, x: Tensor, space: SpaceSettings, error: InfeasibleBudget, measure: str
+) -> None:
+    """Each thing that is said to bind can be given up, and then less can be reached."""
+    least = error.least[measure]
+    assert least > 0
+    impossible = Budget(**{measure: 1e-9})
+    for binding in error.binding:
+        looser = relaxed(space, binding)
+        assert looser != space
+        fewer = reached(method, cost, x, impossible, looser)
+        assert fewer is not None
+        assert fewer[measure] < least, binding
+
+
+# Every method
+
+
+SPACES: dict[str, tuple[Budget, dict[str, Any]]] = {
+    "float and narrow": (
+        Budget(size=0.2),
+        {
+            "constraints": (
+                Keep(place="ends", weight_bits=4, activation_bits=(4, 8)),
+                Keep("0", weight_bits=32, activation_bits=32, least=0.6),
+                Keep("3", weight_bits=(3, 6)),
+            )
+        },
+    ),
+    "all channels": (Budget(bops=0.03), {"prune": False, "constraints": (Keep(kind="linear", weight_bits=(2, 3)),)}),
+    "channels alone": (Budget(macs=0.6), {"quantise": False, "constraints": (Keep("8", prune=False),)}),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("method", ["two_stage", "ajpq", "sbs", "prune_then_quantise", "multi_path", "bayesian_bits"])
+def test_every_method_obeys(method: str, name: str) -> None:
+    budget, fields = SPACES[name]
+    config = sbs_fx.Config(**QUICK, **fields)
+
+    def compressed() -> sbs_fx.Result:
+        return sbs_fx.compress(net(), EXAMPLE, budget=budget, data=batches(2), method=method, config=config)
+
+    if not config.quantise and method in ("multi_path", "ajpq"):
+        with pytest.raises(InputError, match="quantise=False"):
+            compressed()
+        return
+    result = compressed()
+    assert budget.is_satisfied_by(result.cost)
+    check_obeyed(result, cost_of(net(), EXAMPLE), config)
+
+
+@pytest.mark.parametrize("candidates", [(3, 6), (2, 4, 8, 32), (8,)])
+@pytest.mark.parametrize("method", methods())
+def test_other_candidates(method: str, candidates: tuple[int, ...]) -> None:
+    config = sbs_fx.Config(candidates=candidates, round_to=4, **QUICK)
+    share = 0.07 if candidates == (8,) and method == "multi_path" else 0.05
+    result = sbs_fx.compress(net(), EXAMPLE, budget=share, data=batches(2), method=method, config=config)
+    assert result.cost.bops <= share * result.baseline_cost.bops
+    check_obeyed(result, cost_of(net(), EXAMPLE), config)
+
+
+# A budget of time
+
+
+class FakeTiming:
+    """Seconds of a machine that needs one for each channel product, and none for what is no layer."""
+
+    float_seconds, rest, multiple = 0.0, (1.0, 0.0, 0.0), 4
+
+    def seconds(self, layer: Any, of_axis: Any) -> Any:
+        total: Any = 0.0
+        for outputs, inputs, positions in layer.sizes(of_axis):
+            total = total + outputs * inputs * (1e-3 * positions)
+        return total
+
+
+def timed(cost: CostModel) -> CostModel:
+    timing = FakeTiming()
+    result = CostModel(cost.groups, timing)
+    result.whole["latency"] = 2 * result.price(Space(cost.groups, result).most)["latency"]
+    return result
+
+
+@pytest.mark.parametrize("method", ["prune_then_quantise", "sbs", "uniform", "opq", "two_stage"])
+def test_a_budget_of_time(method: str) -> None:
+    """Of a fake machine, as real times of so small a network are mostly noise; bits under a limit of their own."""
+    cost = timed(cost_of(net(), EXAMPLE))
+    assert isinstance(cost.polynomials["latency"], Polynomial)
+    settings_ = QUICK.get(methods()[method].section or method)
+    for budget in (Budget(latency=0.4), Budget(latency=0.4, bops=0.03)):
+        problem = Problem.of(cost, budget, (EXAMPLE,))
+        plan = methods()[method].search(problem, Run(batches(2), settings_)).plan
+        assert problem.fits(plan)
+        price = cost.price(plan)
+        assert price["latency"] <= 0.4 * cost.whole["latency"]
+        assert all(price[measure] <= share * cost.whole[measure] for measure, share in budget.limits.items())
+        assert any(len(kept) < cost.groups[name].size for name, kept in plan.kept.items())
+        problem.policy(plan, method).check(
+            cost.groups.fingerprint, {g.name: g.size for g in cost.groups.values()}, cost.weights, cost.activations
+        )
