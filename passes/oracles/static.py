@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.passes.static.fold import TRANSPOSED
+from sbs_fx.passes.folding import TRANSPOSED
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten

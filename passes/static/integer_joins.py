@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.passes.folding import CONVOLUTIONS
 from sbs_fx.passes.gates.insertion import non_negative
 from sbs_fx.passes.graph import copy_graph
 from sbs_fx.passes.static.finalize import MAX_CODE, MIDDLE, StaticActivation
-from sbs_fx.passes.static.fold import CONVOLUTIONS
 from sbs_fx.quantizer.ranges import Histogram, set_range
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 

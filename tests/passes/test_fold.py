@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sbs_fx.passes.folding import TRANSPOSED
 from sbs_fx.passes.gates.insertion import apply_bits, weight_gates
-from sbs_fx.passes.static.fold import TRANSPOSED
 from tests.networks.small import LAYERS, Normed
 from tests.oracles.gated import check_static, fixed, gate, nodes
 
