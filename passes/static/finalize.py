@@ -37,10 +37,14 @@ MAX_CODE = 255
 
 
 class StoredWeight(NamedTuple):
-    """Bits of an int8 buffer of codes: one number, or one per coordinate of dimension `axis` (0 where it is zero)."""
+    """Bits of an int8 buffer of codes: one number, or one per coordinate of dimension `axis` (0 where it is zero).
+
+    `nonzeros`: how many single weights stay, of which some may have been rounded to zero; None where none was pruned.
+    """
 
     bits: int | tuple[int, ...]
     axis: int
+    nonzeros: int | None = None
 
 
 class StaticActivation(NamedTuple):
@@ -52,19 +56,23 @@ class StaticActivation(NamedTuple):
     values: str
 
 
-def finalize(gated: fx.GraphModule) -> fx.GraphModule:
+def finalize(gated: fx.GraphModule, *, nonzeros: Mapping[str, int] | None = None) -> fx.GraphModule:
     """The static quantised graph of a gated one, which stays as it is.
 
     `meta["weights"]` of the result is a dict, name of a buffer of codes -> `StoredWeight`; `meta["activations"]` is one
     of tensor (as in `activation_gates`) -> `StaticActivation`. Node names, the input and output structure and a dynamic
     batch are kept; a float parameter stays a parameter, without gradient.
 
+    Args:
+        gated: from `insert_gates(..., channels=False)`.
+        nonzeros: weight -> how many of its single weights a plan keeps, where it prunes others; the files say so.
+
     Raises:
         GraphError: the graph has no gates, or has channel gates; a gate is still searching or has no usable range; a
             quantised tensor is float64.
     """
     gates = _checked(gated)
-    lowering = _Lowering(gated, gates)
+    lowering = _Lowering(gated, gates, nonzeros or {})
     for node in gated.graph.nodes:
         lowering.lower(node)
     return lowering.result()
@@ -98,8 +106,13 @@ def _checked(gated: fx.GraphModule) -> dict[str, tuple[str, SuperBitQuantizer]]:
 class _Lowering:
     """The new graph while it is built: nodes of the gated graph go in, in order."""
 
-    def __init__(self, gated: fx.GraphModule, gates: Mapping[str, tuple[str, SuperBitQuantizer]]) -> None:
-        self.gated, self.gates = gated, gates
+    def __init__(
+        self,
+        gated: fx.GraphModule,
+        gates: Mapping[str, tuple[str, SuperBitQuantizer]],
+        nonzeros: Mapping[str, int],
+    ) -> None:
+        self.gated, self.gates, self.nonzeros = gated, gates, nonzeros
         self.graph = fx.Graph()
         self.graph._codegen = copy.deepcopy(gated.graph._codegen)  # keeps the structure of inputs and outputs
         self.new: dict[fx.Node, Any] = {}  # node of the gated graph -> node of the new one
@@ -229,7 +242,8 @@ class _Lowering:
         name = self._name(node.args[0])
         bits = gate.bits if isinstance(gate.bits, int) else tuple(gate.bits.tolist())
         read_codes = self._tensor(name, codes, None)
-        self.weights[str(read_codes.target)] = StoredWeight(bits, axis)
+        nonzeros = self.nonzeros.get(self.gates[str(node.target)][0])
+        self.weights[str(read_codes.target)] = StoredWeight(bits, axis, nonzeros)
         transposed = any(user.target in TRANSPOSED for user in node.users)
         read_scale = self._tensor(f"{name}_scale", scale if transposed else scale.flatten(), None)
         if transposed:  # reason: compilers take a transposed convolution of a dequantised weight for a plain one

@@ -31,7 +31,7 @@ from sbs_fx.passes.static.finalize import StaticActivation, StoredWeight
 from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import FileError
 
-FORMAT = 1
+FORMAT = 2
 INFORMATION = "extra/sbs_fx.json"  # what we know beside the graph, with a digest of all other members
 _SAMPLE_INPUTS = "data/sample_inputs/"
 _WEIGHTS = "data/weights/weight_"
@@ -93,8 +93,8 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
         ) from error
     assert isinstance(module, fx.GraphModule)
     weights = {
-        name: StoredWeight(tuple(bits) if isinstance(bits, list) else bits, axis)
-        for name, (bits, axis) in information["weights"].items()
+        name: StoredWeight(tuple(bits) if isinstance(bits, list) else bits, axis, nonzeros)
+        for name, (bits, axis, nonzeros) in information["weights"].items()
     }
     canonicalise(module)
     result = unpack(module, weights)
