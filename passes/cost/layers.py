@@ -8,6 +8,7 @@ mixing, attention and adapters are counted right; one example (batch 1).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,14 +162,8 @@ def stored_tensors(
     A static graph has a bias of its own for each layer that a batch norm folds into or whose bias others read. Of
     parameters and buffers it holds those that something reads which is no folded norm, and no weight that is stored.
     """
-    graph = inference.graph_module.graph
+    graph, folds = inference.graph_module.graph, batch_norms_to_fold(inference)
     sources = {name: operand(nodes[places[0][0].name], places[0][1]) for name, places in weights.items()}
-    read_by: dict[fx.Node, set[str]] = {}
-    for name, places in weights.items():
-        read_by.setdefault(sources[name], set()).update(layer.name for layer, _ in places)
-    folds = folded_norms(
-        graph, [node for node in graph.nodes if has_statistics(node)], lambda weight: len(read_by.get(weight, ()))
-    )
     stored, others = {}, []
     for name, places in weights.items():
         norm = folds.get(nodes[places[0][0].name])
@@ -192,6 +187,16 @@ def stored_tensors(
         is_parameter, in_float = node.target in parameters and node not in absorbed, node not in absorbed
         others.append(OtherTensor(dims, _bits(node), is_parameter, in_float, node in live, past))
     return stored, others
+
+
+def batch_norms_to_fold(inference: Inference) -> dict[fx.Node, fx.Node]:
+    """Layer of a traced graph -> the batch norm that `finalize` folds into it."""
+    graph = inference.graph_module.graph
+    readers: Counter[fx.Node] = Counter()
+    for node in graph.nodes:
+        if node.name in inference.layers:
+            readers.update({operand(node, path) for path in inference.layers[node.name].weights})
+    return folded_norms(graph, filter(has_statistics, graph.nodes), lambda weight: readers[weight])
 
 
 def _bits(node: Any) -> int:

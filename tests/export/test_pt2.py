@@ -52,7 +52,11 @@ def stored_weights(draw: st.DrawFn) -> tuple[Tensor, StoredWeight]:
     axis = draw(st.integers(0, len(shape) - 1))
     bits = draw(st.sampled_from(BITS) | st.tuples(*[st.sampled_from((0, *BITS))] * shape[axis]))
     torch.manual_seed(draw(st.integers(0, 99)))
-    return codes(shape, bits, axis), StoredWeight(bits, axis)
+    value = codes(shape, bits, axis)
+    if not isinstance(bits, int) or draw(st.booleans()):
+        return value, StoredWeight(bits, axis)
+    value *= torch.rand(shape) < 0.5
+    return value, StoredWeight(bits, axis, draw(st.integers(max(1, int(value.count_nonzero())), value.numel())))
 
 
 def weight_graph(value: Tensor, stored: StoredWeight) -> fx.GraphModule:
@@ -72,20 +76,29 @@ def test_packing_is_exact_and_tight(drawn: tuple[Tensor, StoredWeight]) -> None:
     assert torch.equal(unpack(packed, packed.meta["weights"]).get_buffer("layer.weight"), value)
     per_channel = stored.bits if isinstance(stored.bits, tuple) else (stored.bits,) * value.shape[stored.axis]
     bits = sum(per_channel) * value.numel() // value.shape[stored.axis]
-    held = {name: buffer for name, buffer in packed.named_buffers() if "order" not in name and "shifts" not in name}
+    if stored.nonzeros is not None:
+        bits = value.numel() + per_channel[0] * stored.nonzeros
+    held = {name: buffer for name, buffer in packed.named_buffers() if "order" not in name}
     assert sum(b.numel() for b in held.values()) <= math.ceil(bits / 8) + len(held)
 
 
 def test_planes_of_two_four_and_eight_codes_a_byte() -> None:
-    def packed(codes: list[int], bits: int) -> list[list[list[int]]]:
+    def packed(codes: list[int], bits: int) -> list[list[int]]:
         return [plane.tolist() for plane in pack_codes(torch.tensor(codes, dtype=torch.int8), bits)]
 
-    assert packed([1, -7, 7], 4) == [[[0x08], [0x0E]]]
-    assert packed([1, 0, -1, 1, 1], 2) == [[[0b10000110], [0b10]]]
+    assert packed([1, -7, 7], 4) == [[0xE8, 0x00]]  # plus 7: 8, 0, 14; the first and the third in one byte
+    # plus 1: 2, 1, 0, 2, 2 and padding: from the low bits on, the 1st, 5th, 3rd and 7th, then the 2nd, 6th, 4th and 8th
+    assert packed([1, 0, -1, 1, 1], 2) == [[0b00_00_10_10, 0b00_10_00_01]]
     # plus 31: 0b10_0000, 0b00_0000, 0b11_1110: the four low bits of each, then the two high ones
-    assert packed([1, -31, 31], 6) == [[[0x00], [0x0E]], [[0b110010]]]
-    assert packed([1, -3, 3], 3) == [[[0b100000]], [[0b101]]]  # plus 3: 0b1_00, 0b0_00, 0b1_10
-    assert packed([1, -15], 5) == [[[0x00]], [[0b01]]]  # plus 15: 0b1_0000, 0b0_0000
+    assert packed([1, -31, 31], 6) == [[0xE0, 0x00], [0b00_00_11_10]]
+    assert packed([1, -3, 3], 3) == [[0b00_00_10_00], [0b00000101]]  # plus 3: 0b1_00, 0b0_00, 0b1_10
+    assert packed([1, -15], 5) == [[0x00], [0b00000001]]  # plus 15: 0b1_0000, 0b0_0000
+
+
+def test_more_codes_than_a_plan_keeps_are_refused() -> None:
+    graph = weight_graph(torch.tensor([[1, 0, -1, 1]], dtype=torch.int8), StoredWeight(2, 0, 2))
+    with pytest.raises(GraphError, match="3 codes that are not zero"):
+        pack(graph)
 
 
 @pytest.fixture(scope="module")

@@ -77,8 +77,8 @@ def drawn_plan(cost: CostModel, seed: int, *, prune: bool) -> Plan:
     return Plan(kept if prune else {}, weight_bits, activation_bits, nonzeros)
 
 
-def check(module: nn.Module, x: Tensor, seed: int, *, prune: bool, joined: bool = False) -> None:
-    """Assert that a plan drawn from the seed costs what its graph holds."""
+def check(module: nn.Module, x: Tensor, seed: int, *, prune: bool, joined: bool = False) -> fx.GraphModule:
+    """Assert that a plan drawn from the seed costs what its static graph holds; returns that."""
     graph = trace(module.eval(), x)
     groups = channel_groups(graph)
     cost = cost_model(graph, groups)
@@ -92,6 +92,7 @@ def check(module: nn.Module, x: Tensor, seed: int, *, prune: bool, joined: bool 
     if joined:
         static = integer_grid(integer_joins(static, [(x,)]))
     assert stored_bits(static) == cost.evaluate(plan).stored_bits == cost.price(plan)["size"]
+    return static
 
 
 class SharedLayer(nn.Module):
@@ -160,14 +161,48 @@ class Adapted(nn.Module):
         return self.last(self.first(x).cumsum(1))
 
 
+class Tied(nn.Module):
+    """A weight that two layers share, each before a norm, and one that a third reads transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.up = (nn.Conv2d(8, 8, 1) for _ in range(3))
+        self.first, self.second, self.third = (nn.BatchNorm2d(8) for _ in range(3))
+        self.right.weight = self.left.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.left(x)).relu() + self.second(self.right(x))
+        x = self.third(self.up(x.relu()))
+        return nn.functional.conv2d(x, self.up.weight.transpose(0, 1))
+
+
+class Norms(nn.Module):
+    """Norms that do not fold: without running statistics, of a weight that depends on the input; and one whose layer
+    has a computed weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8, track_running_stats=i > 0) for i in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = self.layers
+        x = self.norms[0](first(x)).relu()
+        x = self.norms[1](nn.functional.conv2d(x, second.weight * x.mean(), second.bias)).relu()
+        return self.norms[2](nn.functional.conv2d(x, third.weight / third.weight.norm(), third.bias))
+
+
 CASES: dict[str, Callable[[], nn.Module]] = {
-    **{name: build for name, build in LAYERS.items() if name not in ("linear", "conv1d", "conv3d")},
+    **LAYERS,
     "shared layer": SharedLayer,
     "shared norm": SharedNorm,
     "shapes": Shapes,
     "read twice": ReadTwice,
     "adapted": Adapted,
+    "tied": Tied,
+    "norms": Norms,
 }
+SHAPES = {"linear": (4, 8), "conv1d": (2, 8, 9), "conv3d": (2, 8, 5, 5, 5)}
 
 
 @pytest.mark.parametrize("prune", [False, True])
@@ -175,7 +210,17 @@ CASES: dict[str, Callable[[], nn.Module]] = {
 def test_layers_and_norms(name: str, prune: bool) -> None:
     for seed in SEEDS:
         torch.manual_seed(seed)
-        check(CASES[name](), torch.randn(2, 8, 9, 9), seed, prune=prune)
+        check(CASES[name](), torch.randn(SHAPES.get(name, (2, 8, 9, 9))), seed, prune=prune)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["conv", "no bias", "grouped transposed", "shared layer", "read twice"])
+def test_narrow_floats_take_their_own_width(name: str, dtype: torch.dtype) -> None:
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        x = torch.randn(2, 8, 9, 9, dtype=dtype)
+        static = check(CASES[name]().to(dtype), x, seed, prune=bool(seed % 2))
+        assert static(x).dtype == dtype
 
 
 @pytest.mark.parametrize("build", [Residual, SharedLayer])
