@@ -160,7 +160,7 @@ def _digest(members: Mapping[str, bytes], text: str) -> str:
 def _write(archive: zipfile.ZipFile, name: str, data: bytes, *, compress: bool) -> None:
     entry = zipfile.ZipInfo(name)  # reason: without a date, equal models are equal files
     entry.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
-    archive.writestr(entry, data)
+    archive.writestr(entry, data, compresslevel=9 if compress else None)
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from sbs_fx.export import load, load_pt2, pt2, save_pt2
-from sbs_fx.export.packing import pack, pack_codes, unpack
+from sbs_fx.export.packing import PLANES, pack, pack_planes, split_codes, unpack
 from sbs_fx.passes.capture.trace import trace
 from sbs_fx.passes.channels.groups import channel_groups
 from sbs_fx.passes.gates.insertion import insert_gates
@@ -79,20 +79,20 @@ def test_packing_is_exact_and_tight(drawn: tuple[Tensor, StoredWeight]) -> None:
     if stored.nonzeros is not None:
         bits = value.numel() + per_channel[0] * stored.nonzeros
     held = {name: buffer for name, buffer in packed.named_buffers() if "order" not in name}
-    assert sum(b.numel() for b in held.values()) <= math.ceil(bits / 8) + len(held)
+    assert sum(b.numel() for b in held.values()) == math.ceil(bits / 8)
 
 
 def test_planes_of_two_four_and_eight_codes_a_byte() -> None:
-    def packed(codes: list[int], bits: int) -> list[list[int]]:
-        return [plane.tolist() for plane in pack_codes(torch.tensor(codes, dtype=torch.int8), bits)]
+    def packed(codes: list[int], bits: int) -> list[int]:
+        planes = split_codes(torch.tensor(codes, dtype=torch.int8), bits)
+        return pack_planes(dict(zip(PLANES[bits], planes, strict=True))).tolist()
 
-    assert packed([1, -7, 7], 4) == [[0xE8, 0x00]]  # plus 7: 8, 0, 14; the first and the third in one byte
-    # plus 1: 2, 1, 0, 2, 2 and padding: from the low bits on, the 1st, 5th, 3rd and 7th, then the 2nd, 6th, 4th and 8th
-    assert packed([1, 0, -1, 1, 1], 2) == [[0b00_00_10_10, 0b00_10_00_01]]
-    # plus 31: 0b10_0000, 0b00_0000, 0b11_1110: the four low bits of each, then the two high ones
-    assert packed([1, -31, 31], 6) == [[0xE0, 0x00], [0b00_00_11_10]]
-    assert packed([1, -3, 3], 3) == [[0b00_00_10_00], [0b00000101]]  # plus 3: 0b1_00, 0b0_00, 0b1_10
-    assert packed([1, -15], 5) == [[0x00], [0b00000001]]  # plus 15: 0b1_0000, 0b0_0000
+    assert packed([1, -7, 7], 4) == [0xE8, 0x00]  # plus 7: 8, 0 | 14, padding
+    # plus 1: 2, 1, 0 | 2, 2, padding: halves of bytes 0b1010, 0b1001 | 0b0000, padding
+    assert packed([1, 0, -1, 1, 1], 2) == [0b1010, 0b1001]
+    # plus 31: 0b10_0000, 0b00_0000, 0b11_1110: halves of bytes 0, 0, 14 and, of the high bits 2, 0, 3, 0b1110 and 0
+    assert packed([1, -31, 31], 6) == [0b1110_0000, 0b0000_0000, 0b1110]
+    assert packed([-127, 127], 8) == [0x81, 0x7F]
 
 
 def test_more_codes_than_a_plan_keeps_are_refused() -> None:
