@@ -64,7 +64,7 @@ def save_pt2(
         "format": FORMAT,
         "metadata": dict(metadata or {}),
         "exact": static.meta.get("exact", False),
-        "weights": static.meta.get("weights", {}),
+        "weights": {name: _row(stored) for name, stored in static.meta.get("weights", {}).items()},
         "activations": [[name, a.bits, a.zero_point] for name, a in static.meta.get("activations", {}).items()],
     }
     write_atomic(path, _sealed(archive, information))
@@ -93,7 +93,7 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
         ) from error
     assert isinstance(module, fx.GraphModule)
     weights = {
-        name: StoredWeight(tuple(bits) if isinstance(bits, list) else bits, axis, nonzeros)
+        name: StoredWeight(tuple(map(int, bits)) if isinstance(bits, str) else bits, axis, nonzeros)
         for name, (bits, axis, nonzeros) in information["weights"].items()
     }
     canonicalise(module)
@@ -115,6 +115,12 @@ def load_saved(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, tuple[Tens
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def _row(stored: StoredWeight) -> tuple[int | str, int, int | None]:
+    """As JSON: bits by channel are one digit each, half as long as a list."""
+    bits = stored.bits if isinstance(stored.bits, int) else "".join(map(str, stored.bits))
+    return bits, stored.axis, stored.nonzeros
 
 
 def _activations(module: fx.GraphModule, rows: Sequence[Any]) -> dict[str, StaticActivation]:

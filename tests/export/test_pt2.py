@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickletools
+import random
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,16 +26,17 @@ from torch import Tensor, fx, nn
 
 from sbs_fx.export import load, load_pt2, pt2, save_pt2
 from sbs_fx.export.packing import PLANES, pack, pack_planes, split_codes, unpack
-from sbs_fx.passes.capture.trace import trace
-from sbs_fx.passes.channels.groups import channel_groups
-from sbs_fx.passes.gates.insertion import insert_gates
+from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, trace
+from sbs_fx.passes.graph import with_tensors
 from sbs_fx.passes.oracles.static import count_levels
-from sbs_fx.passes.static.finalize import StoredWeight, finalize
+from sbs_fx.passes.static.finalize import StoredWeight
+from sbs_fx.plan import Plan
 from sbs_fx.plan.bits import BITS
 from sbs_fx.plan.errors import FileError, GraphError
 from sbs_fx.quantizer.superbit import max_level
+from sbs_fx.search.sparse import largest, parameters_of, weight_tensors
 from tests.networks.models import Recipe, step
-from tests.oracles.gated import Together, bundles, check_static, draw_bits, gate
+from tests.oracles.gated import Together, bundles, check_static, draw_bits, gate, set_ranges
 
 SLACK = 200_000  # bytes, for the graph and the headers of the archive
 
@@ -192,6 +195,34 @@ def test_a_file_is_as_large_as_its_bits(bits: int, tmp_path: Path) -> None:
     save_pt2(finalize(gated), torch.randn(2, 600), tmp_path / "model.pt2")
     weights = 2 * 600 * 2000 * bits / 8
     assert weights < (tmp_path / "model.pt2").stat().st_size < 1.02 * weights + 30_000
+
+
+@pytest.mark.parametrize("kind", ["8", "4", "mixed", "by channel", "masked"])
+def test_a_file_is_as_large_as_its_cost(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    graph = trace(timm.create_model("resnet18").eval(), x)
+    groups = channel_groups(graph)
+    cost, draw = cost_model(graph, groups), random.Random(0)
+    tensors = weight_tensors(cost)
+    bits: dict[str, Any] = {name: draw.choice(BITS) if kind == "mixed" else 4 for name in cost.weights}
+    if kind == "8":
+        bits = dict.fromkeys(cost.weights, 8)
+    if kind == "by channel":
+        bits = {name: [draw.choice((0, *BITS)) for _ in range(len(weight))] for name, weight in tensors.items()}
+    masks = {n: int(w.numel() * draw.uniform(0.05, 0.5)) for n, w in tensors.items()} if kind == "masked" else {}
+    plan = Plan({}, bits, dict.fromkeys(cost.activations, 8), masks)
+    parameters = parameters_of(cost)
+    masked = with_tensors(graph, {parameters[n]: largest(tensors[n], count) for n, count in masks.items()})
+    gated = insert_gates(masked, groups, channels=False)
+    set_ranges(gated, x)
+    apply_bits(gated, plan.weight_bits, plan.activation_bits)
+    static = finalize(gated, nonzeros=plan.nonzeros)
+    save_pt2(static, x, tmp_path / "model.pt2")
+    size = cost.evaluate(plan).stored_bits / 8
+    assert size < (tmp_path / "model.pt2").stat().st_size < 1.02 * size + 60_000
+    loaded = load_pt2(tmp_path / "model.pt2")
+    assert all(torch.equal(value, static.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 def test_torch_alone_runs_it(static: fx.GraphModule, saved: Path, tmp_path: Path) -> None:
