@@ -33,10 +33,14 @@ _CLAMPS = (aten.clamp_max.default, aten.clamp_min.default)
 
 
 class StoredWeight(NamedTuple):
-    """Bits of an int8 buffer of codes: one number, or one per coordinate of dimension `axis` (0 where it is zero)."""
+    """Bits of an int8 buffer of codes: one number, or one per coordinate of dimension `axis` (0 where it is zero).
+
+    `nonzeros`: how many single weights stay, of which some may have been rounded to zero; None where none was pruned.
+    """
 
     bits: int | tuple[int, ...]
     axis: int
+    nonzeros: int | None = None
 
 
 class StaticActivation(NamedTuple):

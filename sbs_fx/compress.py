@@ -219,7 +219,7 @@ def _realised(priced: _Priced, searched: SearchResult, policy: Policy, job: Job,
         options: dict[str, Any] = {"settings": config.reconstruction, "seed": config.seed}
         reconstruct(gated, graph, data, inputs=priced.inputs, groups=groups, kept=plan.kept, **options)
     job.stage("finalise", 0.9)
-    static = finalize(gated)
+    static = finalize(gated, nonzeros=plan.nonzeros)
     if rounds:
         static = _integer(static, priced.inputs, job)
     total = cost.evaluate(plan)

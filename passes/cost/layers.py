@@ -1,14 +1,15 @@
 """What multiplies and what is stored, read off the typed graph: the material of costs.
 
 In: channel groups with the layers that inference recorded. Out: per layer the products it adds up, per weight its
-dimensions, and every tensor that belongs to no layer. MACs come from output types, not from weights, so that token
+dimensions, and every tensor that is stored. MACs come from output types, not from weights, so that token
 mixing, attention and adapters are counted right; one example (batch 1).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,7 @@ from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis, Dim
 from sbs_fx.passes.channels.groups import weight_name
 from sbs_fx.passes.channels.inference import Inference, Layer, Path, Term, operand
-
-aten = torch.ops.aten
+from sbs_fx.passes.folding import BIAS, WEIGHT, folded_norms, has_statistics, shared_biases
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,30 @@ class LayerExpression:
 
 @dataclass(frozen=True)
 class OtherTensor:
-    """A tensor that no layer multiplies with: stored at the width of its dtype, unless it vanishes in a batch norm that
-    is folded."""
+    """A tensor beside the weights of layers, as wide as its dtype.
+
+    Attributes:
+        in_float, in_static: whether the float graph holds it, and a static one.
+        past: the weight that a static graph holds it beside, once that is quantised: something reads the parameter
+            itself too.
+        adapted: what an adapter keeps of this type, there only where some of it goes.
+    """
 
     dims: tuple[Dim, ...]
     bits: int
-    is_parameter: bool
-    vanishes: bool
+    is_parameter: bool = False
+    in_float: bool = False
+    in_static: bool = True
+    past: str | None = None
+    adapted: bool = False
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """How a layer's weight is stored: bits of a value in float, and as many scales as `scales` has coordinates."""
+
+    float_bits: int
+    scales: Dim
 
 
 def symbol_values(inference: Inference) -> dict[sympy.Symbol, int | None]:
@@ -137,36 +154,85 @@ def _product(
     return Product(scale, tuple(dims), left, right)
 
 
-def other_tensors(inference: Inference, nodes: Mapping[str, fx.Node], weights: Mapping[str, Any]) -> list[OtherTensor]:
-    absorbed: set[fx.Node] = set()
-    stack = [operand(nodes[layer.name], path) for places in weights.values() for layer, path in places]
+def stored_tensors(
+    inference: Inference, nodes: Mapping[str, fx.Node], weights: Mapping[str, list[tuple[Layer, Path]]]
+) -> tuple[dict[str, StoredWeight], list[OtherTensor]]:
+    """What the float graph and a static one hold: how weights are stored, and everything else.
+
+    A static graph has a bias of its own for each layer that a batch norm folds into or whose bias others read. Of
+    parameters and buffers it holds those that something reads which is no folded norm, and no weight that is stored.
+    """
+    graph, folds = inference.graph_module.graph, batch_norms_to_fold(inference)
+    sources = {name: operand(nodes[places[0][0].name], places[0][1]) for name, places in weights.items()}
+    stored, others = {}, []
+    for name, places in weights.items():
+        norm = folds.get(nodes[places[0][0].name])
+        # reason: of a grouped transposed convolution, a folded norm has one factor for each output
+        scales = inference[norm.args[3]][0] if norm is not None else inference[sources[name]][places[0][0].outputs]
+        stored[name] = StoredWeight(_bits(sources[name]), scales)
+    for layer, norm in folds.items():
+        others.append(OtherTensor(inference[norm.args[3]][:1], _bits(layer)))
+    for layer in shared_biases(graph) - folds.keys():
+        others.append(OtherTensor(inference[layer.args[BIAS]], _bits(layer.args[BIAS])))
+    live = _read_in_static(graph, inference, folds)
+    for name, adapter in inference.adapters.items():
+        if nodes[name] in live:
+            others.append(OtherTensor((adapter.type,), 64, adapted=True))
+    absorbed = _leading_to(sources.values())
+    named = {source: name for name, source in sources.items()}
+    folded = {layer.args[WEIGHT] for layer in folds}
+    parameters = dict(inference.graph_module.named_parameters(remove_duplicate=False))
+    for node in graph.find_nodes(op="get_attr"):
+        dims, past = inference.tensors[str(node.target)], None if node in folded else named.get(node)
+        is_parameter, in_float = node.target in parameters and node not in absorbed, node not in absorbed
+        others.append(OtherTensor(dims, _bits(node), is_parameter, in_float, node in live, past))
+    return stored, others
+
+
+def batch_norms_to_fold(inference: Inference) -> dict[fx.Node, fx.Node]:
+    """Layer of a traced graph -> the batch norm that `finalize` folds into it."""
+    graph = inference.graph_module.graph
+    readers: Counter[fx.Node] = Counter()
+    for node in graph.nodes:
+        if node.name in inference.layers:
+            readers.update({operand(node, path) for path in inference.layers[node.name].weights})
+    return folded_norms(graph, filter(has_statistics, graph.nodes), lambda weight: readers[weight])
+
+
+def _bits(node: Any) -> int:
+    return 8 * node.meta["val"].dtype.itemsize
+
+
+def _leading_to(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in absorbed:
-            absorbed.add(node)
+        if node not in found:
+            found.add(node)
             stack.extend(node.all_input_nodes)
-    parameters = dict(inference.graph_module.named_parameters(remove_duplicate=False))
-    result = []
-    for node in nodes.values():
-        if node.op == "get_attr" and node not in absorbed:
-            vanishes = all(
-                u.target is aten.batch_norm.default and u.args[2] is not node and _folds(inference, u)
-                for u in node.users
-            )
-            bits = 8 * node.meta["val"].dtype.itemsize
-            result.append(OtherTensor(inference.tensors[str(node.target)], bits, node.target in parameters, vanishes))
-    return result
+    return found
 
 
-def _folds(inference: Inference, node: fx.Node) -> bool:
-    """Whether a batch norm follows a convolution or linear that nothing else reads."""
-    source = node.args[0]
-    return (
-        isinstance(source, fx.Node)
-        and source.name in inference.layers
-        and len(source.users) == 1
-        and inference.layers[source.name].kind in ("conv", "linear")
-    )
+def _read_in_static(graph: fx.Graph, inference: Inference, folds: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
+    """The nodes whose values a static graph computes or reads: without those that end in a weight, in a folded norm, or
+    in a bias that is a tensor of its own."""
+    replaced: dict[fx.Node, set[Any]] = {}
+    for layer in graph.nodes:
+        if layer.name in inference.layers:
+            replaced[layer] = {operand(layer, path) for path in inference.layers[layer.name].weights}
+    for layer in shared_biases(graph) | folds.keys():
+        replaced.setdefault(layer, set()).add(layer.args[BIAS])
+    for norm in folds.values():
+        replaced[norm] = set(norm.args[1:5])
+    found: set[fx.Node] = set()
+    stack = list(graph.find_nodes(op="output"))
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(source for source in node.all_input_nodes if source not in replaced.get(node, ()))
+    return found
 
 
 def end_layers(inference: Inference) -> tuple[set[str], set[str]]:

@@ -27,16 +27,17 @@ from sbs_fx.passes.cost.layers import (
     LayerExpression,
     end_layers,
     layer_expression,
-    other_tensors,
+    stored_tensors,
     symbol_values,
     traced_sizes,
 )
 from sbs_fx.passes.cost.polynomial import Array, Polynomial, Together, Variable
 from sbs_fx.plan import Cost, LayerCost, Plan
-from sbs_fx.plan.bits import FLOAT_BITS
+from sbs_fx.plan.bits import FLOAT_BITS, place_bits
 from sbs_fx.plan.errors import GraphError, PolicyError
 from sbs_fx.plan.plan import Kind
 
+SCALE_BITS = 32  # whatever the dtype of the model
 Bits = Callable[[tuple[str, str] | None], Any]  # of an operand
 
 
@@ -73,7 +74,7 @@ class CostModel:
         self._traced_sizes = traced_sizes(inference)
         self.layers = tuple(layer_expression(inference, nodes, layer, symbols) for layer in inference.layers.values())
         self.weights, self.activations = quantized_tensors(groups)
-        self._others = other_tensors(inference, nodes, self.weights)
+        self._stored, self._others = stored_tensors(inference, nodes, self.weights)
         self.variables = (
             *(Variable("channels", name) for name in groups),
             *(Variable(kind, name) for name in self.weights for kind in ("weight", "quantised")),
@@ -101,12 +102,17 @@ class CostModel:
                 count = self._at_traced_size(count)
                 macs = macs + count
                 bops = bops + count * bits(product.left) * bits(product.right)
-        for name, (dims, outputs) in self.dims_of_weights.items():
+        for name, (dims, _) in self.dims_of_weights.items():
+            stored, quantised = self._stored[name], terms["quantised", name]  # type: ignore[index]
             size = size + _count(dims, of_axis) * bits(("weight", name))
-            size = size + FLOAT_BITS * d.evaluate(dims[outputs], of_axis) * terms["quantised", name]  # type: ignore[index]
+            if stored.float_bits != FLOAT_BITS:
+                narrower = (stored.float_bits - FLOAT_BITS) * _count(dims, of_axis)
+                size = size + narrower + -1 * narrower * quantised
+            size = size + SCALE_BITS * d.evaluate(stored.scales, of_axis) * quantised
         for tensor in self._others:
-            if not tensor.vanishes:
-                size = size + _count(tensor.dims, of_axis) * tensor.bits
+            if tensor.in_static and not tensor.adapted:
+                beside = 1 if tensor.past is None else terms["quantised", tensor.past]  # type: ignore[index]
+                size = size + _count(tensor.dims, of_axis) * tensor.bits * beside
         result = {"bops": bops, "macs": macs, "size": size}
         if self.timing is not None:
             result["latency"] = Polynomial({}) + self.timing.rest[0]
@@ -117,11 +123,14 @@ class CostModel:
     def values(self, plan: Plan) -> tuple[Array, Array | None]:
         """A plan as numbers of the variables and a 1, (variables + 1,) float64, and their divisors where bits differ by
         channel."""
+        return self._values(plan, slim_bits(self.groups, plan))
+
+    def _values(self, plan: Plan, weight_bits: Mapping[str, Any]) -> tuple[Array, Array | None]:
         x, divided = list(self._open), {}
         channels, weights, activations = self._places
         for name, kept in plan.kept.items():
             x[channels[name]] = len(kept)
-        for name, bits in slim_bits(self.groups, plan).items():
+        for name, bits in weight_bits.items():
             place = weights[name]
             if isinstance(bits, int):
                 x[place] = bits
@@ -158,17 +167,24 @@ class CostModel:
 
     def price(self, plan: Plan) -> dict[str, Any]:
         """Cost of a plan by measure, whole numbers but for latency: what `evaluate` adds up to, many times faster."""
-        price = dict(zip(self.polynomials, self._together(*self.values(plan)), strict=True))
-        if plan.nonzeros:
-            price["size"] += sum(self._coding(plan).values())
+        bits = slim_bits(self.groups, plan)
+        price = dict(zip(self.polynomials, self._together(*self._values(plan, bits)), strict=True))
+        price["size"] += sum(self._coding(plan, bits).values()) + self._adapters(plan)
         return price
 
     @cached_property
     def _together(self) -> Together:
         return Together(list(self.polynomials.values()))
 
-    def _coding(self, plan: Plan) -> dict[str, int]:
-        """Weight -> bits that it takes more, or fewer, where single weights go: one says of each whether it stays."""
+    def _coding(self, plan: Plan, weight_bits: Mapping[str, Any]) -> dict[str, int]:
+        """Weight -> bits that it takes more, or fewer, than its codes, which are no polynomial.
+
+        Where single weights go, one bit says of each whether it stays. Channels of several bitwidths are stored by
+        bitwidth, and where each belongs.
+
+        Args:
+            weight_bits: those of the plan, without channels that go.
+        """
         difference = {}
         for name, count in plan.nonzeros.items():
             sizes = {self.groups[group].axis: len(kept) for group, kept in plan.kept.items()}
@@ -177,7 +193,20 @@ class CostModel:
             if not isinstance(bits, int) or bits == FLOAT_BITS:
                 raise PolicyError(f"single weights of {name!r} go at {bits} bits; expected one bitwidth below 32")
             difference[name] = total + (count - total) * bits
+        for name, bits in weight_bits.items():
+            if not isinstance(bits, int) and len(set(bits)) > 1:
+                difference[name] = place_bits(len(bits)) * len(bits)
         return difference
+
+    def _adapters(self, plan: Plan) -> int:
+        """Bits of the kept coordinates of operators that run at full width."""
+        lost = {self.groups[name].axis: len(kept) for name, kept in plan.kept.items()}
+        lost = {axis: size for axis, size in lost.items() if size != axis.size}
+        return sum(
+            tensor.bits * _count(tensor.dims, lambda axis: lost.get(axis, axis.size))
+            for tensor in self._others
+            if tensor.adapted and any(axis in lost for dim in tensor.dims for axis in d.axes(dim))
+        )
 
     @cached_property
     def whole(self) -> dict[str, Any]:
@@ -230,7 +259,9 @@ class CostModel:
     # -- layer by layer --------------------------------------------------------------------------------------------
 
     def evaluate(self, plan: Plan) -> Cost:
-        """Exact cost of a plan by a walk over the layers.
+        """Exact cost of a plan by a walk over the layers; its stored bits are those of the tensors of the static graph.
+
+        The empty plan is the float model as it is, batch norms not folded: what the shares of budgets are of.
 
         Raises:
             PolicyError: bits by channel that are not one for each output channel of the float model.
@@ -238,15 +269,17 @@ class CostModel:
         if plan == Plan():
             return self.reference
         sizes = {self.groups[name].axis: len(kept) for name, kept in plan.kept.items()}
-        cost = self._walk(sizes, slim_bits(self.groups, plan), plan.activation_bits, self.reference)
-        coding = self._coding(plan)
-        if not coding:
+        bits = slim_bits(self.groups, plan)
+        cost = self._walk(sizes, bits, plan.activation_bits, self.reference)
+        coding, adapters = self._coding(plan, bits), self._adapters(plan)
+        if not coding and not adapters:
             return cost
         layers = []
         for row, layer in zip(cost.layers, self.layers, strict=True):
             more = sum(coding.pop(name, 0) for name in layer.weights)
             layers.append(row.model_copy(update={"stored_bits": row.stored_bits + more}))
-        return cost.model_copy(update={"layers": tuple(layers)})
+        other = cost.other_stored_bits + adapters
+        return cost.model_copy(update={"layers": tuple(layers), "other_stored_bits": other})
 
     @cached_property
     def reference(self) -> Cost:
@@ -270,6 +303,7 @@ class CostModel:
             return _mean(FLOAT_BITS if operand is None else table.get(operand[1], FLOAT_BITS))
 
         rows, seen, scales = [], set(), 0
+        quantised = {name for name, bits in weight_bits.items() if bits != FLOAT_BITS}
         for layer in self.layers:
             macs = bops = params = stored = 0
             weight_mean, activation_mean = Fraction(FLOAT_BITS), Fraction(FLOAT_BITS)
@@ -279,16 +313,16 @@ class CostModel:
                 macs += count
                 bops += count * left * right
                 weight_mean, activation_mean = right, left
-            for name, (dims, outputs) in layer.weights.items():
+            for name, (dims, _) in layer.weights.items():
                 if name in seen:
                     continue
                 seen.add(name)
                 count = _count(dims, of_axis)
-                bits = weight_bits.get(name, FLOAT_BITS)
+                bits = weight_bits[name] if name in quantised else self._stored[name].float_bits
                 params += count
                 stored += int(count * _mean(bits))
-                if bits != FLOAT_BITS:
-                    scales += d.evaluate(dims[outputs], of_axis)
+                if name in quantised:
+                    scales += d.evaluate(self._stored[name].scales, of_axis)
             rows.append(
                 LayerCost(
                     name=layer.name,
@@ -302,12 +336,12 @@ class CostModel:
                     seconds=float(self.timing.seconds(layer, of_axis)) if self.timing and reference else 0.0,
                 )
             )
-        folded = reference is not None
-        other, other_bits = 0, FLOAT_BITS * scales
+        other, other_bits = 0, SCALE_BITS * scales
         for tensor in self._others:
             count = _count(tensor.dims, of_axis)
             other += count if tensor.is_parameter else 0
-            other_bits += 0 if folded and tensor.vanishes else count * tensor.bits
+            in_static = tensor.in_static and not tensor.adapted and (tensor.past is None or tensor.past in quantised)
+            other_bits += count * tensor.bits * (tensor.in_float if reference is None else in_static)
         seconds = 0.0 if self.timing is None else self.timing.rest[0] if reference else self.timing.float_seconds
         return Cost(
             layers=tuple(rows),

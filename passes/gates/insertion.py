@@ -20,6 +20,7 @@ from sbs_fx.passes.channels.facts import non_negative
 from sbs_fx.passes.channels.groups import ChannelGroups, quantized_tensors
 from sbs_fx.passes.channels.inference import Layer, Path, Statistic, operand
 from sbs_fx.passes.dialects import Gated, Searchable, gates_of, set_dialect, switchable
+from sbs_fx.passes.folding import has_statistics
 from sbs_fx.passes.gates import masked
 from sbs_fx.passes.graph import attribute, copy_graph
 from sbs_fx.plan.bits import FLOAT_BITS
@@ -277,7 +278,7 @@ class _Builder:
     def make_switchable(self) -> None:
         """Batch norm and dropout nodes become modules that know their mode."""
         for node in list(self.graph.nodes):
-            if node.target is aten.batch_norm.default and not node.args[5] and node.args[3] is not None:
+            if has_statistics(node):
                 module, args = BatchNorm(node.args[6], node.args[7]), node.args[:5]
             elif node.target is aten.dropout.default:
                 module, args = nn.Dropout(node.args[1]), node.args[:1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.passes.dialects import gates_of, static_of
-from sbs_fx.passes.static.fold import TRANSPOSED
+from sbs_fx.passes.folding import TRANSPOSED
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from sbs_fx.passes.dialects import Static, StaticActivation, StoredWeight, gates_of, set_dialect
+from sbs_fx.passes.folding import BIAS, TRANSPOSED, WEIGHT, shared_biases
 from sbs_fx.passes.gates.insertion import BatchNorm, activation_gates, channel_gates, weight_gates
-from sbs_fx.passes.static.fold import TRANSPOSED, Constants, Fold, along_output, batch_norm_folds
+from sbs_fx.passes.static.fold import GROUPS, Constants, Fold, along_output, batch_norm_folds
 from sbs_fx.plan.errors import GraphError
 from sbs_fx.quantizer.superbit import SuperBitQuantizer, max_level
 
@@ -34,18 +35,22 @@ MIDDLE = 128  # the code of zero where values have a sign: 8-bit codes are store
 MAX_CODE = 255
 
 
-def finalize(gated: fx.GraphModule) -> fx.GraphModule:
+def finalize(gated: fx.GraphModule, *, nonzeros: Mapping[str, int] | None = None) -> fx.GraphModule:
     """The static quantised graph of a gated one, which stays as it is.
 
     The `Static` of the result names activations as `activation_gates` does. Node names, the input and output structure
     and a dynamic batch are kept; a float parameter stays a parameter, without gradient.
+
+    Args:
+        gated: from `insert_gates(..., channels=False)`.
+        nonzeros: weight -> how many of its single weights a plan keeps, where it prunes others; the files say so.
 
     Raises:
         GraphError: the graph has no gates, or has channel gates; a gate is still searching or has no usable range; a
             quantised tensor is float64.
     """
     gates = _checked(gated)
-    lowering = _Lowering(gated, gates)
+    lowering = _Lowering(gated, gates, nonzeros or {})
     for node in gated.graph.nodes:
         lowering.lower(node)
     return lowering.result()
@@ -77,14 +82,20 @@ def _checked(gated: fx.GraphModule) -> dict[str, tuple[str, SuperBitQuantizer]]:
 class _Lowering:
     """The new graph while it is built: nodes of the gated graph go in, in order."""
 
-    def __init__(self, gated: fx.GraphModule, gates: Mapping[str, tuple[str, SuperBitQuantizer]]) -> None:
-        self.gated, self.gates = gated, gates
+    def __init__(
+        self,
+        gated: fx.GraphModule,
+        gates: Mapping[str, tuple[str, SuperBitQuantizer]],
+        nonzeros: Mapping[str, int],
+    ) -> None:
+        self.gated, self.gates, self.nonzeros = gated, gates, nonzeros
         self.graph = fx.Graph()
         self.graph._codegen = copy.deepcopy(gated.graph._codegen)  # keeps the structure of inputs and outputs
         self.new: dict[fx.Node, Any] = {}  # node of the gated graph -> node of the new one
         self.constants = Constants(gated)
         self.folds = batch_norm_folds(self.constants)
         self.folded = {fold.norm: layer for layer, fold in self.folds.items()}
+        self.own_bias = shared_biases(gated.graph)
         self.tensors: dict[str, Tensor] = {}
         self.taken = {
             name
@@ -113,6 +124,8 @@ class _Lowering:
         self.new[node] = copied
         if node in self.folds:
             self._fold(node, copied, self.folds[node])
+        elif node in self.own_bias:
+            self._set_bias(node, copied, self.constants.value(node.args[BIAS]).clone())
 
     def result(self) -> fx.GraphModule:
         self.graph.eliminate_dead_code()
@@ -199,15 +212,24 @@ class _Lowering:
         if factor is not None:
             codes = torch.where(factor < 0, -codes, codes)  # reason: a scale must be positive; levels are symmetric
             scale = (scale.double() * factor.abs()).float()
+        layer = next(iter(node.users))
+        groups = int(layer.args[GROUPS]) if scale.shape[0] > 1 and layer.target in TRANSPOSED else 1
+        if groups > 1:  # reason: all rows of a group have the same scales
+            scale = scale.view(groups, -1, *scale.shape[1:])[:, :1]
         name = self._name(node.args[0])
         bits = gate.bits if isinstance(gate.bits, int) else tuple(gate.bits.tolist())
         read_codes = self._tensor(name, codes, None)
-        self.weights[str(read_codes.target)] = StoredWeight(bits, axis)
+        nonzeros = self.nonzeros.get(self.gates[str(node.target)][0])
+        self.weights[str(read_codes.target)] = StoredWeight(bits, axis, nonzeros)
         transposed = any(user.target in TRANSPOSED for user in node.users)
         read_scale = self._tensor(f"{read_codes.target}_scale", scale if transposed else scale.flatten(), None)
         if transposed:  # reason: compilers take a transposed convolution of a dequantised weight for a plain one
-            floats = self._call(aten.to.dtype, (read_codes, torch.float32), node)
-            return self._call(aten.mul.Tensor, (floats, read_scale), node)
+            floats = self._call(aten.to.dtype, (read_codes, torch.float32), None)
+            if groups > 1:
+                shape = [groups, weight.shape[0] // groups, *scale.shape[2:]]
+                rows = self._call(aten.expand.default, (read_scale, shape), None)
+                read_scale = self._call(aten.reshape.default, (rows, [weight.shape[0], *scale.shape[2:]]), None)
+            return self._typed(self._call(aten.mul.Tensor, (floats, read_scale), node), node)
         zeros = self._zeros(weight.shape[axis], weight.device)
         top = max_level(8, signed=True)
         arguments = (read_codes, read_scale, zeros, axis, -top, top, torch.int8)
@@ -233,19 +255,23 @@ class _Lowering:
 
     def _fold(self, node: fx.Node, copied: fx.Node, fold: Fold) -> None:
         """The batch norm's bias becomes the layer's; its factor is in the weight already."""
-        weight: fx.Node = node.args[1]
+        weight: fx.Node = node.args[WEIGHT]
         if weight.op != "call_module":  # a layer without a gate on its weight
             value = self.constants.value(weight)
             with self.graph.inserting_before(copied):
                 factor = along_output(fold.factor, node, value)
-                copied.update_arg(1, self._tensor(self._name(weight), _scaled(value, factor), weight))
-        old = node.args[2]
+                copied.update_arg(WEIGHT, self._tensor(self._name(weight), _scaled(value, factor), weight))
+        self._set_bias(node, copied, fold.bias.to(node.meta["val"].dtype))
+
+    def _set_bias(self, node: fx.Node, copied: fx.Node, value: Tensor) -> None:
+        """A bias that no other layer reads, under the name of the old one if nothing else reads that."""
+        weight, old = node.args[WEIGHT], node.args[BIAS]
         alone = isinstance(old, fx.Node) and old.op == "get_attr" and len(old.users) == 1
-        source = weight.args[0] if weight.op == "call_module" else weight
+        source = weight.args[0] if weight.op == "call_module" else weight  # type: ignore[union-attr]
         base = str(old.target) if alone else f"{self._base(source)}.bias"  # type: ignore[union-attr,arg-type]
         self.taken -= {base} if alone else set()
         with self.graph.inserting_before(copied):
-            copied.update_arg(2, self._tensor(base, fold.bias.float(), None))
+            copied.update_arg(BIAS, self._tensor(base, value, None))
 
     # -- names and nodes -------------------------------------------------------------------------------------------
 

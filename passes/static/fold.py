@@ -14,20 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.passes.folding import BIAS, TRANSPOSED, constant_nodes, folded_norms
 from sbs_fx.passes.gates.insertion import BatchNorm
 from sbs_fx.passes.graph import attribute
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = {
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-}
-TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 GROUPS = 6  # place of the number of groups among the arguments of both kinds
 
 
@@ -36,15 +28,8 @@ class Constants:
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.module = graph_module
-        self.nodes: set[fx.Node] = set()
+        self.nodes = constant_nodes(graph_module.graph)
         self._values: dict[fx.Node, Any] = {}
-        for node in graph_module.graph.nodes:
-            if node.op == "get_attr" or (
-                node.op in ("call_function", "call_module")
-                and all(source in self.nodes for source in node.all_input_nodes)
-                and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
-            ):
-                self.nodes.add(node)
 
     def __contains__(self, node: Any) -> bool:
         """Whether an argument is known at compile time; None and numbers are."""
@@ -77,47 +62,15 @@ class Fold:
 
 
 def batch_norm_folds(constants: Constants) -> dict[fx.Node, Fold]:
-    """Layer -> its fold, for each batch norm whose input is a convolution or a linear that nothing else reads.
-
-    A weight that several layers share is left alone: its layers would no longer agree on its values. So is a layer
-    whose weight or bias depends on the input.
-    """
+    """Layer -> its fold, for each batch norm of a gated graph that `folded_norms` finds."""
+    graph = constants.module.graph
+    modules = {node: constants.module.get_submodule(node.target) for node in graph.find_nodes(op="call_module")}
+    norms = {node: module for node, module in modules.items() if isinstance(module, BatchNorm)}
     folds = {}
-    for node in constants.module.graph.nodes:
-        if node.op != "call_module" or not isinstance(module := constants.module.get_submodule(node.target), BatchNorm):
-            continue
-        layer = _layer_before(node)
-        if layer is None or layer.args[1] not in constants or layer.args[2] not in constants:
-            continue
-        if len(layer.args[1].users) == 1 and all(argument in constants for argument in node.args[1:]):
-            bias = constants.value(layer.args[2])
-            folds[layer] = _fold(node, module.eps, None if bias is None else bias.double(), constants)
+    for layer, norm in folded_norms(graph, norms, lambda weight: len(weight.users)).items():
+        bias = constants.value(layer.args[BIAS])
+        folds[layer] = _fold(norm, norms[norm].eps, None if bias is None else bias.double(), constants)
     return folds
-
-
-def _layer_before(norm: fx.Node) -> fx.Node | None:
-    """The layer that feeds a batch norm and nothing else. Tokens may be flattened in between: channels stay last."""
-    source: Any = norm.args[0]
-    flat, channels = source.meta["val"].ndim == 2, source.meta["val"].shape[-1]
-    flattened = False
-    while source.target in (aten.reshape.default, aten.flatten.using_ints) and _reads(source) == 1:
-        source, flattened = source.args[0], True
-        if source.meta["val"].shape[-1] != channels:
-            return None
-    if _reads(source) != 1:
-        return None
-    if source.target in CONVOLUTIONS | TRANSPOSED and not flattened:
-        return source
-    return source if source.target is aten.linear.default and flat else None
-
-
-def _reads(node: fx.Node) -> int:
-    """How many nodes read the values of a tensor, not its shape alone."""
-    return sum(not _asks_for_shape(user, node) for user in node.users)
-
-
-def _asks_for_shape(user: fx.Node, node: fx.Node) -> bool:
-    return user.target is aten.sym_size.int or (user.target is aten.reshape_as.default and user.args[0] is not node)
 
 
 def _fold(norm: fx.Node, eps: float, layer_bias: Tensor | None, constants: Constants) -> Fold:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.passes.dialects import DEQUANTIZE, StoredWeight, quantizers, set_dialect, static_of
+from sbs_fx.passes.folding import CONVOLUTIONS
 from sbs_fx.passes.graph import attribute, copy_graph
-from sbs_fx.passes.static.fold import CONVOLUTIONS
 from sbs_fx.quantizer.superbit import level
 
 aten = torch.ops.aten
@@ -34,7 +34,7 @@ def integer_grid(static: fx.GraphModule, *, exact: bool = False) -> fx.GraphModu
     dialect = static_of(static)
     set_dialect(result, replace(dialect, exact=exact))
     for name, stored in dialect.weights.items():
-        _mend_empty_channels(attribute(result, name), _scale_of(result, name, stored))
+        _mend_empty_channels(*_codes_and_scale(result, name, stored))
     if exact:
         for first, last in quantizers(result.graph):
             scale = _power_of_two(torch.tensor(first.args[1]), up=first is last.args[0]).item()
@@ -50,11 +50,13 @@ def integer_grid(static: fx.GraphModule, *, exact: bool = False) -> fx.GraphModu
     return result.eval()
 
 
-def _scale_of(module: fx.GraphModule, name: str, stored: StoredWeight) -> Tensor:
-    """The scales of a weight, a view that broadcasts over its codes: one a channel, but one a row and channel where a
-    batch norm was folded into a transposed convolution, whose groups are blocks of rows."""
+def _codes_and_scale(module: fx.GraphModule, name: str, stored: StoredWeight) -> tuple[Tensor, Tensor]:
+    """Views of the codes of a weight and of its scales, which broadcast over them: one a channel, but one a group and
+    channel where a batch norm was folded into a grouped transposed convolution, whose groups are blocks of rows."""
     codes, scale = attribute(module, name), attribute(module, f"{name}_scale")
-    return scale if scale.ndim > 1 else scale.view([-1 if i == stored.axis else 1 for i in range(codes.ndim)])
+    if scale.ndim > codes.ndim:
+        return codes.view(scale.shape[0], -1, *codes.shape[1:]), scale
+    return codes, scale if scale.ndim > 1 else scale.view([-1 if i == stored.axis else 1 for i in range(codes.ndim)])
 
 
 def _mend_empty_channels(codes: Tensor, scale: Tensor) -> None:
@@ -72,10 +74,11 @@ def _power_of_two(scale: Tensor, *, up: bool) -> Tensor:
 
 def _round_weight(module: fx.GraphModule, name: str, stored: StoredWeight) -> None:
     """Powers of two as scales, codes that fit them."""
-    codes, scale = attribute(module, name), _scale_of(module, name, stored)
+    codes, scale = _codes_and_scale(module, name, stored)
+    axis = stored.axis + codes.ndim - attribute(module, name).ndim
     values = codes.double() * scale.double()
     bits = (stored.bits,) if isinstance(stored.bits, int) else stored.bits
-    shape = [-1 if i == stored.axis else 1 for i in range(codes.ndim)]
+    shape = [-1 if i == axis else 1 for i in range(codes.ndim)]
     high = torch.tensor([level(b, signed=True).high for b in bits]).view(shape)
     exponent = scale.double().log2()
     steps = [torch.exp2(exponent.floor()), torch.exp2(exponent.ceil())]
@@ -87,7 +90,7 @@ def _round_weight(module: fx.GraphModule, name: str, stored: StoredWeight) -> No
 
 
 def _round_bias(module: fx.GraphModule, layer: fx.Node) -> None:
-    """The bias of a layer of two quantised operands, in a buffer of its own, as whole steps of their product."""
+    """The bias of a layer of two quantised operands, which no other layer reads, as whole steps of their product."""
     source, weight, bias = (*layer.args, None)[:3]
     if (
         bias is None
@@ -98,12 +101,5 @@ def _round_bias(module: fx.GraphModule, layer: fx.Node) -> None:
         return
     step = source.args[1] * attribute(module, str(weight.args[1].target)).double()
     value = attribute(module, str(bias.target))
-    if len(bias.users) > 1:
-        name = f"{layer.name}_bias"
-        module.register_buffer(name, value.clone())
-        with module.graph.inserting_before(layer):
-            layer.update_arg(2, module.graph.get_attr(name))
-        layer.args[2].meta = dict(bias.meta)
-        value = attribute(module, name)
     with torch.no_grad():
         value.copy_((value.double() / step).round().clamp(-_LARGEST, _LARGEST) * step)

@@ -18,9 +18,9 @@ from torch import Tensor, fx
 
 from sbs_fx.passes.channels.facts import facts_of, non_negative
 from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, StaticActivation, quantizers, set_dialect, static_of
+from sbs_fx.passes.folding import CONVOLUTIONS
 from sbs_fx.passes.graph import copy_graph
 from sbs_fx.passes.static.finalize import MAX_CODE, MIDDLE
-from sbs_fx.passes.static.fold import CONVOLUTIONS
 from sbs_fx.quantizer.ranges import Histogram, set_range
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 

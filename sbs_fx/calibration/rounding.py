@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sbs_fx.passes import weight_gates
+from sbs_fx.passes.folding import CONVOLUTIONS
 from sbs_fx.passes.gates.masked import silence
 from sbs_fx.passes.graph import attribute
-from sbs_fx.passes.static.fold import CONVOLUTIONS, GROUPS
+from sbs_fx.passes.static.fold import GROUPS
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.training.evaluation import mode
 

@@ -18,7 +18,7 @@ from torch.export import Dim
 
 from sbs_fx.plan.errors import GraphError
 
-_DESCRIPTIONS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+_DESCRIPTIONS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "custom")
 
 
 def exported_program(

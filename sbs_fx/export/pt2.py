@@ -31,7 +31,7 @@ from sbs_fx.passes.dialects import DEQUANTIZE, Static, StaticActivation, StoredW
 from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import FileError
 
-FORMAT = 1
+FORMAT = 2
 INFORMATION = "extra/sbs_fx.json"  # what we know beside the graph, with a digest of all other members
 _SAMPLE_INPUTS = "data/sample_inputs/"
 _WEIGHTS = "data/weights/weight_"
@@ -65,7 +65,7 @@ def save_pt2(
         "format": FORMAT,
         "metadata": dict(metadata or {}),
         "exact": dialect.exact,
-        "weights": dialect.weights,
+        "weights": {name: _row(stored) for name, stored in dialect.weights.items()},
         "activations": [[name, a.bits, a.zero_point] for name, a in dialect.activations.items()],
     }
     write_atomic(path, _sealed(archive, information))
@@ -94,8 +94,8 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
         ) from error
     assert isinstance(module, fx.GraphModule)
     weights = {
-        name: StoredWeight(tuple(bits) if isinstance(bits, list) else bits, axis)
-        for name, (bits, axis) in information["weights"].items()
+        name: StoredWeight(tuple(map(int, bits)) if isinstance(bits, str) else bits, axis, nonzeros)
+        for name, (bits, axis, nonzeros) in information["weights"].items()
     }
     canonicalise(module)
     result = unpack(module, weights)
@@ -115,6 +115,12 @@ def load_saved(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, tuple[Tens
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def _row(stored: StoredWeight) -> tuple[int | str, int, int | None]:
+    """As JSON: bits by channel are one digit each, half as long as a list."""
+    bits = stored.bits if isinstance(stored.bits, int) else "".join(map(str, stored.bits))
+    return bits, stored.axis, stored.nonzeros
 
 
 def _activations(module: fx.GraphModule, rows: Sequence[Any]) -> dict[str, StaticActivation]:
@@ -159,7 +165,7 @@ def _digest(members: Mapping[str, bytes], text: str) -> str:
 def _write(archive: zipfile.ZipFile, name: str, data: bytes, *, compress: bool) -> None:
     entry = zipfile.ZipInfo(name)  # reason: without a date, equal models are equal files
     entry.compress_type = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
-    archive.writestr(entry, data)
+    archive.writestr(entry, data, compresslevel=9 if compress else None)
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

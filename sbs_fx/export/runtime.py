@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.passes.dialects import static_of
-from sbs_fx.passes.static.fold import CONVOLUTIONS, TRANSPOSED
+from sbs_fx.passes.folding import CONVOLUTIONS, TRANSPOSED
 from sbs_fx.plan.errors import BackendError
 
 LAYERS = CONVOLUTIONS | TRANSPOSED | {torch.ops.aten.linear.default}

@@ -17,7 +17,8 @@ from sbs_fx.passes import insert_gates
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis, Dim
 from sbs_fx.passes.channels.inference import operand
-from sbs_fx.passes.static.fold import TRANSPOSED, Constants, batch_norm_folds
+from sbs_fx.passes.folding import TRANSPOSED
+from sbs_fx.passes.static.fold import Constants, batch_norm_folds
 from sbs_fx.plan import Plan
 from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.plan import Bits

@@ -68,13 +68,17 @@ def test_exact_graphs_are_bit_equal_on_every_backend(name: str, bits: int) -> No
 
 @pytest.fixture(scope="module")
 def mixed() -> fx.GraphModule:
-    """A small network with a weight of each bitwidth, one of several, and activations of 2 to 8 bits."""
+    """A small network with a weight of each bitwidth, one of several, one of which single weights are pruned, and
+    activations of 2 to 8 bits."""
     torch.manual_seed(0)
     images = IMAGES[:, :, :16, :16]
-    gated = gate(Residual().eval(), images)
+    model = Residual().eval()
+    model.inner.weight.data *= torch.rand(model.inner.weight.shape) < 0.5
+    gated = gate(model, images)
     weights = dict(zip(weight_gates(gated), (6, [3, 5, 6, 8, 0, 2, 4, 5] * 2, 3, 5, 2), strict=True))
     apply_bits(gated, weights, dict(zip(activation_gates(gated), (8, 5, 3, 6), strict=True)))
-    return integer_grid(integer_joins(finalize(gated), [(images,)]), exact=True)
+    static = finalize(gated, nonzeros={"inner": int(model.inner.weight.count_nonzero())})
+    return integer_grid(integer_joins(static, [(images,)]), exact=True)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "packed"])

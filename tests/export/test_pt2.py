@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickletools
+import random
 import subprocess
 import sys
 import zipfile
@@ -17,24 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from sbs_fx.export import load, load_pt2, pt2, save_pt2
-from sbs_fx.export.packing import pack, pack_codes, unpack
-from sbs_fx.passes.capture.trace import trace
-from sbs_fx.passes.channels.groups import channel_groups
+from sbs_fx.export.packing import PLANES, pack, pack_planes, split_codes, unpack
+from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, trace
 from sbs_fx.passes.dialects import Static, StoredWeight, set_dialect, static_of
-from sbs_fx.passes.gates.insertion import insert_gates
+from sbs_fx.passes.graph import with_tensors
 from sbs_fx.passes.oracles.static import count_levels
-from sbs_fx.passes.static.finalize import finalize
+from sbs_fx.plan import Plan
 from sbs_fx.plan.bits import BITS
 from sbs_fx.plan.errors import FileError, GraphError
 from sbs_fx.quantizer.superbit import max_level
+from sbs_fx.search.sparse import largest, parameters_of, weight_tensors
 from tests.networks.models import Recipe, step
-from tests.oracles.gated import Together, bundles, check_static, draw_bits, gate
+from tests.oracles.gated import Together, bundles, check_static, draw_bits, gate, set_ranges
 
 SLACK = 200_000  # bytes, for the graph and the headers of the archive
 
@@ -53,7 +55,11 @@ def stored_weights(draw: st.DrawFn) -> tuple[Tensor, StoredWeight]:
     axis = draw(st.integers(0, len(shape) - 1))
     bits = draw(st.sampled_from(BITS) | st.tuples(*[st.sampled_from((0, *BITS))] * shape[axis]))
     torch.manual_seed(draw(st.integers(0, 99)))
-    return codes(shape, bits, axis), StoredWeight(bits, axis)
+    value = codes(shape, bits, axis)
+    if not isinstance(bits, int) or draw(st.booleans()):
+        return value, StoredWeight(bits, axis)
+    value *= torch.rand(shape) < 0.5
+    return value, StoredWeight(bits, axis, draw(st.integers(max(1, int(value.count_nonzero())), value.numel())))
 
 
 def weight_graph(value: Tensor, stored: StoredWeight) -> fx.GraphModule:
@@ -73,20 +79,29 @@ def test_packing_is_exact_and_tight(drawn: tuple[Tensor, StoredWeight]) -> None:
     assert torch.equal(unpack(packed, static_of(packed).weights).get_buffer("layer.weight"), value)
     per_channel = stored.bits if isinstance(stored.bits, tuple) else (stored.bits,) * value.shape[stored.axis]
     bits = sum(per_channel) * value.numel() // value.shape[stored.axis]
-    held = {name: buffer for name, buffer in packed.named_buffers() if "order" not in name and "shifts" not in name}
-    assert sum(b.numel() for b in held.values()) <= math.ceil(bits / 8) + len(held)
+    if stored.nonzeros is not None:
+        bits = value.numel() + per_channel[0] * stored.nonzeros
+    held = {name: buffer for name, buffer in packed.named_buffers() if "order" not in name}
+    assert sum(b.numel() for b in held.values()) == math.ceil(bits / 8)
 
 
 def test_planes_of_two_four_and_eight_codes_a_byte() -> None:
-    def packed(codes: list[int], bits: int) -> list[list[list[int]]]:
-        return [plane.tolist() for plane in pack_codes(torch.tensor(codes, dtype=torch.int8), bits)]
+    def packed(codes: list[int], bits: int) -> list[int]:
+        planes = split_codes(torch.tensor(codes, dtype=torch.int8), bits)
+        return pack_planes(dict(zip(PLANES[bits], planes, strict=True))).tolist()
 
-    assert packed([1, -7, 7], 4) == [[[0x08], [0x0E]]]
-    assert packed([1, 0, -1, 1, 1], 2) == [[[0b10000110], [0b10]]]
-    # plus 31: 0b10_0000, 0b00_0000, 0b11_1110: the four low bits of each, then the two high ones
-    assert packed([1, -31, 31], 6) == [[[0x00], [0x0E]], [[0b110010]]]
-    assert packed([1, -3, 3], 3) == [[[0b100000]], [[0b101]]]  # plus 3: 0b1_00, 0b0_00, 0b1_10
-    assert packed([1, -15], 5) == [[[0x00]], [[0b01]]]  # plus 15: 0b1_0000, 0b0_0000
+    assert packed([1, -7, 7], 4) == [0xE8, 0x00]  # plus 7: 8, 0 | 14, padding
+    # plus 1: 2, 1, 0 | 2, 2, padding: halves of bytes 0b1010, 0b1001 | 0b0000, padding
+    assert packed([1, 0, -1, 1, 1], 2) == [0b1010, 0b1001]
+    # plus 31: 0b10_0000, 0b00_0000, 0b11_1110: halves of bytes 0, 0, 14 and, of the high bits 2, 0, 3, 0b1110 and 0
+    assert packed([1, -31, 31], 6) == [0b1110_0000, 0b0000_0000, 0b1110]
+    assert packed([-127, 127], 8) == [0x81, 0x7F]
+
+
+def test_more_codes_than_a_plan_keeps_are_refused() -> None:
+    graph = weight_graph(torch.tensor([[1, 0, -1, 1]], dtype=torch.int8), StoredWeight(2, 0, 2))
+    with pytest.raises(GraphError, match="3 codes that are not zero"):
+        pack(graph)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +195,34 @@ def test_a_file_is_as_large_as_its_bits(bits: int, tmp_path: Path) -> None:
     save_pt2(finalize(gated), torch.randn(2, 600), tmp_path / "model.pt2")
     weights = 2 * 600 * 2000 * bits / 8
     assert weights < (tmp_path / "model.pt2").stat().st_size < 1.02 * weights + 30_000
+
+
+@pytest.mark.parametrize("kind", ["8", "4", "mixed", "by channel", "masked"])
+def test_a_file_is_as_large_as_its_cost(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    graph = trace(timm.create_model("resnet18").eval(), x)
+    groups = channel_groups(graph)
+    cost, draw = cost_model(graph, groups), random.Random(0)
+    tensors = weight_tensors(cost)
+    bits: dict[str, Any] = {name: draw.choice(BITS) if kind == "mixed" else 4 for name in cost.weights}
+    if kind == "8":
+        bits = dict.fromkeys(cost.weights, 8)
+    if kind == "by channel":
+        bits = {name: [draw.choice((0, *BITS)) for _ in range(len(weight))] for name, weight in tensors.items()}
+    masks = {n: int(w.numel() * draw.uniform(0.05, 0.5)) for n, w in tensors.items()} if kind == "masked" else {}
+    plan = Plan({}, bits, dict.fromkeys(cost.activations, 8), masks)
+    parameters = parameters_of(cost)
+    masked = with_tensors(graph, {parameters[n]: largest(tensors[n], count) for n, count in masks.items()})
+    gated = insert_gates(masked, groups, channels=False)
+    set_ranges(gated, x)
+    apply_bits(gated, plan.weight_bits, plan.activation_bits)
+    static = finalize(gated, nonzeros=plan.nonzeros)
+    save_pt2(static, x, tmp_path / "model.pt2")
+    size = cost.evaluate(plan).stored_bits / 8
+    assert size < (tmp_path / "model.pt2").stat().st_size < 1.02 * size + 60_000
+    loaded = load_pt2(tmp_path / "model.pt2")
+    assert all(torch.equal(value, static.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 def test_torch_alone_runs_it(static: fx.GraphModule, saved: Path, tmp_path: Path) -> None:

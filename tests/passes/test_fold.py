@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sbs_fx.passes import apply_bits, channel_groups, insert_gates, slim, trace, weight_gates
+from sbs_fx.passes.cost.layers import batch_norms_to_fold
 from sbs_fx.passes.dialects import static_of
-from sbs_fx.passes.gates.insertion import apply_bits, weight_gates
-from sbs_fx.passes.static.fold import TRANSPOSED
+from sbs_fx.passes.folding import TRANSPOSED
+from sbs_fx.passes.static.fold import Constants, batch_norm_folds
+from tests.networks.models import Recipe, networks
 from tests.networks.small import LAYERS, Normed
 from tests.oracles.gated import check_static, fixed, gate, nodes
 
@@ -116,3 +122,16 @@ def test_a_float_parameter_that_something_else_reads_is_kept() -> None:
     assert static.get_parameter("linear.weight").is_floating_point()
     (codes,) = static_of(static).weights
     assert static.get_buffer(codes).dtype == torch.int8
+
+
+@settings(max_examples=25)
+@given(networks(max_blocks=3), st.integers(0, 99))
+def test_the_same_norms_fold_in_a_traced_graph_and_in_the_gated_graph_of_a_slim_one(recipe: Recipe, seed: int) -> None:
+    graph = trace(recipe.build(), recipe.example())
+    groups = channel_groups(graph)
+    draw = random.Random(seed)
+    kept = {g.name: sorted(draw.sample(range(g.size), draw.randint(1, g.size))) for g in groups.values()}
+    gated = insert_gates(slim(graph, groups, kept), groups, channels=False)
+    folds = batch_norm_folds(Constants(gated))
+    foreseen = batch_norms_to_fold(groups.inference)
+    assert {k.name: f.norm.name for k, f in folds.items()} == {k.name: n.name for k, n in foreseen.items()}
