@@ -264,7 +264,7 @@ def _tensor_names(node: Any, is_weight: bool) -> Iterator[str]:
 
 def _has_stated_codes(graph_module: fx.GraphModule, form: Static) -> Iterator[Problem]:
     buffers = dict(graph_module.named_buffers())
-    for name, (bits, axis) in form.weights.items():
+    for name, (bits, axis, _) in form.weights.items():
         codes = buffers.get(name)
         if codes is None or codes.dtype != torch.int8 or f"{name}_scale" not in buffers:
             yield name, "is a weight without a buffer of int8 codes or without scales"
