@@ -49,7 +49,7 @@ class Config(SpaceSettings):
     @classmethod
     def _settings_of_methods(cls, fields: Any) -> Any:
         """Settings by the names under which methods have registered their classes."""
-        if not isinstance(fields, dict):
+        if not isinstance(fields, dict) or not ("methods" in fields or fields.keys() - cls.model_fields.keys()):
             return fields
         classes = sections()
         fields = dict(fields)
