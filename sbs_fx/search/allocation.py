@@ -214,7 +214,9 @@ class Allocator:
         pairs = [
             Pair(i, j, np.array([table.pairs.get((i, j), alike[i, j]) for table in tables])) for i, j in sorted(alike)
         ]
-        limits = self.limits - np.array([table.constant for table in tables])
+        price = self.problem.price(plan)  # reason: what adapters store is in no polynomial
+        beside = [price[m] - polynomial(x) for m, polynomial in zip(price, self.polynomials, strict=True)]
+        limits = self.limits - np.array([table.constant for table in tables]) - beside
         return Knapsack([np.array(y.losses) for y in (*bits, *channels)], costs, limits, pairs)
 
     def _bound(self, plan: Plan, decisions: Sequence[Decision]) -> float:

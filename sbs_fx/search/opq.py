@@ -46,6 +46,7 @@ from sbs_fx.search.solvers.laplace import laplace_fit, least_rounding_error
 from sbs_fx.search.sparse import SingleWeights, masked_tensors, single_weights, stored_singly, weight_tensors
 
 _ELEMENTS = 2 * 3 * 224 * 224  # in a batch of noise; at most 64 images
+_TRIES = 8
 
 
 class Opq(Value):
@@ -139,22 +140,29 @@ def _allocate(problem: Problem, settings: Opq) -> Plan:
                 moved = cost.moved("weight", choice.name, each.bits)
                 moved[numbers[choice.name]] = np.array(each.stored, float)
                 decisions[k] = Decision(moved, len(cost.weights[choice.name]) * each.damage)
-    load = Load([polynomials[m] for m in problem.limits], list(problem.limits.values()), start, decisions)
-    chosen = minimise(decisions, load)
-    if chosen is None:
-        nonzeros = {name: each.nonzeros[0] for name, each in singly.items()}
-        raise problem.infeasible("opq", replace(space.least, nonzeros=nonzeros))
-    plan = space.most
-    for choice, at in zip(choices, chosen, strict=True):
-        value: Any
-        if choice.kind == "weight" and (each := singly.get(choice.name)):
-            value, stay = each.bits[at], each.nonzeros[at]
-            plan = replace(plan, nonzeros={**plan.nonzeros, choice.name: stay}) if stay else plan
-        else:
-            count = choice.values[at]
-            value = tuple(most_important(scores[choice.name], count)) if choice.kind == "channels" else count
-        plan = plan.with_value(choice.kind, choice.name, value)
-    return plan
+    limits = dict(problem.limits)
+    for _ in range(_TRIES):
+        load = Load([polynomials[m] for m in limits], list(limits.values()), start, decisions)
+        chosen = minimise(decisions, load)
+        if chosen is None:
+            break
+        plan = space.most
+        for choice, at in zip(choices, chosen, strict=True):
+            value: Any
+            if choice.kind == "weight" and (each := singly.get(choice.name)):
+                value, stay = each.bits[at], each.nonzeros[at]
+                plan = replace(plan, nonzeros={**plan.nonzeros, choice.name: stay}) if stay else plan
+            else:
+                count = choice.values[at]
+                value = tuple(most_important(scores[choice.name], count)) if choice.kind == "channels" else count
+            plan = plan.with_value(choice.kind, choice.name, value)
+        if problem.fits(plan):
+            return plan
+        # reason: what adapters store is in the price, and in no polynomial
+        price = problem.price(plan)
+        limits = {m: limit - max(0, price[m] - problem.limits[m]) for m, limit in limits.items()}
+    nonzeros = {name: each.nonzeros[0] for name, each in singly.items()}
+    raise problem.infeasible("opq", replace(space.least, nonzeros=nonzeros))
 
 
 def _singly(problem: Problem) -> dict[str, SingleWeights]:
