@@ -229,7 +229,7 @@ class Space:
             yield str(scope.constraint), settings.model_copy(update={"constraints": others})
         defaults: dict[str, Any] = {
             "quantise": True, "prune": True, "weight_bits": None, "activation_bits": None, "inner_only": False,
-            "block": 1, "round_to": 1, "minor_groups": True,
+            "round_to" if settings.block is None else "block": 1, "minor_groups": True,
             "candidates": tuple(sorted({2, *settings.candidates})),
         }  # fmt: skip
         for name, value in defaults.items():
