@@ -55,7 +55,8 @@ def finalize(gated: fx.GraphModule) -> fx.GraphModule:
     """The static quantised graph of a gated one, which stays as it is.
 
     `meta["weights"]` of the result is a dict, name of a buffer of codes -> `StoredWeight`; `meta["activations"]` is one
-    of tensor (as in `activation_gates`) -> `StaticActivation`. Node names, the input and output structure and a dynamic
+    of tensor (as in `activation_gates`) -> `StaticActivation`; `meta["float_activations"]` names the nodes that layers
+    read in float. Node names, the input and output structure and a dynamic
     batch are kept; a float parameter stays a parameter, without gradient.
 
     Raises:
@@ -117,6 +118,7 @@ class _Lowering:
         self.zeros: dict[int, fx.Node] = {}  # number of channels -> zero points
         self.weights: dict[str, StoredWeight] = {}
         self.activations: dict[str, StaticActivation] = {}
+        self.floats: list[str] = []
 
     def lower(self, node: fx.Node) -> None:
         if node.op == "call_module":
@@ -146,6 +148,7 @@ class _Lowering:
         result = fx.GraphModule(tensors, self.graph, type(self.gated).__name__)
         result.meta = {key: value for key, value in self.gated.meta.items() if not key.endswith("_gates")}
         result.meta["weights"] = {name: stored for name, stored in self.weights.items() if name in tensors}
+        result.meta["float_activations"] = tuple(self.floats)
         live = {node.name for node in self.graph.nodes}
         result.meta["activations"] = {name: a for name, a in self.activations.items() if a.values in live}
         self.graph.lint()
@@ -173,6 +176,7 @@ class _Lowering:
     def _activation(self, node: fx.Node, name: str, gate: SuperBitQuantizer) -> fx.Node:
         source: fx.Node = self._argument(node.args[0])
         if gate.is_float:
+            self.floats.append(source.name)
             return source
         assert isinstance(gate.bits, int)  # one range a tensor, so one bitwidth
         value = node.meta.get("val")
