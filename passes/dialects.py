@@ -76,12 +76,14 @@ class Searchable(Gated):
 class Static:
     """Weights by the name of the buffer of codes, whose scales are in a buffer "NAME_scale"; activations by the name of
     the tensor. `exact`: every scale is a power of two (`integer_grid`). `metadata`: what a file holds beside the graph.
+    `floats`: nodes that layers are to read in float, which `integer_joins` leaves so; a file does not say.
     """
 
     weights: Mapping[str, StoredWeight] = field(default_factory=dict)
     activations: Mapping[str, StaticActivation] = field(default_factory=dict)
     exact: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    floats: tuple[str, ...] = ()
 
 
 Dialect = Traced | Gated | Static
@@ -252,14 +254,14 @@ def _has_modes(norm: fx.Node) -> bool:
 
 
 def _tensor_names(node: Any, is_weight: bool) -> Iterator[str]:
-    """What a policy may call a tensor: by its own name, or by that which it had before channels of it were masked or an
-    adapter scattered them."""
+    """What a policy may call a tensor: by its own name, or by that which it had before channels of it were masked,
+    selected, or scattered by an adapter."""
     while isinstance(node, fx.Node):
         yield str(node.target).removesuffix(".weight") if is_weight and node.op == "get_attr" else node.name
         if node.target is aten.index_copy.default:
             node = node.args[3]
         else:
-            node = node.args[0] if node.target in _MASKED else None
+            node = node.args[0] if node.target in {*_MASKED, aten.index_select.default} else None
 
 
 def _has_stated_codes(graph_module: fx.GraphModule, form: Static) -> Iterator[Problem]:

@@ -108,6 +108,7 @@ class _Lowering:
         self.zeros: dict[int, fx.Node] = {}  # number of channels -> zero points
         self.weights: dict[str, StoredWeight] = {}
         self.activations: dict[str, StaticActivation] = {}
+        self.floats: list[str] = []
 
     def lower(self, node: fx.Node) -> None:
         if node.op == "call_module":
@@ -141,7 +142,7 @@ class _Lowering:
         weights = {name: stored for name, stored in self.weights.items() if name in tensors}
         activations = {name: a for name, a in self.activations.items() if a.values in live}
         result.meta = dict(self.gated.meta)
-        set_dialect(result, Static(weights, activations))
+        set_dialect(result, Static(weights, activations, floats=tuple(self.floats)))
         self.graph.lint()
         return result.eval()
 
@@ -167,6 +168,7 @@ class _Lowering:
     def _activation(self, node: fx.Node, name: str, gate: SuperBitQuantizer) -> fx.Node:
         source: fx.Node = self._argument(node.args[0])
         if gate.is_float:
+            self.floats.append(source.name)
             return source
         assert isinstance(gate.bits, int)  # one range a tensor, so one bitwidth
         value = node.meta.get("val")

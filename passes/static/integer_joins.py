@@ -4,7 +4,7 @@ In: a static graph from `finalize` and batches. Out: a copy in which the operand
 concatenations that come from convolutions, and the inputs and outputs of pools, are 8-bit codes as well, one
 quantisation a tensor, shared by its readers: so compilers for integer kernels keep a block in integers from end to end.
 Holds: a tensor that already has 8-bit codes is not quantised again; streams that no convolution writes, as in
-transformers, stay in float, where they err less and cost little.
+transformers, stay in float, where they err less and cost little; so does what a layer is to read in float.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def integer_joins(
     result = copy_graph(static)
     activations = dict(static_of(static).activations)
     _use_all_codes(result)
-    sites = _sites(result.graph)
+    sites = _sites(result.graph, {*static_of(static).floats})
     if sites:
         gates = _ranges(result, sites, batches, method, percentile)
         for tensor, readers in sites.items():
@@ -61,8 +61,8 @@ def integer_joins(
 # -- where -------------------------------------------------------------------------------------------------------------
 
 
-def _sites(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Tensor -> the joins, pools and means that are to read its codes."""
+def _sites(graph: fx.Graph, floats: set[str]) -> dict[fx.Node, list[fx.Node]]:
+    """Tensor -> the joins, pools and means that are to read its codes; none that gives what a layer reads in float."""
     stream: set[fx.Node] = set()  # values that a convolution, or a join of such values, has made
     sites: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -73,13 +73,25 @@ def _sites(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         elif facts.codes and operands:
             # reason: the other operand of an add may be a stream that only normalised layers have written so far
             read = node.all_input_nodes if node.target is aten.add.Tensor and _alike(node) else operands
-            for tensor in read:
+            for tensor in () if _gives(node, floats) else read:
                 sites.setdefault(tensor, []).append(node)
             if facts.codes != "mean":
                 stream.add(node)
         elif operands and facts.elementwise and len(node.all_input_nodes) == 1:  # such as an activation
             stream.add(node)
     return sites
+
+
+def _gives(node: fx.Node, floats: set[str]) -> bool:
+    """Whether one of these tensors is the node, or is made of it alone without another join."""
+    stack = [node]
+    while stack:
+        source = stack.pop()
+        if source.name in floats:
+            return True
+        alone = [n for n in source.users if len(n.all_input_nodes) == 1]
+        stack += [n for n in alone if not facts_of(n.target).codes and n.target != QUANTIZE]
+    return False
 
 
 def _alike(node: fx.Node) -> bool:

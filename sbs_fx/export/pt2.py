@@ -74,7 +74,7 @@ def save_pt2(
 def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
     """Read what `save_pt2` wrote: the static graph with its codes as int8 buffers, in eval mode.
 
-    Its `Static` is as `finalize` left it, with the metadata that `save_pt2` was given.
+    Its `Static` is as `finalize` left it but for `floats`, with the metadata that `save_pt2` was given.
 
     Raises:
         FileError: the file cannot be read, was cut or changed, holds a pickle, or was not written by `save_pt2`.

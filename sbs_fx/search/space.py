@@ -236,7 +236,7 @@ class Space:
             "inner_only": ("inner_only=True", False),
             "minor_groups": ("minor factors that stay whole (minor_groups=True)", True),
             "block": (f"block={settings.block}", settings.block and 1),
-            "round_to": ("multiples of kept channels (round_to=1)", 1),
+            "round_to": ("multiples of kept channels (round_to=1)", 1 if settings.block is None else settings.round_to),
         }
         for name, (words, value) in relaxed.items():
             if getattr(settings, name) != value:

@@ -129,7 +129,7 @@ def check_obeyed(result: sbs_fx.Result, cost: CostModel, settings: SpaceSettings
 
 
 def check_static(static: fx.GraphModule, cost: CostModel, plan: Plan) -> None:
-    """Stored weights have the plan's bits and sizes; layers read activations of its bits; floats at 32 bits."""
+    """Weights are stored in the plan's bits and sizes, layers read activations of its bits; 32 bits are floats."""
     nodes = {node.name: node for node in static.graph.nodes}
     values = {activation.values: activation.bits for activation in static_of(static).activations.values()}
     sizes = {cost.groups[name].axis: len(kept) for name, kept in plan.kept.items()}

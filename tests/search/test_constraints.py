@@ -9,19 +9,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import sbs_fx
 from sbs_fx.calibration.reconstruction import Reconstruction
 from sbs_fx.passes import CostModel
+from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.cost.polynomial import Polynomial
+from sbs_fx.passes.static.integer_joins import QUANTIZE
 from sbs_fx.plan import Budget
 from sbs_fx.plan.errors import ConstraintError, InfeasibleBudget, InputError
 from sbs_fx.search import Ajpq, Keep, Problem, Run, Search, Space, SpaceSettings, TwoStage
 from sbs_fx.search.registry import methods
 from tests.networks.models import Recipe, networks
 from tests.networks.small import EXAMPLE, batches, net
-from tests.oracles.constraints import check_obeyed, check_plan, layers_of, names_of
+from tests.oracles.constraints import check_obeyed, check_plan, is_named, layers_of, names_of
 from tests.oracles.problems import cost_of
 
 BITS = (2, 3, 4, 5, 6, 8, 32)
@@ -85,12 +87,15 @@ def matches_something(cost: CostModel, space: SpaceSettings) -> bool:
         weights = any(layer.weights for layer in layers)
         reads = {layer.node for layer in layers}
         tensors = any(x.name in reads for places in cost.activations.values() for x, _ in places)
-        named = keep.kind is None and keep.place is None
-        groups = named or bool(layers)
+        dims = [dim for layer in layers for dims, _ in layer.weights.values() for dim in dims]
+        groups = any(axis in cost.groups.of_axis for dim in dims for axis in d.axes(dim))
+        if keep.kind is None and keep.place is None:
+            members = [member.tensor for group in cost.groups.values() for member in group.members]
+            groups = groups or any(is_named([tensor], keep.pattern) for tensor in members)
         asked = [
             keep.weight_bits is not None and weights,
             keep.activation_bits is not None and tensors,
-            (keep.prune is not None or keep.least is not None) and groups,
+            (keep.prune is not None or keep.least is not None) and (groups or tensors),
         ]
         if not any(asked):
             return False
@@ -116,7 +121,7 @@ def relaxed(space: SpaceSettings, binding: str) -> SpaceSettings:
         return space.model_copy(update={"constraints": (every, *space.constraints)})
     name = binding.partition("=")[0]
     looser = {"quantise": True, "prune": True, "minor_groups": True, "inner_only": False, "weight_bits": None}
-    looser |= {"activation_bits": None, "round_to": 1, "block": 1, "candidates": tuple({2, *space.candidates})}
+    looser |= {"activation_bits": None, "round_to": 1, "block": 1, "candidates": tuple(sorted({2, *space.candidates}))}
     return space.model_copy(update={name: looser[name]})
 
 
@@ -142,7 +147,7 @@ def test_drawn_constraints_are_obeyed(method: str, recipe: Recipe, data: st.Data
     assert torch.isfinite(result.model(x)).all()
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(networks(max_blocks=2), st.data())
 def test_every_corner_of_a_drawn_space_obeys(recipe: Recipe, data: st.DataObject) -> None:
     """The least, the most and what lies between; and a budget below the least says what binds."""
@@ -180,6 +185,46 @@ def check_binding(
         fewer = reached(method, cost, x, impossible, looser)
         assert fewer is not None
         assert fewer[measure] < least, binding
+
+
+class Pooled(nn.Module):
+    """Pools, an add and a mean between layers, all of which work on codes where nothing speaks against it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.max_pool2d(self.a(x).relu(), 2)
+        x = torch.max_pool2d((self.b(x) + x).relu(), 2)
+        return self.head(self.c(x).relu().mean((2, 3)))
+
+
+CODES = {"x", "relu_joined", "max_pool2d", "conv2d_1_joined", "relu_1_joined", "max_pool2d_1", "relu_2_joined", "mean"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "floats", "codes"),
+    [
+        ("none", set(), set()),
+        ("a", {"x"}, set()),
+        ("b", {"relu_joined", "max_pool2d"}, {"max_pool2d_joined"}),  # which the add alone reads
+        ("c", {"conv2d_1_joined", "relu_1_joined", "max_pool2d_1"}, set()),
+        ("head", {"relu_2_joined", "mean"}, set()),
+        ("*", CODES, set()),
+    ],
+)
+def test_what_a_layer_reads_in_float_is_rounded_nowhere(pattern: str, floats: set[str], codes: set[str]) -> None:
+    """Not by pools, joins and means on the way to it either."""
+    torch.manual_seed(0)
+    module, x = Pooled().eval(), torch.randn(2, 3, 32, 32)
+    keep = () if pattern == "none" else (Keep(pattern, activation_bits=32),)
+    config = sbs_fx.Config(constraints=keep, weight_bits=8, activation_bits=8)
+    result = sbs_fx.compress(module, x, budget=1.0, method="uniform", config=config)
+    check_obeyed(result, cost_of(module, x), config)
+    assert result.model.meta["activations"].keys() == CODES - floats | codes
+    assert len(list(result.model.graph.find_nodes(op="call_function", target=QUANTIZE))) == len(CODES - floats | codes)
 
 
 # Every method
