@@ -33,7 +33,7 @@ from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.gates.insertion import apply_bits
 from sbs_fx.passes.oracles.slimming import compare_slim
 from sbs_fx.passes.oracles.static import compare_static, count_levels
-from sbs_fx.plan import Budget
+from sbs_fx.plan import Budget, Plan
 
 BUDGET = Budget(bops=0.10)
 RUN_BATCH = 3  # not the batch that is exported
@@ -215,7 +215,7 @@ def _passes(row: dict[str, Any], model: torch.nn.Module, images: torch.Tensor) -
     seconds = row["seconds"]
     row["compile_seconds"] = round(sum(seconds[k] for k in ("trace", "groups", "gates", "slim", "finalise")), 3)
     row["compile_to_export"] = round(row["compile_seconds"] / seconds["export"], 2)
-    row["cost_error"] = count_error(to_meta(slimmed), images[:1].to("meta"), cost.evaluate(plan))
+    row["cost_error"] = count_error(to_meta(slimmed), images[:1].to("meta"), cost.evaluate(Plan(plan)))
     _expect(row, row["cost_error"] == 0, f"symbolic MACs differ from counted ones by {row['cost_error']}")
     report = compare_slim(graph, groups, plan, [images[: row["run_batch"]]])
     row["slim_output_error_float32"] = report.output_error

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sbs_fx.models import create_model, input_config
 from sbs_fx.passes import ChannelGroups, CostModel, channel_groups, cost_model, slim, trace
 from sbs_fx.passes.channels.slim import Slices
-from sbs_fx.plan import Cost
+from sbs_fx.plan import Cost, Plan
 from sbs_fx.plan.errors import TraceError
 
 KEPT_SHARE = 0.7
@@ -60,7 +60,7 @@ def _fill(row: dict[str, Any]) -> None:
     images = torch.empty(RUN_BATCH, *size, device="meta")
     with timed(row, "run"):
         row["nodes_checked"] = check_shapes(to_meta(slimmed), groups, plan, images)
-    row["cost_error"] = count_error(slimmed, images[:1], cost.evaluate(plan))
+    row["cost_error"] = count_error(slimmed, images[:1], cost.evaluate(Plan(plan)))
     if row["cost_error"]:
         raise AssertionError(f"symbolic MACs differ from counted ones by {row['cost_error']}")
 
@@ -92,7 +92,7 @@ def describe_groups(row: dict[str, Any], groups: ChannelGroups, cost: CostModel,
     row["adapters"] = len(groups.inference.adapters)
     row["macs"] = cost.reference.macs
     row["prunable_share"] = round(cost.prunable_share(), 6)
-    row["mac_reduction"] = round(1 - cost.evaluate(plan).macs / max(1, cost.reference.macs), 4)
+    row["mac_reduction"] = round(1 - cost.evaluate(Plan(plan)).macs / max(1, cost.reference.macs), 4)
 
 
 def check_shapes(

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 from _cifar_models import CifarResNet
+from _rows import even_plan
 from torch import Tensor, nn
 
 from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.data.batches import Batch
 from sbs_fx.passes import activation_gates, apply_bits, channel_groups, cost_model, insert_gates, trace, weight_gates
-from sbs_fx.passes.channels.importance import kernel_multiple
 from sbs_fx.plan import Budget
+from sbs_fx.search import Problem, Search, SpaceSettings
 from sbs_fx.search.baselines.bayesian_bits import BayesianSearch
 from sbs_fx.search.baselines.multi_path import MultiPathSearch
-from sbs_fx.search.gate_search import GateSearch, Search
-from sbs_fx.search.uniform import uniform_bits
+from sbs_fx.search.gate_search import GateSearch
 from sbs_fx.training import Training, TrainingStage
 from sbs_fx.training.objective import Objective
 from sbs_fx.training.optimizers import Optimizers
@@ -91,19 +91,19 @@ class Step:
         cost = cost_model(graph, groups)
         with torch.no_grad():
             classes = graph(images[:1]).shape[1]
-        blocks = {name: kernel_multiple(groups[name], None) for name in groups}
         prunes = method in ("sbs", "bayesian_bits")
+        problem = Problem.of(cost, BUDGET, (images[:2],), SpaceSettings(prune=prunes))
+        blocks = {name: problem.space.multiple(group) for name, group in groups.items()}
         network = insert_gates(graph, groups, channels=prunes, block=blocks).to(self.device)
-        ends = uniform_bits(cost, UNIFORM_BITS, UNIFORM_BITS)
+        even = even_plan(cost, UNIFORM_BITS, UNIFORM_BITS)
         settings = Training(
             precision=setting.precision, compiled=setting.compiled, channels_last=True, distillation=0.0
         )
         self.stage = TrainingStage(network)
         if method in SEARCHES:
-            fixed = (_fixed(ends.weights), _fixed(ends.activations))
-            self.stage = SEARCHES[method](network, groups, cost, BUDGET, Search(), fixed=fixed, steps=STEPS)
+            self.stage = SEARCHES[method](network, problem, Search(), steps=STEPS)
         elif method == "uniform":
-            apply_bits(network, ends.weights, ends.activations)
+            apply_bits(network, even.weight_bits, even.activation_bits)
         if method != "float":
             calibrate(network, [images[:32]], inputs=(images[:2].to(self.device),))
         network.to(memory_format=torch.channels_last)
@@ -145,10 +145,6 @@ class Step:
         """Weights, buffers and what optimisers keep."""
         tensors = [*self.network.parameters(), *self.network.buffers(), *self.optimizers.state().values()]
         return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _fixed(bits: dict[str, int]) -> dict[str, int]:
-    return {name: b for name, b in bits.items() if b != UNIFORM_BITS}
 
 
 def time_pair(task: tuple[Setting, tuple[str, str], int, int]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Do the controllers find more than chance?
 
-`python benchmarks/ajpq.py --data-dir DIR --weights FILE --out FILE` searches bits per kernel for the CIFAR-10 ResNet-20
+`python benchmarks/ajpq.py --data-dir DIR --weights FILE --out FILE` searches bits by channel for the CIFAR-10 ResNet-20
 at a fifth of its size, without any training of weights: `ajpq`; random policies, as many, with a sparsity per layer and
-bits per kernel drawn evenly, brought into the budget in the same way and judged by the same reward; the same without
+bits by channel drawn evenly, brought into the budget in the same way and judged by the same reward; the same without
 sparsity; and `ajpq` without learning (draws around its first policy). Each keeps its best policy by reward on training
 images and tells its accuracy on the test images.
 """
@@ -22,7 +22,8 @@ from _cifar_models import CIFAR10, cifar10, cifar10_parser, padded_resnet20
 
 from sbs_fx.passes import channel_groups, cost_model, trace
 from sbs_fx.plan import Budget
-from sbs_fx.search.ajpq import Agent, Ajpq, Trial, kernels_of
+from sbs_fx.search import Ajpq, Problem
+from sbs_fx.search.ajpq import Agent, Trial, channel_bits_of
 from sbs_fx.search.reward import Reward
 from sbs_fx.training.evaluation import evaluate
 
@@ -50,16 +51,16 @@ def searched(method: str, agent: Agent, reward: Reward, settings: Ajpq, seed: in
 
 
 def _random(agent: Agent, most_sparse: float, generator: torch.Generator) -> dict[str, list[int]]:
-    kernels = agent.kernels
-    plan = dict(kernels.least)
-    for name in kernels.names:
+    channels = agent.channels
+    plan = dict(channels.least)
+    for name in channels.names:
         count = len(plan[name])
         share = most_sparse * float(torch.rand((), generator=generator))
         drawn = torch.tensor([2, 4, 8])[torch.randint(3, (count,), generator=generator)].tolist()
-        for kernel in kernels.importance[name].argsort(stable=True)[: int(share * count)].tolist():
-            drawn[kernel] = 0
-        plan[name] = kernels.clip({**plan, name: drawn}, name)
-    return kernels.fill(plan)
+        for channel in channels.importance[name].argsort(stable=True)[: int(share * count)].tolist():
+            drawn[channel] = 0
+        plan[name] = channels.clip({**plan, name: drawn}, name)
+    return channels.fill(plan)
 
 
 def augmented(folder: Path) -> CifarBatches:
@@ -97,9 +98,9 @@ def main() -> int:
         train.set_epoch(seed)
         data = list(itertools.islice(train, 8))
         for method in options.methods:
-            kernels = kernels_of(graph, groups, cost, budget, settings)
-            reward = Reward(graph, groups, kernels, data, (images,), settings.norm_batches, settings.reward_batches)
-            agent = Agent(kernels, settings, seed)
+            channels = channel_bits_of(Problem.of(cost, budget, (images,), seed=seed), settings)
+            reward = Reward(channels, data, settings.norm_batches, settings.reward_batches)
+            agent = Agent(channels, settings, seed)
             begun = time.monotonic()
             curve = searched(method, agent, reward, settings, seed)
             assert agent.best is not None
@@ -110,7 +111,7 @@ def main() -> int:
                 "reward": curve[-1],
                 "accuracy": evaluate(reward.network, test),
                 "size_asked": options.size,
-                "size_ratio": cost.reference.stored_bits / kernels.cost_of(agent.best.bits).stored_bits,
+                "size_ratio": cost.reference.stored_bits / cost.price(channels.plan(agent.best.bits))["size"],
                 "bits": {b: sum(each.count(b) for each in agent.best.bits.values()) for b in (0, 2, 4, 8)},
                 "seconds": round(time.monotonic() - begun, 1),
                 "curve": curve,

@@ -21,6 +21,7 @@ from scipy.stats import spearmanr
 
 from sbs_fx.export.latency import Latency, beside, latency_model, random_bits, random_counts, slim_runner
 from sbs_fx.passes import channel_groups, cost_model, trace
+from sbs_fx.plan import Plan
 
 
 def main() -> int:
@@ -44,9 +45,10 @@ def main() -> int:
     for _ in range(options.policies):
         counts = random_counts(groups, draw)
         bits = random_bits(plain, draw, (2, 4, 8))
+        kept = {name: range(count) for name, count in counts.items()}
         run = slim_runner(graph, groups, plain, counts, inputs, batch, settings, bits)
         measured = beside(run, dense, batch, settings)[0] * found.dense_seconds
-        predicted = cost.evaluate(counts, bits["weights"], bits["activations"]).seconds
+        predicted = cost.price(Plan(kept, bits["weights"], bits["activations"]), ["latency"])["latency"]
         rows.append({"measured": measured, "predicted": predicted})
         print(rows[-1], flush=True)
     measured, predicted = (np.array([row[key] for row in rows]) for key in ("measured", "predicted"))

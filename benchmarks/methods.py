@@ -20,15 +20,14 @@ from typing import Any
 import torch
 from _cifar_models import cifar10, padded_resnet20
 from _peers import onnxruntime_static, openvino_nncf, torchao_pt2e
-from _rows import uniform_network
+from _rows import even_plan, uniform_network
 from torch import Tensor, nn
 
 import sbs_fx
 from sbs_fx import demo
 from sbs_fx.passes import channel_groups, cost_model, trace
 from sbs_fx.search import Search
-from sbs_fx.search.methods import METHODS
-from sbs_fx.search.uniform import uniform_bits
+from sbs_fx.search.registry import methods
 from sbs_fx.training import Training, evaluate, fine_tune
 
 BITS = (8, 6, 4)
@@ -54,9 +53,7 @@ def main() -> int:
     directory = options.out / options.model
     budgets, rows = [], []
     for bits in options.bits:
-        table = uniform_bits(cost, bits, bits)
-        spent = cost.evaluate({}, table.weights, table.activations)
-        budgets.append(spent.bops / cost.reference.bops)
+        budgets.append(cost.price(even_plan(cost, bits, bits))["bops"] / cost.reference.bops)
         rows.append(_uniform(model, example, train, test, bits, config, options.epochs))
         print(rows[-1], flush=True)
         if bits == 8:
@@ -161,7 +158,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", choices=("cifar10", "digits"), default="cifar10")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=[m for m in METHODS if m != "auto"])
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=[*methods()])
     parser.add_argument("--bits", type=lambda text: [int(b) for b in text.split(",")], default=list(BITS))
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--search-epochs", type=int, default=1)

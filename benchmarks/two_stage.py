@@ -3,7 +3,7 @@
 `python benchmarks/two_stage.py --data-dir DIR --weights FILE --out FILE` takes the CIFAR-10 ResNet-20 of parameter-free
 shortcuts (safetensors; images and labels as {train,test}_{images,labels}.npy in DIR). For budgets equal to what uniform
 bitwidths cost it prints the accuracy of plain per-channel ranges of least error at these bitwidths, and of `two_stage`
-after refinement, all from the same training images. Then it draws random policies and prints Kendall's rank
+after reconstruction, all from the same training images. Then it draws random policies and prints Kendall's rank
 correlation of their loss on 1,000 test images (ranges and batch-norm statistics from 256 training images) with what was
 predicted from these training images, with Dynamic BN and without. Last, the seconds to a plan for a ResNet-18 at 224 x
 224 from 256 images of noise (weights as initialised). The same call again goes on with what is there.
@@ -20,19 +20,19 @@ from typing import Any
 import timm
 import torch
 from _cifar_models import cifar10, cifar10_parser, padded_resnet20
+from _rows import even_plan
 from scipy.stats import kendalltau
 from torch.nn import functional as F
 
 from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.calibration.reconstruction import Reconstruction, reconstruct
-from sbs_fx.compress import kept_bits
 from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
-from sbs_fx.passes.channels.importance import group_importance, kernel_multiple
-from sbs_fx.plan import Budget, Policy
-from sbs_fx.search.gate_search import Draft
-from sbs_fx.search.sbs import policy_of
-from sbs_fx.search.two_stage import TwoStage, evidence, two_stage
-from sbs_fx.search.uniform import end_bits, uniform_bits
+from sbs_fx.passes.channels.importance import group_importance
+from sbs_fx.passes.channels.slim import slim_bits
+from sbs_fx.plan import Budget, Plan
+from sbs_fx.plan.plan import KINDS_OF_BITS
+from sbs_fx.search import Problem, Run, TwoStage, two_stage
+from sbs_fx.search.two_stage import evidence_of
 from sbs_fx.training import evaluate
 from sbs_fx.training.norms import estimate_norms
 
@@ -53,50 +53,50 @@ class Case:
         count = -(-options.calibration // 128)
         self.train = list(cifar10(options.data_dir, "train", 128))[:count]
 
-    def realise(self, policy: Policy, data: list[Any]) -> Any:
-        gated = insert_gates(slim(self.graph, self.groups, policy.kept), self.groups, channels=False)
-        apply_bits(gated, kept_bits(self.groups, self.cost, policy), policy.activation_bits)
+    def problem(self, budget: Budget) -> Problem:
+        return Problem.of(self.cost, budget, self.inputs)
+
+    def realise(self, plan: Plan, data: list[Any]) -> Any:
+        gated = insert_gates(slim(self.graph, self.groups, plan.kept), self.groups, channels=False)
+        apply_bits(gated, slim_bits(self.groups, plan), plan.activation_bits)
         calibrate(gated, data, inputs=self.inputs, max_batches=len(data))
         return gated
 
 
 def row_of(case: Case, weight_bits: int, activation_bits: int, options: argparse.Namespace) -> dict[str, Any]:
-    bits = uniform_bits(case.cost, weight_bits, activation_bits)
-    target = case.cost.evaluate({}, bits.weights, bits.activations)
+    even = even_plan(case.cost, weight_bits, activation_bits)
+    target = case.cost.evaluate(even)
     row: dict[str, Any] = {"budget": f"W{weight_bits}A{activation_bits}", "images": options.calibration}
-    if 3 not in (weight_bits, activation_bits):  # no candidate of ours, so that only its cost is known
-        gated = insert_gates(case.graph, case.groups, channels=False)
-        apply_bits(gated, bits.weights, bits.activations)
-        calibrate(gated, case.train, inputs=case.inputs, max_batches=len(case.train))
-        row["uniform"] = evaluate(gated, case.test)
+    row["uniform"] = evaluate(case.realise(even, case.train), case.test)
     budget = Budget(bops=target.bops / case.cost.reference.bops)
     since = time.perf_counter()
-    found = two_stage(case.graph, case.groups, case.cost, budget, case.train, inputs=case.inputs)
+    found = two_stage(case.problem(budget), Run(case.train))
     row["search_seconds"] = time.perf_counter() - since
-    policy = found.policy
-    spent = case.cost.evaluate(policy.kept, policy.weight_bits, policy.activation_bits)
+    plan = found.plan
+    spent = case.cost.evaluate(plan)
     row["bops_ratio"] = case.cost.reference.bops / spent.bops
     row["budget_used"] = spent.bops / target.bops
-    row["scores"] = [vars(score) for score in found.scores]
-    row["policy"] = {
-        "weight_bits": list(policy.weight_bits.values()),
-        "activation_bits": list(policy.activation_bits.values()),
-        "kept": {n: len(k) for n, k in policy.kept.items() if len(k) < policy.sizes[n]},
+    row["considered"] = [vars(considered) for considered in found.considered]
+    row["plan"] = {
+        "weight_bits": list(plan.weight_bits.values()),
+        "activation_bits": list(plan.activation_bits.values()),
+        "kept": {n: len(k) for n, k in plan.kept.items() if len(k) < case.groups[n].size},
     }
-    gated = case.realise(policy, case.train)
+    gated = case.realise(plan, case.train)
     since = time.perf_counter()
     settings = Reconstruction(steps=options.steps)
     reconstruct(
-        gated, case.graph, case.train, inputs=case.inputs, groups=case.groups, kept=policy.kept, settings=settings
+        gated, case.graph, case.train, inputs=case.inputs, groups=case.groups, kept=plan.kept, settings=settings
     )
-    row["refine_seconds"] = time.perf_counter() - since
+    row["reconstruction_seconds"] = time.perf_counter() - since
     row["two_stage"] = evaluate(finalize(gated), case.test)
     return row
 
 
-def draft_of(case: Case, generator: torch.Generator) -> Draft:
-    """Bits and kept counts at random; how many of them are low differs from policy to policy."""
-    fixed = end_bits(case.cost)
+def random_plan(case: Case, generator: torch.Generator) -> Plan:
+    """Bits and kept counts at random; how many of them are low differs from plan to plan."""
+    space = case.problem(Budget(bops=1.0)).space
+    fixed = {kind: space.fixed(kind) for kind in KINDS_OF_BITS}
     high, whole = torch.rand(2, generator=generator).tolist()
     scores = group_importance(case.groups)
 
@@ -107,29 +107,25 @@ def draft_of(case: Case, generator: torch.Generator) -> Draft:
 
     kept = {}
     for name, group in case.groups.items():
-        step, count = kernel_multiple(group, None), group.size
+        step, count = space.multiple(group), group.size
         inner = sum(member.dim == 0 and member.tensor.endswith("conv1.weight") for member in group.members)
         if inner and name != "conv1.weight:0" and float(torch.rand((), generator=generator)) > whole:
             count = step * int(torch.randint(1, group.size // step + 1, (), generator=generator))
-        kept[name] = sorted(scores[name].argsort(descending=True)[:count].tolist())
-    return Draft(
-        {n: fixed.weights.get(n) or bits() for n in case.cost.weights},
-        {n: fixed.activations.get(n) or bits() for n in case.cost.activations},
+        kept[name] = tuple(sorted(scores[name].argsort(descending=True)[:count].tolist()))
+    return Plan(
         kept,
+        {n: fixed["weight"].get(n) or bits() for n in case.cost.weights},
+        {n: fixed["activation"].get(n) or bits() for n in case.cost.activations},
     )
 
 
 def correlation(case: Case, count: int, rows: list[dict[str, float]], save: Any) -> dict[str, float]:
     images = case.train[:2]
-    _, predictor = evidence(
-        case.graph, case.groups, images, inputs=case.inputs, search=TwoStage(images=256), weights=[], activations=[],
-        prunable=[],
-    )  # fmt: skip
+    _, predictor = evidence_of(case.problem(Budget(bops=1.0)), Run(images), TwoStage(images=256))
     for seed in range(len(rows), count):
-        draft = draft_of(case, torch.Generator().manual_seed(seed))
-        row = {"dynamic": predictor(draft), "static": predictor(draft, dynamic=False)}
-        policy = policy_of(draft, case.groups, "random", seed, "symmetric")
-        gated = case.realise(policy, images)
+        plan = random_plan(case, torch.Generator().manual_seed(seed))
+        row = {"dynamic": predictor(plan), "static": predictor(plan, dynamic=False)}
+        gated = case.realise(plan, images)
         estimate_norms(gated, images, len(images))
         with torch.no_grad():
             losses = [float(F.cross_entropy(gated(x), y)) for x, y in case.test[:4]]
@@ -146,7 +142,7 @@ def time_to_plan(images: int = 256) -> dict[str, float]:
     graph = trace(net, x[:2])
     groups = channel_groups(graph)
     data = list(zip(x.split(32), torch.randint(1000, (images,)).split(32), strict=True))
-    two_stage(graph, groups, cost_model(graph, groups), Budget(bops=0.05), data, inputs=(x[:2],))
+    two_stage(Problem.of(cost_model(graph, groups), Budget(bops=0.05), (x[:2],)), Run(data))
     return {
         "seconds": time.perf_counter() - since,
         "cpu_seconds": time.process_time() - spent,
@@ -157,7 +153,7 @@ def time_to_plan(images: int = 256) -> dict[str, float]:
 def main() -> int:
     parser = cifar10_parser(__doc__ or "")
     parser.add_argument("--calibration", type=int, default=1024, help="training images")
-    parser.add_argument("--steps", type=int, default=Reconstruction().steps, help="of refinement, in each stretch")
+    parser.add_argument("--steps", type=int, default=Reconstruction().steps, help="of reconstruction, in each block")
     parser.add_argument("--policies", type=int, default=100, help="for the rank correlation")
     options = parser.parse_args()
     if options.data_dir is None or options.weights is None:
@@ -175,7 +171,7 @@ def main() -> int:
         if f"W{weight_bits}A{activation_bits}" not in [row["budget"] for row in done["rows"]]:
             done["rows"].append(row_of(case, weight_bits, activation_bits, options))
             save()
-            print({k: v for k, v in done["rows"][-1].items() if k != "scores"}, flush=True)
+            print({k: v for k, v in done["rows"][-1].items() if k != "considered"}, flush=True)
     if options.policies:
         done["kendall"] = correlation(case, options.policies, done["policies"], save)
         save()
@@ -186,10 +182,9 @@ def main() -> int:
     print("| budget | BOPs | used | uniform, ranges alone | two_stage, static graph | seconds |")
     print("|---|---|---|---|---|---|")
     for r in done["rows"]:
-        uniform = f"{r['uniform']:.2f}" if "uniform" in r else ""
         print(
-            f"| {r['budget']} | {r['bops_ratio']:.1f}x | {100 * r['budget_used']:.1f} % | {uniform} | "
-            f"{r['two_stage']:.2f} | {r['search_seconds'] + r['refine_seconds']:.0f} |"
+            f"| {r['budget']} | {r['bops_ratio']:.1f}x | {100 * r['budget_used']:.1f} % | {r['uniform']:.2f} | "
+            f"{r['two_stage']:.2f} | {r['search_seconds'] + r['reconstruction_seconds']:.0f} |"
         )
     if "kendall" in done:
         print(f"\nKendall over {len(done['policies'])} random policies: {done['kendall']}")

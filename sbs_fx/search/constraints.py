@@ -81,14 +81,15 @@ class Keep(Value):
     @classmethod
     def parse(cls, text: str) -> Keep:
         """From `PATTERN=BITS`, or `PATTERN=WEIGHT_BITS/ACTIVATION_BITS`. Raises ConstraintError."""
-        pattern, equals, bits = text.rpartition("=")
-        weights, _, activations = bits.partition("/")
+        pattern, _, bits = text.rpartition("=")
+        weights, slash, activations = bits.partition("/")
         try:
-            return cls(pattern, weight_bits=int(weights), activation_bits=int(activations or weights))
-        except ValueError as error:
-            if isinstance(error, ConstraintError) and equals:
-                raise
-            raise ConstraintError(f"{text!r} is no constraint; expected one like 'head.*=32' or 'layer1=4/8'") from None
+            asked = int(weights), int(activations if slash else weights)
+        except ValueError:
+            asked = None
+        if not pattern or asked is None:
+            raise ConstraintError(f"{text!r} is no constraint; expected one like 'head.*=32' or 'layer1=4/8'")
+        return cls(pattern, weight_bits=asked[0], activation_bits=asked[1])
 
     def __str__(self) -> str:
         said = [repr(self.pattern)] if self.pattern != "*" else []

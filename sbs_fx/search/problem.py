@@ -118,11 +118,11 @@ class Problem:
         price = self.price(least)
         reached = {measure: price[measure] / self.cost.whole[measure] for measure in self.limits}
         over = [measure for measure, limit in self.limits.items() if price[measure] > limit] or list(self.limits)
-        binding = []
+        binding, of_space = [], self.price(self.space.least)
         for name, settings in self.space.relaxations():
             relaxed = self.price(Space(self.groups, self.cost, settings).least)
             shares = [f"{measure} {relaxed[measure] / self.cost.whole[measure]:.4g}" for measure in over]
-            if any(relaxed[measure] < self.price(self.space.least)[measure] for measure in over):
+            if any(relaxed[measure] < min(price[measure], of_space[measure]) for measure in over):
                 binding.append(f"{name} (without it {', '.join(shares)})")
         return InfeasibleBudget.of(self.shares, reached, f"method {method!r} reaches", binding)
 

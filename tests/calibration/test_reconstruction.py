@@ -42,7 +42,7 @@ def distance(a: nn.Module, b: nn.Module, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("pruned", [False, True])
-def test_refined_is_closer_static_and_within_a_step(pruned: bool) -> None:
+def test_reconstructed_is_closer_static_and_within_a_step(pruned: bool) -> None:
     module, data = network(), torch.randn(64, 1, 8, 8)
     kept = {"0.weight:0": [0, 1, 2, 5, 9, 11, 12, 15]} if pruned else None
     graph, groups, gated = prepared(module, IMAGES, data, kept=kept)
@@ -142,7 +142,7 @@ def test_one_image_and_zero_weights() -> None:
     check_static(gated, IMAGES)
 
 
-def test_what_cannot_be_refined() -> None:
+def test_what_cannot_be_reconstructed() -> None:
     graph, groups, gated = prepared(network(), IMAGES, IMAGES)
     with pytest.raises(DataError, match="no batch"):
         reconstruct(gated, graph, [], inputs=(IMAGES,), groups=groups)
@@ -150,11 +150,11 @@ def test_what_cannot_be_refined() -> None:
         reconstruct(insert_gates(graph, groups), graph, [IMAGES], inputs=(IMAGES,), groups=groups)
 
 
-# Stretches
+# Blocks
 
 
 @pytest.mark.parametrize("name", ["residual", "dense", "attention", "class-token-relative", "odd-sizes", "lstm"])
-def test_stretches_one_after_the_other_are_the_graph(name: str) -> None:
+def test_blocks_one_after_the_other_are_the_graph(name: str) -> None:
     x = example(name, batch=3)
     graph = trace(SMALLEST[name](), example(name))
     groups = channel_groups(graph)

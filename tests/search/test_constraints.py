@@ -18,7 +18,7 @@ from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.cost.polynomial import Polynomial
 from sbs_fx.passes.static.integer_joins import QUANTIZE
 from sbs_fx.plan import Budget
-from sbs_fx.plan.errors import ConstraintError, InfeasibleBudget, InputError
+from sbs_fx.plan.errors import BudgetError, ConstraintError, InfeasibleBudget, InputError
 from sbs_fx.search import Ajpq, Keep, Problem, Run, Search, Space, SpaceSettings, TwoStage
 from sbs_fx.search.registry import methods
 from tests.networks.models import Recipe, networks
@@ -33,6 +33,143 @@ QUICK: dict[str, Any] = {
     "two_stage": TwoStage(images=32, judged=16, measured=4, rounds=0),
     "reconstruction": Reconstruction(images=16, steps=2, batch=8),
 }
+
+
+class Pooled(nn.Module):
+    """Pools, an add and a mean between layers, all of which work on codes where nothing speaks against it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.max_pool2d(self.a(x).relu(), 2)
+        x = torch.max_pool2d((self.b(x) + x).relu(), 2)
+        return self.head(self.c(x).relu().mean((2, 3)))
+
+
+# What a constraint says
+
+
+@pytest.mark.parametrize(
+    ("text", "keep"),
+    [
+        ("head.*=32", Keep("head.*", weight_bits=32, activation_bits=32)),
+        ("layer1=4/8", Keep("layer1", weight_bits=4, activation_bits=8)),
+        ("a=b=2/3", Keep("a=b", weight_bits=2, activation_bits=3)),
+    ],
+)
+def test_constraints_from_text(text: str, keep: Keep) -> None:
+    assert Keep.parse(text) == keep
+
+
+@pytest.mark.parametrize("text", ["", "head", "head=", "head=x", "head=4/", "head=4/8/8", "head=7", "head=0", "4"])
+def test_text_that_is_no_constraint(text: str) -> None:
+    with pytest.raises(ConstraintError, match=r"expected (one like 'head.\*=32'|some of)"):
+        Keep.parse(text)
+
+
+def test_constraints_that_mean_nothing() -> None:
+    for wrong in (
+        {},
+        {"weight_bits": 7},
+        {"weight_bits": ()},
+        {"least": 0},
+        {"least": 1.1},
+        {"kind": "pool"},
+        {"bits": 4},
+    ):
+        with pytest.raises(ConstraintError):
+            Keep("head", **wrong)
+    with pytest.raises(ConstraintError, match="asks for nothing"):
+        Keep("head", place="last")
+    assert Keep("head", weight_bits=(8, 4, 8)).weight_bits == (4, 8), "ascending, each once"
+    said = "Keep('head', kind='linear', place='last', weight_bits=(4, 8), activation_bits=8, prune=False, least=0.5)"
+    assert repr(eval(said)) == said
+    assert SpaceSettings(constraints=(eval(said),)).model_dump()["constraints"][0]["pattern"] == "head"
+    with pytest.raises(ValueError, match="expected some of"):
+        SpaceSettings(candidates=(1, 2))
+
+
+def space_of(cost: CostModel, *keep: Keep, **fields: Any) -> Space:
+    return Space(cost.groups, cost, SpaceSettings(constraints=keep, **fields))
+
+
+@pytest.fixture(scope="module")
+def cost() -> CostModel:
+    """Of a chain: convolutions "0" and "3", a linear "8"."""
+    return cost_of(net(), EXAMPLE)
+
+
+def test_a_pattern_that_matches_nothing_names_what_is_near(cost: CostModel) -> None:
+    torch.manual_seed(0)
+    named = cost_of(Pooled(), torch.randn(2, 3, 32, 32))
+    with pytest.raises(
+        ConstraintError, match=r"Keep\('haed', weight_bits=4\) matches nothing .* names are 'head'"
+    ) as error:
+        space_of(named, Keep("haed", weight_bits=4))
+    assert "kinds of layers are conv, linear" in str(error.value)
+    for nothing in (Keep("head", kind="conv", weight_bits=4), Keep("a", place="last", weight_bits=4)):
+        with pytest.raises(ConstraintError, match="matches nothing of this model"):
+            space_of(named, nothing)
+    config = sbs_fx.Config(constraints=(Keep("9", weight_bits=4),))
+    with pytest.raises(ConstraintError, match="matches nothing"):
+        sbs_fx.compress(net(), EXAMPLE, config=config)
+    with pytest.raises(ConstraintError, match="asks for 4 bits where quantise=False rounds nothing"):
+        space_of(cost, Keep("3", weight_bits=4), quantise=False)
+
+
+def test_later_constraints_win_and_the_ends_come_first(cost: CostModel) -> None:
+    def bits(*keep: Keep, **fields: Any) -> list[tuple[int, ...]]:
+        return [space_of(cost, *keep, **fields).values("weight", name) for name in ("0", "3", "8")]
+
+    assert bits() == [(8,), (2, 4, 8), (8,)]
+    assert bits(weight_bits=5) == [(8,), (5,), (8,)]
+    assert bits(Keep("*", weight_bits=4)) == [(4,), (4,), (4,)], "any constraint replaces the default of the ends"
+    assert bits(Keep(place="ends", weight_bits=(2, 32))) == [(2, 32), (2, 4, 8), (2, 32)]
+    assert bits(Keep(place="first", weight_bits=32), Keep(place="last", weight_bits=2)) == [(32,), (2, 4, 8), (2,)]
+    assert bits(Keep("*", weight_bits=4), Keep(kind="conv", weight_bits=6)) == [(6,), (6,), (4,)]
+    assert bits(Keep(kind="conv", weight_bits=6), Keep("*", weight_bits=4)) == [(4,), (4,), (4,)]
+    assert bits(Keep("3", activation_bits=4)) == bits(), "what it does not speak of stays"
+    # a parameter, and a module with all that is below
+    assert bits(Keep("3.weight", weight_bits=4)) == bits(Keep("3", weight_bits=4)) == [(8,), (4,), (8,)]
+    activations = space_of(cost, Keep("3", weight_bits=32, activation_bits=32))
+    assert [c.values for c in activations.choices if c.kind == "activation"] == [(8,), (32,), (8,)]
+
+
+def test_channels_that_stay(cost: CostModel) -> None:
+    first, second = (cost.groups[name] for name in ("0.weight:0", "3.weight:0"))
+
+    def counts(*keep: Keep, **fields: Any) -> list[tuple[int, ...]]:
+        space = space_of(cost, *keep, **{"round_to": 4, **fields})
+        return [space.values("channels", group.name) for group in (first, second)]
+
+    every = (tuple(range(4, 17, 4)), tuple(range(4, 33, 4)))
+    assert counts() == [*every]
+    assert counts(prune=False) == counts(Keep("*", prune=False)) == [(16,), (32,)]
+    assert counts(Keep("0", prune=False)) == [(16,), every[1]]
+    assert counts(Keep("3", prune=False)) == [(16,), (32,)], "both sides of the layer"
+    assert counts(Keep("1.weight", prune=False)) == [(16,), every[1]], "the batch norm's channels are those of '0'"
+    assert counts(Keep("*", prune=False), Keep("0", prune=True)) == [every[0], (32,)]
+    assert counts(Keep("0", prune=True), prune=False) == [(16,), (32,)], "prune=False is for all"
+    assert counts(Keep("*", least=0.5), Keep("8", least=0.75)) == [(8, 12, 16), (24, 28, 32)]
+    assert counts(Keep("*", least=0.55), round_to=16) == [(16,), (32,)]
+    assert counts(block=6) == [(6, 12, 16), (6, 12, 18, 24, 30, 32)]
+
+
+def test_a_policy_changed_by_hand_and_what_it_may_cost() -> None:
+    first = sbs_fx.compress(net(), EXAMPLE, budget=0.05)
+    name = next(iter(first.policy.kept))
+    fewer = first.policy.changed({name: first.policy.kept[name][:4]}, {"3": 2}, {"relu": 3})
+    again = sbs_fx.apply(net(), fewer, EXAMPLE, budget=0.05)
+    check_obeyed(again, cost_of(net(), EXAMPLE), SpaceSettings(candidates=(2, 3, 4, 8)))
+    assert again.cost.bops < first.cost.bops
+    assert again.policy == fewer
+    more = first.policy.changed(weight_bits={"3": 32}, activation_bits={"relu": 32})
+    assert sbs_fx.apply(net(), more, EXAMPLE).cost.bops > 0.05 * first.baseline_cost.bops
+    with pytest.raises(BudgetError, match="this policy costs .* of the float model; expected at most .*0.05"):
+        sbs_fx.apply(net(), more, EXAMPLE, budget=0.05)
 
 
 # Drawn constraints
@@ -185,20 +322,6 @@ def check_binding(
         fewer = reached(method, cost, x, impossible, looser)
         assert fewer is not None
         assert fewer[measure] < least, binding
-
-
-class Pooled(nn.Module):
-    """Pools, an add and a mean between layers, all of which work on codes where nothing speaks against it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3)
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.max_pool2d(self.a(x).relu(), 2)
-        x = torch.max_pool2d((self.b(x) + x).relu(), 2)
-        return self.head(self.c(x).relu().mean((2, 3)))
 
 
 CODES = {"x", "relu_joined", "max_pool2d", "conv2d_1_joined", "relu_1_joined", "max_pool2d_1", "relu_2_joined", "mean"}
