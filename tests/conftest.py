@@ -1,7 +1,8 @@
 """Settings for the whole test session: one thread a worker, no network, hypothesis profiles, and passes that verify
 what they give.
 
-Profiles: `ci` (the default) draws the same examples on each run; `long` draws new ones, ten times as many.
+Profiles: `ci` (the default) draws the same examples on each run; `long` draws new ones, ten times as many;
+`quick` draws few, for runs over many mutations.
 Choose with `HYPOTHESIS_PROFILE=long make test` or `pytest --hypothesis-profile long`.
 """
 
@@ -38,6 +39,9 @@ settings.register_profile(
 )
 settings.register_profile(
     "long", max_examples=3000, deadline=None, derandomize=False, print_blob=True, suppress_health_check=_SLOW
+)
+settings.register_profile(
+    "quick", max_examples=20, deadline=None, derandomize=True, print_blob=True, suppress_health_check=_SLOW
 )
 # The option --hypothesis-profile is read after this file and so has the last word.
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

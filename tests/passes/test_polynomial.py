@@ -65,7 +65,6 @@ def test_price_walk_and_slim_graph_agree(recipe: Recipe, seed: int) -> None:
         price = cost.price(plan)
         assert price == measured(cost, plan)
         assert all(isinstance(value, int) for value in price.values())
-        assert {m: cost.price(plan, [m])[m] for m in MEASURES} == price
     slimmed = slim(cost.groups.inference.graph_module, cost.groups, plan.kept)
     after = cost_model(slimmed, channel_groups(slimmed))
     rest = Plan({}, slim_bits(cost.groups, plan), plan.activation_bits)
