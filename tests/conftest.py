@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # reason: a test that needs pretra
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 from torch import fx  # noqa: E402
 
 from sbs_fx import passes  # noqa: E402
@@ -41,7 +41,13 @@ settings.register_profile(
     "long", max_examples=3000, deadline=None, derandomize=False, print_blob=True, suppress_health_check=_SLOW
 )
 settings.register_profile(
-    "quick", max_examples=20, deadline=None, derandomize=True, print_blob=True, suppress_health_check=_SLOW
+    "quick",
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=_SLOW,
+    phases=(Phase.explicit, Phase.generate),  # reason: nobody reads the example
+    report_multiple_bugs=False,
 )
 # The option --hypothesis-profile is read after this file and so has the last word.
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

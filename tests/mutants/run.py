@@ -36,7 +36,7 @@ FAILED, PASSED = 1, 0  # exit codes of pytest
 
 # Before torch is imported; `quick` draws few examples.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-os.environ |= {"HYPOTHESIS_PROFILE": "quick", "PYTHONDONTWRITEBYTECODE": "1"}
+os.environ |= {"HYPOTHESIS_PROFILE": "quick", "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 sys.dont_write_bytecode = True
 
 
@@ -138,12 +138,15 @@ def copy_of_tree(folder: Path) -> Path:
 
 def import_libraries() -> None:
     """What every mutation needs and none changes; no module of ours, and no thread."""
+    import accelerate  # noqa: F401
     import hypothesis  # noqa: F401
     import networkx  # noqa: F401
     import onnx  # noqa: F401
+    import pydantic  # noqa: F401
     import pytest  # noqa: F401
+    import rich.table  # noqa: F401
     import scipy.optimize  # noqa: F401
-    import timm  # noqa: F401
+    import timm.data  # noqa: F401
     import torch
 
     torch.set_num_threads(1)
@@ -162,8 +165,8 @@ def run_tests(tests: Sequence[str], tree: Path, log: Path) -> int:
     os.chdir(tree)
     sys.path[:] = [str(tree), *(entry for entry in sys.path if Path(entry).resolve() not in (HERE, ROOT))]
     os.environ["PYTHONPATH"] = str(tree)  # of processes that tests start
-    options = ["-q", "-x", "--tb=short", "-rfE", "--rootdir", str(tree), "-p", "no:cacheprovider", "-p", "no:xdist"]
-    code = int(pytest.main([*options, *tests]))
+    options = ["-q", "-x", "--tb=short", "-rfE", "--rootdir", str(tree), "-p", "no:cacheprovider"]
+    code = int(pytest.main([*options, "-p", "_hypothesis_pytestplugin", *tests]))
     imported = sys.modules.get("sbs_fx")
     return code if imported is None or str(imported.__file__).startswith(str(tree)) else 3
 
