@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from sbs_fx.passes import CostModel, channel_gates, insert_gates, weight_gates
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.plan import Budget, Plan
+from sbs_fx.plan.plan import KINDS_OF_BITS
 from sbs_fx.quantizer.superbit import max_level
 from sbs_fx.search import Problem, Search, channel_bits, sparse
-from sbs_fx.search.allocation import Candidate, Decision
+from sbs_fx.search.allocation import Allocator, Candidate, Decision
+from sbs_fx.search.channel_bits import ChannelBits
 from sbs_fx.search.gate_search import GateSearch
 from sbs_fx.search.opq import _bit_damages, _channel_damage
 from sbs_fx.search.ranges import gates_by_bits, use_ranges
 from sbs_fx.search.repair import BudgetRepair, Harm, Move, judged_on
 from sbs_fx.search.sbs import _even
 from sbs_fx.search.solvers.laplace import laplace_fit, least_rounding_error
-from sbs_fx.search.two_stage import _around, _channel_decision, _measured, _read
+from sbs_fx.search.two_stage import _around, _channel_decision, _levels, _measured, _read
 from tests.oracles.problems import cost_of, problem_of
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -95,6 +97,13 @@ def test_the_largest_single_weights_stay() -> None:
     assert sparse.largest(weight, 6).equal(weight)
 
 
+def test_no_more_single_weights_stay_than_there_are() -> None:
+    weight = torch.zeros(4000)
+    weight[:1000] = torch.linspace(0.1, 1, 1000)
+    each = sparse.single_weights(weight, (2, 4, 8))
+    assert max(each.nonzeros) == 1000
+
+
 def test_size_with_weights_stored_singly(cost: CostModel) -> None:
     given = problem(cost)
     polynomial, numbers = sparse.stored_singly(given, ["first", "second"])
@@ -118,7 +127,48 @@ def test_decisions() -> None:
     assert bits.is_harmless(2)
 
 
+def bits_decisions(given: Problem, sign: float = 1.0) -> list[Decision]:
+    free = [(kind, name) for kind in KINDS_OF_BITS for name in given.space.free(kind)]
+    return [Decision(kind, name, (2, 4, 8), (4.0 * sign, 1.0 * sign, 0.0)) for kind, name in free]
+
+
+def test_the_same_bits_wherever_they_fit_and_nothing_more_does(cost: CostModel) -> None:
+    given = problem(cost)
+    prices = [given.price(given.space.plan(*pair)) for pair in ((8, 4), (4, 8))]
+    given = replace(given, limits={measure: max(price[measure] for price in prices) for measure in given.limits})
+    found = {c.name: c.plan for c in Allocator(given, 20.0).candidates(bits_decisions(given))}
+    assert [name for name in found if name.startswith("uniform")] == ["uniform 8/4", "uniform 4/8"]
+    for weights, activations in ((8, 4), (4, 8)):
+        assert found[f"uniform {weights}/{activations}"] == given.space.plan(weights, activations)
+
+
+def test_prices_of_channels_are_differences_to_first_order(cost: CostModel) -> None:
+    given = problem(cost)
+    plan = given.space.plan(4, 4)
+    channels = Decision("channels", INNER, (8, 3), (0.0, 1.0), order=tuple(range(8)))
+    knapsack = Allocator(given, 20.0)._knapsack(plan, [], [channels])
+    fewer, here = given.price(channels.applied(plan, 1)), given.price(plan)
+    np.testing.assert_allclose(knapsack.costs[0], [[0.0, fewer[m] - here[m]] for m in given.limits])
+    np.testing.assert_allclose(knapsack.limits, [given.limits[m] - here[m] for m in given.limits])
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_no_more_decisions_change_than_asked_for(cost: CostModel, most: int) -> None:
+    given = problem(cost, Budget(bops=1.0, size=1.0))
+    around = Candidate("", given.space.most, 0.0, 0.0, True)
+    moved = Allocator(given, 20.0).moved(bits_decisions(given, -1.0), around, most)
+    assert moved is not None
+    before = {**around.plan.weight_bits, **around.plan.activation_bits}
+    after = {**moved.plan.weight_bits, **moved.plan.activation_bits}
+    assert sum(before[name] != after[name] for name in before) == most
+
+
 # two_stage
+
+
+def test_no_more_counts_than_levels() -> None:
+    assert _levels((16, 32, 48, 64, 80), 4) == (80, 64, 48, 16)
+    assert _levels((16, 32, 48, 64), 4) == (64, 48, 32, 16)
 
 
 def test_channels_that_matter_least_go_first() -> None:
@@ -205,6 +255,9 @@ def test_repair_ends_within_the_limits(cost: CostModel, share: float) -> None:
         repaired = BudgetRepair(given, lambda plan, move: 1.0, scores)(plan)  # type: ignore[arg-type]
         assert given.fits(repaired)
         assert given.used(repaired) > 0.8
+    for used in np.linspace(0.4, 1, 40):  # several moves are made at once: each must fit behind the others
+        tight = replace(given, limits={measure: int(used * limit / share) for measure, limit in limits.items()})
+        assert tight.fits(BudgetRepair(tight, lambda plan, move: 1.0, scores)(given.space.least))  # type: ignore[arg-type]
     free = problem(cost, Budget(bops=1.0, size=1.0))
     assert BudgetRepair(free, lambda plan, move: -1.0, scores)(free.space.least) == free.space.most  # type: ignore[arg-type]
 
@@ -241,6 +294,21 @@ def test_coordinates_of_an_axis_in_a_type() -> None:
     assert channel_bits._coordinates(d.product([axis, d.Const(2)]), axis).tolist() == [0, 0, 1, 1, 2, 2]
     assert channel_bits._coordinates(d.product([other, axis]), axis).tolist() == [0, 1, 2, 0, 1, 2]
     assert channel_bits._coordinates(d.concatenate([other, axis, d.Const(1)]), axis).tolist() == [-1, -1, 0, 1, 2, -1]
+
+
+def test_the_fewest_bits_are_of_the_most_important_channels(cost: CostModel) -> None:
+    channels = ChannelBits(problem(cost), {}, 0.25)
+    order = channels.importance["first"].argsort(descending=True).tolist()
+    assert {i for i, bits in enumerate(channels.least["first"]) if bits} == set(order[:2])
+    assert set(channels.least["first"]) == {0, 2}
+
+
+def test_a_layer_without_channels_has_bits_by_channel(cost: CostModel) -> None:
+    """0 is no bitwidth of a whole layer."""
+    channels = ChannelBits(problem(cost), {}, 0.25)
+    bits = {name: [4] * len(channels.importance[name]) for name in channels.names}
+    assert channels.plan(bits).weight_bits["first"] == 4
+    assert channels.plan({**bits, "first": [0] * 8}).weight_bits["first"] == (0,) * 8
 
 
 def test_importance_has_the_scale_of_a_folded_norm(cost: CostModel) -> None:
