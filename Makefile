@@ -12,13 +12,15 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 
 WORKERS ?= 2
 PYTEST_ARGS ?=
+MUTANTS ?=
 BENCHMARKS ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DELETE_ON_ERROR:
-.PHONY: help install test demo lint format bench clean
+.PHONY: help install test mutants demo lint format bench clean
 
 help:
 	@echo "make test     run the tests (PYTEST_ARGS='-k slim', WORKERS=2, HYPOTHESIS_PROFILE=long)"
+	@echo "make mutants  make one line wrong at a time and see that tests notice (MUTANTS='search/', WORKERS=2)"
 	@echo "make demo     train a small model on digits, compress it, print before and after"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff rewrite the files"
@@ -36,6 +38,9 @@ $(STAMP): pyproject.toml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants/run.py --workers $(WORKERS) $(MUTANTS)
 
 demo: $(STAMP)
 	$(BIN)/python -m sbs_fx.demo

@@ -1,7 +1,8 @@
 """Settings for the whole test session: one thread a worker, no network, hypothesis profiles, and passes that verify
 what they give.
 
-Profiles: `ci` (the default) draws the same examples on each run; `long` draws new ones, ten times as many.
+Profiles: `ci` (the default) draws the same examples on each run; `long` draws new ones, ten times as many;
+`quick` draws few, for runs over many mutations.
 Choose with `HYPOTHESIS_PROFILE=long make test` or `pytest --hypothesis-profile long`.
 """
 
@@ -21,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # reason: a test that needs pretra
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 from torch import fx  # noqa: E402
 
 from sbs_fx import passes  # noqa: E402
@@ -38,6 +39,15 @@ settings.register_profile(
 )
 settings.register_profile(
     "long", max_examples=3000, deadline=None, derandomize=False, print_blob=True, suppress_health_check=_SLOW
+)
+settings.register_profile(
+    "quick",
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=_SLOW,
+    phases=(Phase.explicit, Phase.generate),  # reason: nobody reads the example
+    report_multiple_bugs=False,
 )
 # The option --hypothesis-profile is read after this file and so has the last word.
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

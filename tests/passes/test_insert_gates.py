@@ -145,3 +145,21 @@ def test_a_masked_norm_keeps_its_input_alone_for_the_backward_pass() -> None:
         masked_norm(x, mask)
     assert {t.data_ptr() for t in kept if t.numel() > 6} == {x.data_ptr()}
     assert torch.autograd.gradcheck(masked_norm, (x, mask))
+
+
+def test_candidates_by_name_and_the_default_where_only_float_is_among_them() -> None:
+    graph = trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)), (torch.randn(2, 3, 4, 4),))
+    asked = {"0": (2, 32), "1": (32,), "2": (3, 5)}
+    gated = insert_gates(graph, channel_groups(graph), candidates=lambda kind, name: asked.get(name, (4, 8)))
+    assert {name: gate.candidates for name, gate in weight_gates(gated).items()} == {**asked, "1": (2, 4, 8)}
+    assert {gate.candidates for gate in activation_gates(gated).values()} == {(4, 8)}
+
+
+def test_one_range_for_each_output_channel_or_for_all() -> None:
+    """Of a transposed convolution the outputs are dimension 1."""
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2))
+    graph = trace(layers, (torch.randn(2, 3, 4, 4),))
+    for per_channel, shapes in ((True, {"0": (4,), "1": (6,)}), (False, {"0": (), "1": ()})):
+        gated = insert_gates(graph, channel_groups(graph), per_channel=per_channel)
+        assert {name: tuple(gate.range.shape) for name, gate in weight_gates(gated).items()} == shapes
+        assert [gate.channel_dim for gate in weight_gates(gated).values()] == [0, 1]

@@ -32,6 +32,7 @@ def cost(macs: int, reference: Cost | None = None) -> Cost:
 @given(SHARES, WHOLES | HUGE)
 @example(0.57, 100)  # whose product is 56.99999999999999
 @example(0.29, 100)  # and this 28.999999999999996
+@example(math.nextafter(0.5, 1), 2**54)  # half way between two shares, and divided to the upper one
 def test_the_limit_is_the_largest_number_of_at_most_that_share(share: float, whole: int) -> None:
     limit = limit_of(share, whole)
     assert isinstance(limit, int)

@@ -311,6 +311,8 @@ def test_share_of_nothing() -> None:
     nothing, something = one_layer(0, 8, 8), one_layer(1, 8, 8)
     assert Budget(macs=0.1).is_satisfied_by(nothing.model_copy(update={"reference": nothing}))
     assert not Budget(macs=0.1).is_satisfied_by(something.model_copy(update={"reference": nothing}))
+    assert Budget(macs=0.1).shares(nothing.model_copy(update={"reference": nothing}))["macs"] == 0
+    assert Budget(macs=0.1).shares(something.model_copy(update={"reference": nothing}))["macs"] == math.inf
 
 
 @given(st.sampled_from(["bops", "size", "macs"]), st.floats() | st.integers())

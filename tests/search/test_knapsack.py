@@ -132,3 +132,25 @@ def test_nothing_to_allocate(solve: Callable[[Knapsack], Allocation]) -> None:
     assert solve(Knapsack([], [], np.array([0.0, 3.0]))) == Allocation((), 0.0, 0.0, True)
     with pytest.raises(InfeasibleBudget, match="nothing is left to allocate"):
         solve(Knapsack([], [], np.array([1.0, -1.0])))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_greedy_is_its_rule_step_by_step(seed: int) -> None:
+    """Everything computed again at each step, products with partners too."""
+    problem = drawn(seed, variables=6, choices=5, limits=1 + seed % 2, pairs=5, share=0.45, whole=False)
+    chosen = [int(loss.argmin()) for loss in problem.losses]
+    scale = np.maximum(np.abs(problem.limits), np.abs(problem.spent(chosen)))
+
+    def above(choices: list[int]) -> float:
+        return float(np.maximum((problem.spent(choices) - problem.limits) / scale, 0).sum())
+
+    while not problem.fits(chosen):
+        moves = [[*chosen[:v], c, *chosen[v + 1 :]] for v, loss in enumerate(problem.losses) for c in range(len(loss))]
+        moves = [move for move in moves if above(chosen) - above(move) > 1e-12]
+        if not moves:
+            with pytest.raises(InfeasibleBudget):
+                greedy(problem)
+            return
+        now = problem.loss(chosen)
+        chosen = min(moves, key=lambda m: (problem.loss(m) - now) / (above(chosen) - above(m)))
+    assert greedy(problem).choices == tuple(chosen)

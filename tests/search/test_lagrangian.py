@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sbs_fx.passes.cost.polynomial import Polynomial
-from sbs_fx.search.solvers.lagrangian import Decision, Load, minimise
+from sbs_fx.search.solvers.lagrangian import Decision, Load, _Problem, minimise
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -78,3 +78,35 @@ def test_a_decision_that_moves_two_variables() -> None:
     assert minimise(decisions, load) == [0, 2]
     assert minimise(decisions, Load([cost], [320], np.zeros(3), decisions)) == [0, 2], "2 + 0 is more than 1 + 0"
     assert minimise(decisions, Load([cost], [26], np.zeros(3), decisions)) is None
+
+
+def test_the_multiplier_alone_is_near_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many decisions of falling worth, before anything is raised or exchanged: what the multiplier leaves over is less
+    than one decision."""
+    for step in ("raise_", "exchange"):
+        monkeypatch.setattr(_Problem, step, lambda self, chosen: chosen)
+    draw = np.random.default_rng(0)
+    decisions = []
+    for number in range(60):
+        gains = np.sort(draw.exponential(size=7))[::-1]
+        decisions.append(Decision({number: np.arange(8.0)}, np.append(gains[::-1].cumsum()[::-1], 0.0)))
+    total = sum((Polynomial.variable(number) for number in range(60)), start=Polynomial({}))
+    load = Load([total], [200.0], np.append(np.zeros(60), 1.0), decisions)
+    chosen = minimise(decisions, load)
+    assert chosen is not None
+    assert 199 <= sum(chosen) <= 200
+    gains = np.sort(np.concatenate([-np.diff(decision.damage) for decision in decisions]))[::-1]
+    damage = sum(float(decision.damage[at]) for decision, at in zip(decisions, chosen, strict=True))
+    assert damage == pytest.approx(gains[sum(chosen) :].sum())
+
+
+@pytest.mark.parametrize(("saved", "expected"), [(9.0, [1, 0]), (8.0, [1, 0]), (7.0, [0, 1])])
+def test_one_up_and_one_down(saved: float, expected: list[int]) -> None:
+    """What costs 6 for what costs 4 and saves 8: where it saves more, or as much, since more of the limit is used."""
+    decisions = [
+        Decision({0: np.array([0.0, 6.0])}, np.array([saved, 0.0])),
+        Decision({1: np.array([0.0, 4.0])}, np.array([8.0, 0.0])),
+    ]
+    total = Polynomial.variable(0) + Polynomial.variable(1)
+    problem = _Problem(decisions, Load([total], [6.5], np.array([0.0, 0.0, 1.0]), decisions))
+    assert problem.exchange([0, 1]) == expected
