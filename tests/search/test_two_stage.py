@@ -195,9 +195,8 @@ def test_estimates_are_those_of_per_sample_gradients(trained: CostModel) -> None
     apply_bits(network_, dict.fromkeys(cost.weights, 4), dict.fromkeys(cost.activations, 2))
     calibrate(network_, [images], inputs=(IMAGES,))
     forms = {n: {4: (lambda w, g=g: 0.5 * w)} for n, g in weight_gates(network_).items()}
-    rounded = {
-        n: {2: (lambda x, t=float(g.range.detach()): x.clamp(max=t / 2))} for n, g in activation_gates(network_).items()
-    }
+    tops = {n: float(g.range.detach()) for n, g in activation_gates(network_).items()}
+    rounded = {n: {2: (lambda x, t=t: x.clamp(max=t / 2))} for n, t in tops.items()}
     apply_bits(network_, dict.fromkeys(cost.weights, 32), dict.fromkeys(cost.activations, 32))
     both = {"weight": forms, "activation": rounded}
     got = sensitivity(network_, groups, [(images, labels)], both, prunable=list(groups))
