@@ -172,7 +172,7 @@ def bits_of(space: Space) -> dict[str, tuple[int, ...]]:
         (Keep(place="ends", weight_bits=3), {"stem", "head"}),
         (Keep.parse("first=3/5"), {"first"}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, Keep) else " ".join(sorted(value)),
 )
 def test_layers_by_name_kind_and_place(cost: CostModel, constraint: Keep, weights: set[str]) -> None:
     assert {name for name, bits in bits_of(space_of(cost, constraint)).items() if bits == (3,)} == weights
