@@ -244,3 +244,9 @@ def test_names_do_not_depend_on_anything_but_the_graph(name: str) -> None:
     first, second = (channel_groups(trace(SMALLEST[name](), example(name))) for _ in range(2))
     assert str(first) == str(second)
     assert first.fingerprint == second.fingerprint
+
+
+def test_outputs_of_a_transposed_weight_are_its_second_dimension() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2), nn.Conv2d(6, 2, 1))
+    groups = channel_groups(trace(layers, (torch.randn(2, 3, 4, 4),)))
+    assert {name: dim.size for name, dim in groups.outputs.items()} == {"0": 4, "1": 6, "2": 2}
