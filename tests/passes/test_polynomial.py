@@ -85,11 +85,11 @@ def test_price_of_a_plan_by_hand() -> None:
     assert cost.price(plan) == {
         "macs": 3 * first + second,
         "bops": first * (2 + 0 + 3) * 4 + second * 32 * 8,
-        "size": 27 * (2 + 0 + 3) + 3 * 32 + 6 * 32,  # codes, and a scale for each channel; floats
+        "size": 27 * (2 + 0 + 3) + 3 * (32 + 16) + 6 * 32,  # codes, a scale and a place for each channel; floats
     }
     assert cost.price(plan) == measured(cost, plan)
     # a mean over three channels that leaves a fraction is rounded up, in all as in each layer
-    assert cost.price(Plan({}, {"0": (2, 3, 3, 3)}))["size"] == 27 * 11 + 4 * 32 + 8 * 32
+    assert cost.price(Plan({}, {"0": (2, 3, 3, 3)}))["size"] == 27 * 11 + 4 * (32 + 16) + 8 * 32
 
 
 @pytest.mark.parametrize("given_bits", [(8, 8), (8,) * 11, ()])

@@ -87,6 +87,9 @@ class MultiPathSearch(GateSearch):
             # a layer without paths reads the tensor through a gate of the tensor's own name
             apart = [activations[name]] if name in activations else []
             activations[name] = torch.stack([means[paths] for paths in readers] + apart).mean()
+        # reason: gates of single paths are none of the price's variables
+        weights = {name: bits for name, bits in weights.items() if MARK not in name}
+        activations = {name: bits for name, bits in activations.items() if MARK not in name}
         return sizes, weights, activations
 
     def plan(self) -> Plan:
