@@ -157,15 +157,18 @@ def test_gradients_are_slopes_and_finite_differences(recipe: Recipe, seed: int) 
 @given(networks(max_blocks=2), st.integers(0, 2**32 - 1))
 def test_sympy_reads_the_same(recipe: Recipe, seed: int) -> None:
     cost = cost_of(recipe.build(), recipe.example(2))
-    plan = drawn(cost, seed)
-    x, over = cost.values(plan)
-    divisors = np.ones_like(x) if over is None else over
-    symbols = [sympy.Symbol(f"x{i}") for i in range(len(x))]
-    values = {s: sympy.Rational(int(n), int(m)) for s, n, m in zip(symbols, x, divisors, strict=True)}
-    for measure in MEASURES:
-        expression = cost.polynomials[measure].substituted(symbols.__getitem__)
-        exact = sympy.sympify(expression).subs(values)
-        assert sympy.ceiling(exact) == cost.price(plan)[measure]
+    # reason: the places of mixed channels, and what adapters store, are no polynomials
+    whole = not any(cost.groups.inference.adapters)
+    for by_channel, measures in ((True, ("macs", "bops")), (False, MEASURES if whole else ("macs", "bops"))):
+        plan = drawn(cost, seed, by_channel=by_channel)
+        x, over = cost.values(plan)
+        divisors = np.ones_like(x) if over is None else over
+        symbols = [sympy.Symbol(f"x{i}") for i in range(len(x))]
+        values = {s: sympy.Rational(int(n), int(m)) for s, n, m in zip(symbols, x, divisors, strict=True)}
+        for measure in measures:
+            expression = cost.polynomials[measure].substituted(symbols.__getitem__)
+            exact = sympy.sympify(expression).subs(values)
+            assert sympy.ceiling(exact) == cost.price(plan)[measure]
 
 
 @settings(max_examples=8)
