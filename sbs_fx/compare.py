@@ -68,7 +68,7 @@ def compare(
         if name != "auto":
             METHODS[name]  # reason: an unknown one is to be known before hours are spent
     budgets = [budget] if isinstance(budget, (Budget, float, int, str)) else list(budget)
-    limits = [b if isinstance(b, Budget) else Budget.parse(str(b)) for b in budgets]
+    limits = [Budget.of(b) for b in budgets]
     config = (config or Config()).model_copy(update={"epochs": 0})
     module = create_model(model) if isinstance(model, str) else model
     judged = data if validation is None else validation

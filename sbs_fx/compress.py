@@ -92,7 +92,7 @@ def compress(
     """
     config = config or Config()
     entry = chosen(method, data is not None, bool(config.epochs))
-    budget = budget if isinstance(budget, Budget) else Budget.parse(str(budget))
+    budget = Budget.of(budget)
     if output_dir is not None:
         prepare_directory(output_dir)
     job = Job(config, data, validation, progress, observer)
@@ -138,7 +138,7 @@ def apply(
     """
     config = config or Config()
     job = Job(config, data, validation, progress, observer)
-    limits = None if budget is None else budget if isinstance(budget, Budget) else Budget.parse(str(budget))
+    limits = None if budget is None else Budget.of(budget)
     priced = _priced(model, example_inputs, job, timed=limits is not None and "latency" in limits.limits)
     _check_policy(priced.cost, policy)
     if limits is not None and not limits.is_satisfied_by(cost := priced.cost.evaluate(policy.plan)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +163,7 @@ def stored_tensors(
     parameters and buffers it holds those that something reads which is no folded norm, and no weight that is stored.
     """
     graph, folds = inference.graph_module.graph, batch_norms_to_fold(inference)
-    sources = {name: operand(nodes[places[0][0].name], places[0][1]) for name, places in weights.items()}
+    sources = weight_sources(nodes, weights)
     stored, others = {}, []
     for name, places in weights.items():
         norm = folds.get(nodes[places[0][0].name])
@@ -189,6 +189,11 @@ def stored_tensors(
     return stored, others
 
 
+def weight_sources(nodes: Mapping[str, fx.Node], weights: Mapping[str, list[tuple[Layer, Path]]]) -> dict[str, fx.Node]:
+    """Weight -> the node that layers read it from."""
+    return {name: operand(nodes[places[0][0].name], places[0][1]) for name, places in weights.items()}
+
+
 def batch_norms_to_fold(inference: Inference) -> dict[fx.Node, fx.Node]:
     """Layer of a traced graph -> the batch norm that `finalize` folds into it."""
     graph = inference.graph_module.graph
@@ -203,14 +208,15 @@ def _bits(node: Any) -> int:
     return 8 * node.meta["val"].dtype.itemsize
 
 
-def _leading_to(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def _leading_to(nodes: Iterable[fx.Node], unread: Mapping[fx.Node, Set[Any]] | None = None) -> set[fx.Node]:
+    """Nodes, and what their values are computed from. `unread`: node -> those of its inputs that do not count."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack.extend(node.all_input_nodes)
+            stack.extend(source for source in node.all_input_nodes if source not in (unread or {}).get(node, ()))
     return found
 
 
@@ -225,14 +231,7 @@ def _read_in_static(graph: fx.Graph, inference: Inference, folds: Mapping[fx.Nod
         replaced.setdefault(layer, set()).add(layer.args[BIAS])
     for norm in folds.values():
         replaced[norm] = set(norm.args[1:5])
-    found: set[fx.Node] = set()
-    stack = list(graph.find_nodes(op="output"))
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(source for source in node.all_input_nodes if source not in replaced.get(node, ()))
-    return found
+    return _leading_to(graph.find_nodes(op="output"), replaced)
 
 
 def end_layers(inference: Inference) -> tuple[set[str], set[str]]:

@@ -75,6 +75,7 @@ class CostModel:
         self.layers = tuple(layer_expression(inference, nodes, layer, symbols) for layer in inference.layers.values())
         self.weights, self.activations = quantized_tensors(groups)
         self._stored, self._others = stored_tensors(inference, nodes, self.weights)
+        self._adapted = [tensor for tensor in self._others if tensor.adapted]
         self.variables = (
             *(Variable("channels", name) for name in groups),
             *(Variable(kind, name) for name in self.weights for kind in ("weight", "quantised")),
@@ -185,10 +186,9 @@ class CostModel:
         Args:
             weight_bits: those of the plan, without channels that go.
         """
-        difference = {}
+        difference, sizes = {}, self._sizes(plan) if plan.nonzeros else {}
         for name, count in plan.nonzeros.items():
-            sizes = {self.groups[group].axis: len(kept) for group, kept in plan.kept.items()}
-            total = _count(self.dims_of_weights[name][0], lambda axis, sizes=sizes: sizes.get(axis, axis.size))
+            total = _count(self.dims_of_weights[name][0], lambda axis: sizes.get(axis, axis.size))
             bits = plan.weight_bits[name]
             if not isinstance(bits, int) or bits == FLOAT_BITS:
                 raise PolicyError(f"single weights of {name!r} go at {bits} bits; expected one bitwidth below 32")
@@ -200,13 +200,18 @@ class CostModel:
 
     def _adapters(self, plan: Plan) -> int:
         """Bits of the kept coordinates of operators that run at full width."""
-        lost = {self.groups[name].axis: len(kept) for name, kept in plan.kept.items()}
-        lost = {axis: size for axis, size in lost.items() if size != axis.size}
+        if not self._adapted:
+            return 0
+        lost = {axis: size for axis, size in self._sizes(plan).items() if size != axis.size}
         return sum(
             tensor.bits * _count(tensor.dims, lambda axis: lost.get(axis, axis.size))
-            for tensor in self._others
-            if tensor.adapted and any(axis in lost for dim in tensor.dims for axis in d.axes(dim))
+            for tensor in self._adapted
+            if any(axis in lost for dim in tensor.dims for axis in d.axes(dim))
         )
+
+    def _sizes(self, plan: Plan) -> dict[Axis, int]:
+        """Coordinates that stay of the axes that a plan speaks of."""
+        return {self.groups[name].axis: len(kept) for name, kept in plan.kept.items()}
 
     @cached_property
     def whole(self) -> dict[str, Any]:
@@ -268,9 +273,8 @@ class CostModel:
         """
         if plan == Plan():
             return self.reference
-        sizes = {self.groups[name].axis: len(kept) for name, kept in plan.kept.items()}
         bits = slim_bits(self.groups, plan)
-        cost = self._walk(sizes, bits, plan.activation_bits, self.reference)
+        cost = self._walk(self._sizes(plan), bits, plan.activation_bits, self.reference)
         coding, adapters = self._coding(plan, bits), self._adapters(plan)
         if not coding and not adapters:
             return cost

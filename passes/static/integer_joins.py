@@ -90,7 +90,7 @@ def _gives(node: fx.Node, floats: set[str]) -> bool:
         if source.name in floats:
             return True
         alone = [n for n in source.users if len(n.all_input_nodes) == 1]
-        stack += [n for n in alone if not facts_of(n.target).codes and n.target != QUANTIZE]
+        stack += [n for n in alone if facts_of(n.target).codes != "join" and n.target != QUANTIZE]
     return False
 
 

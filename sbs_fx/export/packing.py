@@ -133,7 +133,7 @@ def split_codes(codes: Tensor, bits: int) -> list[Tensor]:
 
 
 def pack_planes(planes: Mapping[int, Tensor]) -> Tensor:
-    """Flat planes by their width (1, 2, 4 or 8) as bytes, uint8 (bytes,)."""
+    """Planes, flattened, by their width (1, 2, 4 or 8) as bytes, uint8 (bytes,)."""
     none = next(iter(planes.values())).new_zeros(0, dtype=torch.int16)
     packed = none
     for width in (1, 2, 4):
@@ -169,7 +169,7 @@ class _Packer:
             self.graph.erase_node(node)
 
     def _blocks(self, name: str, blocks: Mapping[int, Tensor], mask: Tensor | None = None) -> list[fx.Node]:
-        """Flat tensors of int8 codes, one for each bitwidth, behind that of the mask if there is one."""
+        """Tensors of int8 codes, flattened, one for each bitwidth, behind that of the mask if there is one."""
         planes: dict[int, list[Tensor]] = {} if mask is None else {1: [mask.to(torch.int16)]}
         for bits, codes in blocks.items():
             for width, plane in zip(PLANES[bits], split_codes(codes, bits), strict=True):

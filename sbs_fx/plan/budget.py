@@ -59,6 +59,11 @@ class Budget(Value):
             )
         return self
 
+    @classmethod
+    def of(cls, budget: Budget | float | str) -> Budget:
+        """A budget as it is, or from a number or text. Raises BudgetError."""
+        return budget if isinstance(budget, Budget) else cls.parse(str(budget))
+
     @property
     def limits(self) -> dict[str, float]:
         return {name: share for name in MEASURES if (share := getattr(self, name)) is not None}

@@ -60,6 +60,7 @@ def load_entry_points(group: str, error: type[SbsError]) -> None:
         try:
             point.load()
         except Exception as cause:
+            _LOADED.discard(group)  # so that it is said each time
             raise error(
                 f"{point.name!r} of another package cannot be loaded from {point.value!r}: {type(cause).__name__}: "
                 f"{cause}; update or uninstall that package"

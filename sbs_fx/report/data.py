@@ -69,9 +69,8 @@ class ReportData(_Row):
     notes: tuple[str, ...] = ()
 
     def totals(self) -> list[tuple[str, float, float | None]]:
-        """(measure, before, after) of BOPs, MACs, parameters, stored bytes and, if measured, milliseconds and
-        accuracy in percent; `after`
-        is None without a plan."""
+        """(measure, before, after) of BOPs, MACs, parameters, stored bytes and, if measured, milliseconds and accuracy
+        in percent; `after` is None without a plan."""
         planned = self.cost.reference is not None
         pairs = zip(_measures(self.cost.reference or self.cost), _measures(self.cost), strict=True)
         rows: list[tuple[str, float, float | None]] = [

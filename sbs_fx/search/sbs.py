@@ -8,7 +8,8 @@ times that with those from after it, that is the plan, with the better of these 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -124,12 +125,15 @@ class GateTraining:
 
     def _ranges(self) -> Ranges:
         """Those that suit each bitwidth, with the weights of the moment."""
-        problem = self.problem
-        with random_state_kept(
-            device_of(self.network)
-        ):  # reason: data may be shuffled, and a resumed run has drawn less
-            seed_everything(problem.seed, 0, 0, 0)
-            return ranges_by_bits(self.network, problem.space, self.run.data, problem.inputs)
+        with self._seeded():
+            return ranges_by_bits(self.network, self.problem.space, self.run.data, self.problem.inputs)
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """The same random numbers whenever it is entered: data may be shuffled, and a resumed run has drawn less."""
+        with random_state_kept(device_of(self.network)):
+            seed_everything(self.problem.seed, 0, 0, 0)
+            yield
 
     def _repaired(
         self, plan: Plan, ranges: Ranges, kinds: tuple[Kind, ...] = ("weight", "activation", "channels")
@@ -146,9 +150,7 @@ class GateTraining:
         problem = self.problem
         if not problem.space.settings.quantise:
             return problem.space.most
-        # reason: data may be shuffled, and a resumed run has drawn less
-        with random_state_kept(device_of(self.network)):
-            seed_everything(problem.seed, 0, 0, 0)
+        with self._seeded():
             try:
                 return two_stage(problem, Run(self.run.data, ranges=self.run.ranges)).plan
             except InfeasibleBudget:

@@ -6,7 +6,7 @@ bits or kept counts that it may take. Holds: every constraint is obeyed by every
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -181,31 +181,26 @@ class Space:
 
     def counts(self, name: str, multiple: int) -> tuple[int, ...]:
         """Kept counts of a group, ascending: multiples, and all of it, but no fewer than constraints ask for."""
-        size, least = self.groups[name].size, 0.0
-        for scope in self.scopes:
-            if scope.constraint.least is not None and name in scope.groups:
-                least = scope.constraint.least
+        size, least = self.groups[name].size, self._asked("least", {name}, 0.0)
         return (*(n for n in range(multiple, size, multiple) if n >= least * size), size)
 
     def least_share(self, weight: str) -> float:
         """Share of a weight's output channels that constraints keep from going."""
         names = {self.groups.of_axis[a].name for a in d.axes(self.groups.outputs[weight]) if a in self.groups.of_axis}
-        allowed, least = True, 0.0
-        for scope in self.scopes:
-            if names & scope.groups:
-                allowed = allowed if scope.constraint.prune is None else scope.constraint.prune
-                least = least if scope.constraint.least is None else scope.constraint.least
-        return least if allowed and self.settings.prune else 1.0
+        allowed = self._asked("prune", names, True) and self.settings.prune
+        return self._asked("least", names, 0.0) if allowed else 1.0
 
     def may_be_pruned(self, name: str) -> bool:
         """Whether channels of a group may go at all."""
-        group, allowed = self.groups[name], self.settings.prune
-        for scope in self.scopes:
-            if scope.constraint.prune is not None and name in scope.groups:
-                allowed = scope.constraint.prune and self.settings.prune
+        group, allowed = self.groups[name], self._asked("prune", {name}, True) and self.settings.prune
         if not allowed or not (group.primary or self.settings.minor_groups):
             return False
         return not self.settings.inner_only or len(self._makers[name]) == 1
+
+    def _asked(self, field: str, groups: Set[str], default: Any) -> Any:
+        """What the last constraint that speaks of it says of any of these groups."""
+        asked = [getattr(scope.constraint, field) for scope in self.scopes if groups & scope.groups]
+        return next((value for value in reversed(asked) if value is not None), default)
 
     @cached_property
     def _makers(self) -> Mapping[str, set[str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sbs_fx.passes import CostModel
-from sbs_fx.passes.channels.inference import operand
+from sbs_fx.passes.cost.layers import weight_sources
 from sbs_fx.passes.cost.polynomial import Array, Polynomial
 from sbs_fx.passes.graph import attribute
 from sbs_fx.plan import Plan
@@ -27,7 +27,7 @@ from sbs_fx.search.solvers.laplace import laplace_fit, least_rounding_error, mas
 def parameters_of(cost: CostModel) -> dict[str, str]:
     """Weight name -> its parameter, where it is one."""
     nodes = {node.name: node for node in cost.groups.inference.graph_module.graph.nodes}
-    sources = {name: operand(nodes[places[0][0].name], places[0][1]) for name, places in cost.weights.items()}
+    sources = weight_sources(nodes, cost.weights)
     return {name: str(node.target) for name, node in sources.items() if node.op == "get_attr"}
 
 
