@@ -42,7 +42,7 @@ settings.register_profile(
 )
 settings.register_profile(
     "quick",
-    max_examples=20,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=_SLOW,

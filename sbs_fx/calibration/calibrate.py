@@ -72,26 +72,40 @@ def calibrate(
     """
     if method not in METHODS:
         raise MethodError(f"unknown calibration method {method!r}; expected one of {METHODS}", known=METHODS)
-    if max_batches < 1 or not 50 < percentile <= 100 or not spread > 0:
-        raise InputError(
-            f"max_batches {max_batches}, percentile {percentile}, spread {spread}; expected at least 1, "
-            "above 50 up to 100, above 0"
-        )
+    if not 50 < percentile <= 100:
+        raise InputError(f"percentile {percentile}; expected above 50, at most 100")
+    observe(gated, data, inputs=inputs, max_batches=max_batches, spread=spread).set_ranges(method, percentile)
+
+
+def observe(
+    gated: fx.GraphModule,
+    data: Iterable[Any] | None = None,
+    *,
+    inputs: Sequence[Tensor],
+    max_batches: int = 8,
+    spread: float = SPREAD,
+) -> Observations:
+    """What `calibrate` sets ranges from: one run serves any bitwidths that the gates are then fixed at.
+
+    Tensors whose gate passes floats while it runs are not observed. Arguments and errors are those of `calibrate`.
+    """
+    if max_batches < 1 or not spread > 0:
+        raise InputError(f"max_batches {max_batches}, spread {spread}; expected at least 1, above 0")
     expected = len(gated.graph.find_nodes(op="placeholder"))
     if len(inputs) != expected:
         raise InputError(f"{len(inputs)} example inputs for a graph that takes {expected}; give one tensor for each")
     batches = calibration_batches(data, inputs, max_batches, least=_fewest_images(gated))
-    recorder = _Recorder(gated, method, spread if data is None else None)
+    observations = Observations(gated, spread if data is None else None)
     modes = {module: module.training for module in gated.modules()}
     gated.eval()
     try:
         with torch.no_grad():
             for index, batch in enumerate(batches):
-                recorder.observe(index, batch)
-            recorder.set_activation_ranges(percentile)
+                observations.add(index, batch)
     finally:
         for module, training in modes.items():
             module.training = training
+    return observations
 
 
 # Input
@@ -156,26 +170,37 @@ def _synthetic(inputs: Sequence[Tensor], max_batches: int, least: int) -> Iterat
 # The run
 
 
-class _Recorder(fx.Interpreter):
-    """Runs the float graph: weight gates get their range at the first batch, activation gates a histogram.
+class Observations(fx.Interpreter):
+    """Runs the float graph and keeps the values of weights, from the first batch, and histograms of activations.
 
     With `spread` (data-free), batch norms use the batch's statistics, and `known` maps a node to the values that its
     channels take at a grid of deviations, shape (points, channels), wherever beta and gamma determine them.
     """
 
-    def __init__(self, gated: fx.GraphModule, method: str, spread: float | None) -> None:
+    def __init__(self, gated: fx.GraphModule, spread: float | None) -> None:
         super().__init__(gated)
         self.weights = {id(gate): (name, gate) for name, gate in weight_gates(gated).items()}
         self.activations = {id(gate): (name, gate) for name, gate in activation_gates(gated).items()}
+        self.values: dict[int, Tensor] = {}  # of weights
         self.histograms: dict[int, Histogram] = {}
-        self.method, self.batch = method, 0
+        self.batch = 0
         self.deviations = None if spread is None else torch.linspace(-spread, spread, _POINTS)[:, None]
         self.known: dict[fx.Node, Tensor] = {}
         self.analytic: set[int] = set()
 
-    def observe(self, index: int, batch: Inputs) -> None:
+    def add(self, index: int, batch: Inputs) -> None:
         self.batch = index
         self.run(*batch)
+
+    @torch.no_grad()
+    def set_ranges(self, method: str = "mse", percentile: float = 99.99) -> None:
+        """The range of each observed gate that rounds, at the bits it now has; as `calibrate` does."""
+        for key, (_, gate) in self.weights.items():
+            if key in self.values and not gate.is_float:
+                set_range(gate, weight_top(self.values[key], gate, method))
+        for key, (_, gate) in self.activations.items():
+            if key in self.histograms and not gate.is_float:
+                set_range(gate, self.histograms[key].top(gate, method, percentile))
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -187,7 +212,7 @@ class _Recorder(fx.Interpreter):
         module = self.fetch_attr(target)
         if id(module) in self.weights:
             if self.batch == 0:
-                _set_weight_range(*self.weights[id(module)], args[0], self.method)
+                self._keep(module, args[0])
             return args[0]
         if id(module) in self.activations:
             if id(module) not in self.analytic:
@@ -197,6 +222,12 @@ class _Recorder(fx.Interpreter):
             x, weight, bias = args[:3]
             return aten.batch_norm.default(x, weight, bias, None, None, True, module.momentum, module.eps, True)
         return super().call_module(target, args, dict(kwargs))
+
+    def _keep(self, module: nn.Module, weight: Tensor) -> None:
+        name, gate = self.weights[id(module)]
+        if not gate.is_float and not bool(torch.isfinite(weight).all()):
+            raise WeightsError(f"NaN or Inf in the weight {name!r}; mend the model before compressing it", names=[name])
+        self.values[id(module)] = weight
 
     def _count(self, module: nn.Module, x: Tensor, weights: Tensor | None = None) -> None:
         name, gate = self.activations[id(module)]
@@ -238,17 +269,3 @@ class _Recorder(fx.Interpreter):
     def _density(self) -> Tensor:
         """Of the normal distribution at the deviations, up to a factor, shape (points, 1)."""
         return (-0.5 * self.deviations.double().square()).exp()  # type: ignore[union-attr]
-
-    def set_activation_ranges(self, percentile: float) -> None:
-        for key, (_, gate) in self.activations.items():
-            if key in self.histograms:
-                set_range(gate, self.histograms[key].top(gate, self.method, percentile))
-
-
-def _set_weight_range(name: str, gate: SuperBitQuantizer, weight: Tensor, method: str) -> None:
-    if gate.is_float:
-        return
-    top = weight_top(weight, gate, method)
-    if not bool(torch.isfinite(top).all()):
-        raise WeightsError(f"NaN or Inf in the weight {name!r}; mend the model before compressing it", names=[name])
-    set_range(gate, top)

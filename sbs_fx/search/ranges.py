@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.calibration.calibrate import calibrate
+from sbs_fx.calibration.calibrate import observe
 from sbs_fx.passes import activation_gates, apply_bits, channel_gates, weight_gates
 from sbs_fx.plan import Plan
 from sbs_fx.plan.bits import FLOAT_BITS
@@ -45,10 +45,12 @@ def gates_by_bits(
     }
     fixed = {gate: gate.bits for of_kind in gates.values() for gate in of_kind.values()}
     copies: dict[tuple[Kind, str, int], SuperBitQuantizer] = {}
+    observations = None
     for bits in sorted({b for kind in gates for name in gates[kind] for b in space.values(kind, name)}):
         apply_bits(network, *(dict.fromkeys(gates[kind], bits) for kind in gates))
         if bits != FLOAT_BITS:
-            calibrate(network, data, inputs=inputs, method=method, max_batches=max_batches)
+            observations = observations or observe(network, data, inputs=inputs, max_batches=max_batches)
+            observations.set_ranges(method)
         for kind, of_kind in gates.items():
             for name, gate in of_kind.items():
                 if bits in space.values(kind, name):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from sbs_fx.calibration.calibrate import METHODS, _Recorder, calibrate
+from sbs_fx.calibration.calibrate import METHODS, Observations, calibrate, observe
 from sbs_fx.passes.capture.trace import trace
 from sbs_fx.passes.channels.groups import channel_groups
 from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, insert_gates, weight_gates
@@ -101,6 +101,21 @@ def test_every_network_calibrates_with_and_without_data() -> None:
     free, observed = results
     assert sum(not torch.equal(free[n], observed[n]) for n in free) > len(activation_gates(gated)) / 2
     assert all(torch.equal(free[n], observed[n]) for n in free if n.startswith("w "))
+
+
+@pytest.mark.parametrize("data", [None, [torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)]])
+def test_one_run_serves_all_bitwidths(data: list[Tensor] | None) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    gated, again = gated_network(conv_net(), x), gated_network(conv_net(), x)
+    observations = observe(gated, data, inputs=(x,))
+    for bits in (2, 5, 8):
+        for network in (gated, again):
+            apply_bits(
+                network, dict.fromkeys(weight_gates(network), bits), dict.fromkeys(activation_gates(network), bits)
+            )
+        observations.set_ranges()
+        calibrate(again, data, inputs=(x,))
+        assert all(torch.equal(value, ranges(again)[name]) for name, value in ranges(gated).items())
 
 
 def test_minmax_takes_in_exactly_what_occurs() -> None:
@@ -196,7 +211,7 @@ def test_data_free_input_is_no_more_than_statistics_need(
     x = torch.randn(2, 3, size, size)
     gated = gated_network(module, x, bits=8)
     seen: list[int] = []
-    monkeypatch.setattr(_Recorder, "observe", lambda recorder, index, batch: seen.append(len(batch[0])))
+    monkeypatch.setattr(Observations, "add", lambda observations, index, batch: seen.append(len(batch[0])))
     calibrate(gated, inputs=(x,))
     assert seen == batches
 

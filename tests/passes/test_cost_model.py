@@ -19,7 +19,7 @@ from sbs_fx.passes import channel_groups, cost_model, slim, trace
 from sbs_fx.plan import Plan
 from sbs_fx.plan.errors import GraphError
 from tests.networks.models import Recipe, networks
-from tests.oracles.problems import even_plan
+from tests.oracles.problems import cost_of, even_plan
 
 
 def analysed(module: nn.Module, *shape: int):
@@ -128,3 +128,13 @@ def test_groups_of_another_graph_are_refused() -> None:
     other = trace(CifarResNet(20).eval(), torch.randn(2, 3, 32, 32))
     with pytest.raises(GraphError, match="another graph"):
         cost_model(other, groups)
+
+
+def test_a_transposed_weight_has_a_scale_for_each_output() -> None:
+    """Its outputs are dimension 1: 6 scales of 32 bits come to 8 bits in place of 32 for each weight."""
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ConvTranspose2d(4, 6, 2))
+    cost = cost_of(layers, torch.randn(2, 3, 8, 8))
+    sizes = [cost.price(Plan({}, {"0": 32, "1": bits}))["size"] for bits in (8, 32)]
+    assert sizes[0] - sizes[1] == 4 * 6 * 4 * (8 - 32) + 6 * 32
+    walked = [cost.evaluate(Plan({}, {"0": 32, "1": bits})).stored_bits for bits in (8, 32)]
+    assert walked == sizes

@@ -125,6 +125,23 @@ SPOILT: dict[str, tuple[type, Callable[[fx.GraphModule], Any], str]] = {
     ),
     "module in static": (Static, lambda g: call(g, "conv", op="call_module"), "is a call_module"),
     "codes": (Static, lambda g: g.get_buffer("conv.weight").fill_(9), "conv.weight.*codes from 9 to 9 at 4 bits"),
+    "low codes": (
+        Static,
+        lambda g: g.get_buffer("conv.weight").fill_(-9),
+        "conv.weight.*codes from -9 to -9 at 4 bits",
+    ),
+    "wide codes": (
+        Static,
+        lambda g: g.get_submodule("conv").register_buffer("weight", g.get_buffer("conv.weight").int()),
+        "conv.weight.*without a buffer of int8 codes",
+    ),
+    "too many channels": (Static, lambda g: set_weights(g, lambda w: w._replace(bits=(4,) * 9)), "9 bitwidths for 8"),
+    "another axis": (
+        Static,
+        lambda g: set_weights(g, lambda w: w._replace(bits=(4,) * 8, axis=1)),
+        "8 bitwidths for [^8]* channels",
+    ),
+    "another zero point": (Static, lambda g: node(g, DEQUANTIZE).update_arg(2, 7), "dequantises otherwise"),
     "zero bits": (Static, lambda g: set_weights(g, lambda w: w._replace(bits=0)), "conv.weight.*at 0 bits"),
     "channels": (Static, lambda g: set_weights(g, lambda w: w._replace(bits=(4,))), "1 bitwidths for 8 channels"),
     "no codes": (

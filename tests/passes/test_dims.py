@@ -246,3 +246,31 @@ def test_a_boundary_inside_a_free_product_conflicts() -> None:
 def test_one_coordinate_is_never_an_axis() -> None:
     assert d.fresh(1) == Const(1)
     assert isinstance(d.fresh(2), Axis)
+
+
+def test_products_and_sums_by_hand() -> None:
+    a, b, c = d.Axis(2), d.Axis(3), d.Axis(5)
+    assert d.evaluate(d.product([a, b, d.Const(4)]), lambda axis: axis.size) == 2 * 3 * 4
+    assert d.evaluate(d.concatenate([a, d.product([a, b])]), lambda axis: axis.size - 1) == 1 + 1 * 2
+    major, minor = d.factor(d.product([a, b, c]), 15)
+    assert (major, str(minor)) == (a, f"{b} x {c}")
+    first, rest = d.split(d.concatenate([a, b, c]), 5)
+    assert (str(first), rest) == (f"({a} + {b})", c)
+    both = d.concatenate([d.Const(2, ("one",)), d.Const(3, ("other",))])
+    assert d.reasons(both) == d.reasons(d.product([d.Const(2, ("one",)), d.Const(3, ("other",))])) == ("one", "other")
+
+
+def test_a_cut_inside_a_constant_product_by_hand() -> None:
+    """Of 4 x 3 after 7: two whole threes and one of the third, then two of it and the last."""
+    minor = d.Axis(3)
+    first, rest = d.split(d.product([d.Const(4), minor]), 7)
+    assert (first.size, rest.size) == (7, 5)
+    assert d.evaluate(first, lambda axis: axis.size) + d.evaluate(rest, lambda axis: axis.size) == 12
+
+
+def test_factors_of_unequal_sizes_agree_by_hand() -> None:
+    """6 x 2 with 3 x 4: the minor 4 becomes 2 x 2, so that both are 3 x 2 x 2."""
+    x, y = d.product([d.Axis(6), d.Axis(2)]), d.product([d.Axis(3), d.Axis(4)])
+    d.unify(x, y)
+    assert [part.size for part in d.resolve(x).factors] == [3, 2, 2]  # type: ignore[union-attr]
+    assert d.resolve(x) == d.resolve(y)

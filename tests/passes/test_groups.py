@@ -250,3 +250,42 @@ def test_outputs_of_a_transposed_weight_are_its_second_dimension() -> None:
     layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2), nn.Conv2d(6, 2, 1))
     groups = channel_groups(trace(layers, (torch.randn(2, 3, 4, 4),)))
     assert {name: dim.size for name, dim in groups.outputs.items()} == {"0": 4, "1": 6, "2": 2}
+
+
+def test_a_bias_names_no_group_and_of_equal_factors_the_later_is_pruned() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(4, 1, 1))  # comes before the layer that makes the channels
+            self.bias = nn.Parameter(torch.zeros(4))
+            self.first, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x) + self.bias[:, None, None])
+
+    groups = channel_groups(trace(Scaled(), (torch.randn(2, 3, 4, 4),)))
+    assert list(groups) == ["first.weight:0"]
+    grouped = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1))
+    factors = channel_groups(trace(grouped, (torch.randn(2, 3, 4, 4),)))
+    product = next(d.resolve(m.type) for group in factors.values() for m in group.members if m.tensor == "0.weight")
+    assert isinstance(product, d.Prod)
+    assert [part.size for part in product.factors] == [2, 2]
+    assert [factors.of_axis[axis].primary for axis in d.axes(product)] == [False, True]
+
+
+def test_a_pin_counts_the_coordinates_that_stay() -> None:
+    """Of a concatenation of the input with free channels, three are pinned and eight are free."""
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(11, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.cat([x, self.first(x)], 1))
+
+    groups = channel_groups(trace(Joined(), (torch.randn(2, 3, 4, 4),)))
+    pins = {(pin.tensor, pin.dim): pin.size for pin in groups.pins}
+    assert pins["last.weight", 1] == 3
+    assert pins["first.weight", 1] == 3
+    assert ("first.weight", 0) not in pins
