@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from sbs_fx.passes.capture.canonical import canonicalise
 from sbs_fx.passes.capture.functional import decompositions, make_functional
+from sbs_fx.passes.capture.unchanged import unchanged
 from sbs_fx.passes.dialects import Traced, set_dialect
 from sbs_fx.plan.errors import InputError, TraceError
 
@@ -45,14 +47,11 @@ def trace(
     if dynamic_shapes is None:
         batch = Dim("batch", min=1)
         dynamic_shapes = tuple({0: batch} for _ in args)
-    was_training = [m for m in module.modules() if m.training]
-    module.eval()
-    try:
+    with unchanged(module):
+        module.eval()
         graph_module = _export(module, args, dynamic_shapes)
-    finally:
-        for m in was_training:
-            m.training = True
     _share_storage(graph_module, module)
+    _drop_writes(graph_module)
     _register_constants(graph_module)
     canonicalise(graph_module)
     fold_constants(graph_module)
@@ -112,9 +111,10 @@ def _export(module: nn.Module, args: tuple[torch.Tensor, ...], dynamic_shapes: A
 
 def _raise_as_input_error(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
     """If the module cannot even run on the inputs, the inputs are at fault, not the export."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     try:
-        with torch.no_grad():
-            module(*args)
+        with torch.no_grad():  # reason: on copies, since some modules write what they own
+            functional_call(module, {name: tensor.clone() for name, tensor in tensors.items()}, args)
     except Exception as error:
         shapes = ", ".join(str(tuple(a.shape)) for a in args)
         raise InputError(
@@ -160,6 +160,25 @@ def _share_storage(graph_module: fx.GraphModule, module: nn.Module) -> None:
             graph_module.graph.erase_node(node)
         else:
             seen[node.target] = node
+
+
+def _drop_writes(graph_module: fx.GraphModule) -> None:
+    """Remove what writes a buffer at the end of a call, such as a counter's. Raises TraceError if outputs depend on it:
+    each call would then give other values, and a graph of functions cannot."""
+    written = set()
+    for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        written.add(node.args[0])
+        node.replace_all_uses_with(node.args[1])
+        graph_module.graph.erase_node(node)
+    if not written:
+        return
+    graph_module.graph.eliminate_dead_code()
+    for buffer in graph_module.graph.find_nodes(op="get_attr"):
+        if buffer in written:
+            raise TraceError(
+                f"forward changes the buffer {buffer.target!r} at each call and computes its output from it; a graph "
+                "has no state: make it an input and an output of forward, or leave it as it is in eval mode"
+            )
 
 
 def _register_constants(graph_module: fx.GraphModule) -> None:
