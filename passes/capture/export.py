@@ -20,7 +20,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from sbs_fx.passes.capture.functional import decompositions, make_functional
-from sbs_fx.passes.capture.inputs import InputSpec, TensorSpec
+from sbs_fx.passes.capture.inputs import InputSpec, TensorSpec, is_guard
 from sbs_fx.passes.capture.signature import Signature
 from sbs_fx.plan.errors import InputError, TraceError
 
@@ -217,9 +217,9 @@ def _spec_of(
         place = int(match[2]) if match[2] else [node.name for node in nodes].index(match[1])
         return str(shapes[place].get(int(match[3]), tensors[place].shape[int(match[3])]))
 
-    guards = tuple(dict.fromkeys(_SIZE.sub(name_of, guard) for guard in program._guards_code))
+    guards = dict.fromkeys(_SIZE.sub(name_of, guard).replace("torch.sym_", "") for guard in program._guards_code)
     tensors_ = tuple(_tensor_spec(*each) for each in zip(signature.names, tensors, shapes, strict=True))
-    return InputSpec(tensors_, ranges, tuple(g for g in guards if "L[" not in g), signature)
+    return InputSpec(tensors_, ranges, tuple(g for g in guards if is_guard(g)), signature)
 
 
 def _bounds(program: ExportedProgram, symbol: Any) -> tuple[int, int | None]:

@@ -20,6 +20,7 @@ from sbs_fx.plan.errors import InputError
 
 _KEY = "sbs_fx_inputs"
 _NODES = (ast.Expression, ast.Compare, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Constant, ast.Name, ast.Load)
+_FUNCTIONS: Mapping[str, Any] = {"max": max, "min": min}
 _OPERATORS = (ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
 
 
@@ -114,16 +115,25 @@ class InputSpec:
 def _checked_names(guard: str) -> Iterator[str]:
     """The names in a comparison of sizes. Raises ValueError if it holds anything but arithmetic."""
     for node in ast.walk(ast.parse(guard, mode="eval")):
-        if not isinstance(node, (*_NODES, *_OPERATORS)) or isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
+        if not (called or isinstance(node, (*_NODES, *_OPERATORS))) or isinstance(node, ast.Pow):
             raise ValueError(f"{guard!r} is no comparison of sizes")
-        if isinstance(node, ast.Name):
+        if isinstance(node, ast.Name) and node.id not in _FUNCTIONS:
             yield node.id
+
+
+def is_guard(text: str) -> bool:
+    """Whether a text is a comparison of sizes."""
+    try:
+        return any(True for _ in _checked_names(text))
+    except (ValueError, SyntaxError):
+        return False
 
 
 def evaluated(guard: str, sizes: Mapping[str, int]) -> bool:
     """Whether a comparison holds for these sizes of dimensions."""
     names = set(_checked_names(guard))
-    values = {name: sizes[name] for name in names}
+    values = {**_FUNCTIONS, **{name: sizes[name] for name in names}}
     return bool(eval(guard, {"__builtins__": {}}, values))  # reason: nothing but arithmetic is left in it
 
 

@@ -62,7 +62,7 @@ class Signature:
                     "torch.Tensor of shape (batch, ...), a number, a text, None, or lists, dicts, dataclasses of these"
                 )
         called = tuple(_unique([_name(paths[i][0], names) for i in tensors]))
-        direct = len(args) == len(paths) and not kwargs and not constants and _takes(module, len(args))
+        direct = not kwargs and all(isinstance(x, Tensor) for x in args) and _takes(module, len(args))
         return cls(called, spec, constants, direct), tuple(tensors.values())
 
     def call(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
