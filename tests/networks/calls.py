@@ -191,6 +191,9 @@ CLAIMED: list[Case] = [
     lambda x, p: aten.addmm.default(matrix(p), matrix(p), matrix(p), alpha=0.5),
     lambda x, p: aten.baddbmm.default(line(p), line(p), line(p)),
     lambda x, p: aten.einsum.default("abij,abjk->abik", [p, p]),
+    lambda x, p: first(
+        aten.rnn_relu.input(line(x), line(x)[:1], [matrix(x)] * 2, False, 1, 0.0, False, False, False)
+    ),
     lambda x, p: aten.scaled_dot_product_attention.default(x, x, p),
     # parts and wholes
     lambda x, p: aten.cat.default([p, p], 1),

@@ -347,3 +347,26 @@ def composites_of_what_has_rules(p: nn.ParameterDict, y: Tensor) -> Tensor:
     steps = torch.diff(y, dim=3)
     mixed = torch.inner(y.permute(0, 2, 3, 1), p["weight"]).permute(0, 3, 1, 2)
     return both(y * alike + apart, both(steps, mixed))
+
+
+def cells(y: Tensor, p: nn.ParameterDict, operator: Function, state: Tensor) -> Tensor:
+    """A recurrent layer of one direction, steps in the second dimension."""
+    weights = [p["of_input"], p["of_hidden"]]
+    return operator(y, state, weights, False, 1, 0.0, False, False, True)[0]  # type: ignore[call-arg,arg-type]
+
+
+@case(of_input=(15, 12), of_hidden=(15, 5))
+def recurrent_over_pixels(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    return cells(y.flatten(2).mT, p, torch.gru, y.new_zeros(1, y.shape[0], 5))  # type: ignore[arg-type]
+
+
+@case(free=False, of_input=(5, 36), of_hidden=(5, 5))
+def recurrent_over_channels(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    return cells(y.flatten(2), p, torch.rnn_tanh, y.new_zeros(1, y.shape[0], 5))  # type: ignore[arg-type]
+
+
+@case(of_input=(5, 6), of_hidden=(5, 5))
+def recurrent_for_each_channel(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    batch = y.reshape(-1, SIDE, SIDE)
+    state = torch.ones_like(y)[:, :, 0, :5].reshape(1, -1, 5)
+    return cells(batch, p, torch.rnn_relu, state).reshape(y.shape[0], CHANNELS, -1)  # type: ignore[arg-type]

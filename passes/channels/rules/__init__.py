@@ -8,6 +8,7 @@ from sbs_fx.passes.channels.rules import (
     gathering,
     normalisation,
     pointwise,
+    recurrent,
     reshaping,
     spatial,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "gathering",
     "normalisation",
     "pointwise",
+    "recurrent",
     "reshaping",
     "spatial",
 ]
