@@ -233,7 +233,24 @@ class Inference:
             if types is not None:
                 self.dims[node] = types
                 self._check(node, types)
+        self._drop_layers_in_weights()
         return self
+
+    def _drop_layers_in_weights(self) -> None:
+        """A product of parameters that ends in weights alone is part of them: they are computed before they are priced,
+        quantised and stored, and a static graph holds no more than the result."""
+        ends: set[fx.Node] = set()
+        for node in reversed(self.graph_module.graph.nodes):
+            if node.users and node not in self.live and all(self._reads_as_weight(u, node, ends) for u in node.users):
+                ends.add(node)
+                self.layers.pop(node.name, None)
+
+    def _reads_as_weight(self, user: fx.Node, node: fx.Node, ends: set[fx.Node]) -> bool:
+        layer = self.layers.get(user.name)
+        if layer is None:
+            return user in ends
+        others = [path for path in layer.inputs if operand(user, path) is node]
+        return not others and any(operand(user, path) is node for path in layer.weights)
 
     def _infer(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
