@@ -3,7 +3,7 @@
 In: a graph of ours. Out: its dialect, a frozen value under one key of its metadata, or an error of `verify` that names
 the node where the graph is not what its dialect promises.
 
-    traced        ATen operators on floats: `trace`, `slim`
+    traced        ATen operators on floats, or others that have a rule: `trace`, `slim`
     searchable    gates on weights, activations and channel groups, masked statistics: `insert_gates`
     gated         gates on weights and activations alone: `insert_gates` with channels=False
     static        codes and scales in place of gates: `finalize`, `integer_joins`, `integer_grid`, `load_pt2`
@@ -20,6 +20,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # reason: registers torch.ops.quantized_decomposed
 from torch import Tensor, fx, nn
 
+from sbs_fx.passes.channels.inference import rule_of
 from sbs_fx.plan.errors import GraphError
 from sbs_fx.quantizer.channel_gate import ChannelGate
 from sbs_fx.quantizer.superbit import SuperBitQuantizer, level
@@ -185,7 +186,8 @@ def _calls_functional_operators(graph_module: fx.GraphModule, form: Any) -> Iter
         if node.op not in kinds:
             yield node.name, f"is a {node.op}, which this dialect has not"
         elif node.op == "call_function" and isinstance(target, torch._ops.OpOverload):
-            if target.namespace not in namespaces or target._schema.is_mutable:
+            known = target.namespace in namespaces or rule_of(target) is not None  # reason: one of another library's
+            if not known or target._schema.is_mutable:
                 yield node.name, f"calls {target}, which is not of {namespaces} or writes to its arguments"
         elif node.op == "call_function" and not _is_item_or_size(node) and target not in masked:
             yield node.name, f"calls {target}, which is no operator of this dialect"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sbs_fx.passes.channels.facts import facts_of
-from sbs_fx.passes.channels.inference import RULES
+from sbs_fx.passes.channels.inference import rule_of
 from sbs_fx.passes.folding import CONSTANT_PRODUCTS, RECURRENT, WEIGHT, WITH_BIAS, constant_nodes
 from sbs_fx.passes.graph import attribute
 
@@ -49,7 +49,7 @@ def merge_weights(graph_module: fx.GraphModule) -> None:
 
 def fold_weights(graph_module: fx.GraphModule) -> bool:
     """Compute once the weights that cannot stay live, each with all that leads to it; True if there were any."""
-    import sbs_fx.passes.channels.rules  # noqa: F401  reason: fills RULES
+    import sbs_fx.passes.channels.rules  # noqa: F401  reason: registers rules
 
     graph = graph_module.graph
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
@@ -102,7 +102,7 @@ def _has_no_exact_form(node: fx.Node) -> bool:
     if node.target is aten.div.Tensor and _is_norm_of_parts(node.args[1]):
         return True
     is_operator = isinstance(node.target, torch._ops.OpOverload)
-    return is_operator and node.target not in RULES and torch.Tag.pointwise not in node.target.tags
+    return is_operator and rule_of(node.target) is None and torch.Tag.pointwise not in node.target.tags
 
 
 def _is_norm_of_parts(value: Any) -> bool:

@@ -33,8 +33,9 @@ _FIRST_HINT = 10007
 
 
 def rule(*targets: Any, facts: Facts | None = None) -> Callable[[Rule], Rule]:
-    """Register a rule for operators; a name without overload stands for all its overloads. `facts` are those of each;
-    where they differ they are stated beside the rule, with `state`."""
+    """Register a rule for operators; one without overload stands for all its overloads, a string is the name of one
+    whose library may not be imported yet. `facts` are those of each; where they differ they are stated beside the rule,
+    with `state`."""
     if facts is not None:
         state(facts, *targets)
 
@@ -43,6 +44,11 @@ def rule(*targets: Any, facts: Facts | None = None) -> Callable[[Rule], Rule]:
         return function
 
     return register
+
+
+def rule_of(target: Any) -> Rule | None:
+    """The rule of an operator, or of its name."""
+    return RULES.get(target) or RULES.get(target.name() if isinstance(target, torch._ops.OpOverload) else "")
 
 
 @dataclass(frozen=True)
@@ -266,7 +272,7 @@ class Inference:
         value = node.meta.get("val")
         if not isinstance(value, (torch.Tensor, tuple, list)):
             return None  # a size: carries no coordinates
-        function = RULES.get(node.target)
+        function = rule_of(node.target)
         if (
             function is None
             and isinstance(node.target, torch._ops.OpOverload)

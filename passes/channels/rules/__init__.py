@@ -4,9 +4,11 @@ folder."""
 from sbs_fx.passes.channels.rules import (
     contraction,
     convolution,
+    deformable,
     elementwise,
     gathering,
     normalisation,
+    ordering,
     pointwise,
     recurrent,
     reshaping,
@@ -16,9 +18,11 @@ from sbs_fx.passes.channels.rules import (
 __all__ = [
     "contraction",
     "convolution",
+    "deformable",
     "elementwise",
     "gathering",
     "normalisation",
+    "ordering",
     "pointwise",
     "recurrent",
     "reshaping",
