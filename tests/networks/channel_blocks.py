@@ -277,6 +277,35 @@ class InPlace(Block):
         return y
 
 
+@block("places", "image", how=("unpool", "gather", "scatter", "write", "turn", "extremes"))
+class Places(Block):
+    """A pointwise convolution; then values move to other pixels, each channel by itself, or meet their extremes."""
+
+    def __init__(self, state: State, *, how: str) -> None:
+        super().__init__(state)
+        self.how = how
+        self.first = conv_norm_act(state.channels, state.channels, 1)
+        self.second = pointwise(state.channels, state.channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.how == "unpool":
+            y = F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2, output_size=y.shape[2:])
+        elif self.how == "gather":
+            y = y.gather(3, (x > 0).long())
+        elif self.how == "scatter":
+            y = y.scatter_add(2, (x > 0).long(), y) + y.scatter(3, (x > 0).long(), 0.5)
+        elif self.how == "write":
+            y = y.index_add(2, torch.tensor([0, 0]), y[:, :, :2])
+            y[:, :, :, torch.tensor([1, 0])] = x[..., :2]
+            y[y > 1] = 0.5
+        elif self.how == "turn":
+            y = y.rot90(2, (2, 3)) + y.diagonal(0, 2, 3)[..., :1, None] + y.cummax(3).values
+        else:
+            y = y / (1 + y.max()) + y.flatten(2).median(2).values[..., None, None] * (y > 0.5).any(1, keepdim=True)
+        return x + self.second(y)
+
+
 @block(
     "lstm",
     "image",

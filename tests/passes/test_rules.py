@@ -27,7 +27,6 @@ UNCALLED = {
         "lstm",
         "silu",
         "upsample_bilinear2d",
-        "zeros",
         "zeros_like",
         "dropout",
     },
