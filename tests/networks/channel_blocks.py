@@ -302,7 +302,9 @@ class Places(Block):
         elif self.how == "turn":
             y = y.rot90(2, (2, 3)) + y.diagonal(0, 2, 3)[..., :1, None] + y.cummax(3).values
         else:
-            y = y / (1 + y.max()) + y.flatten(2).median(2).values[..., None, None] * (y > 0.5).any(1, keepdim=True)
+            y = y.flatten(2).median(2).values[..., None, None] * (y > 0.5).any(1, keepdim=True) + (1 + y / 9).prod(
+                3, True
+            )
         return x + self.second(y)
 
 
