@@ -2,7 +2,8 @@
 
 In: the name of a row; it expects a process of its own. Out: plain data: a column is "ok", "refused: TEXT" (an error of
 ours, which should say what to do) or "faulty: WHAT" (any other exception, a wrong number); `outcome` is the worst of
-them. A column that fails stops only those that need what it makes.
+them. A column that fails stops only those that need what it makes. Operators without a rule, which pin all that they
+touch, are listed and do not count.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import copy
 import os
 import pathlib
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +25,7 @@ from _coverage_family import compare_codes, equal
 from _coverage_graph import random_plan, to_meta
 from _coverage_weights import randomise
 from _zoo_networks import Maker, Network, all_networks, plain_call
+from _zoo_plain import ask
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,44 +48,32 @@ TIES_OF_SMALL = 2  # codes that may differ by rounding where there are too few f
 LISTED = 3_000_000  # parameters up to which the state of a model is compared as lists of numbers
 PLAIN_SECONDS = 120
 
-_PLAIN_PROCESS = """
-import sys, torch, torch.ao.quantization.fx._decomposed
-for name in sys.argv[2:]:
-    __import__(name)
-inputs, expected = torch.load(sys.argv[1] + "/run.pt")
-with torch.no_grad():
-    outputs = torch.export.load(sys.argv[1] + "/model.pt2").module()(*inputs)
-leaves = torch.utils._pytree.tree_leaves(outputs)
-assert not any(name.startswith("sbs_fx") for name in sys.modules), "the file needs sbs_fx"
-assert len(leaves) == len(expected), f"{len(leaves)} outputs, not {len(expected)}"
-different = [i for i, (a, b) in enumerate(zip(leaves, expected)) if not (torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b)]
-assert not different, f"outputs {different} differ from those of the graph that was saved"
-"""
-
 
 class Wrong(Exception):
     """A number that is not what it should be."""
 
 
 class Case(NamedTuple):
-    """A network in the form that is compressed; `inputs(maker, batch)` are what it is called with."""
+    """A network in the form that is compressed. `inputs(maker, batch)` are what it is called with; a plain process
+    listens at `address`."""
 
     network: Network
     model: nn.Module
     inputs: Callable[[Maker, int], tuple[Tensor, ...]]
+    address: str
 
     def example(self, batch: int = EXAMPLE_BATCH) -> tuple[Tensor, ...]:
         return self.inputs(self.network.inputs, batch)
 
 
-def check_network(name: str) -> dict[str, Any]:
-    """The row of one network."""
-    begun = time.perf_counter()
+def check_network(task: tuple[str, str]) -> dict[str, Any]:
+    """The row of one network, given its name and the address of a plain process (`_zoo_plain.py`)."""
+    begun, (name, address) = time.perf_counter(), task
     network = all_networks()[name]
     row: dict[str, Any] = {"kind": network.kind, "model": name, "outcome": "", "seconds": {}}
     with _column(row, "build"):
         torch.manual_seed(0)
-        case = Case(network, *plain_call(network, network.build().eval()))
+        case = Case(network, *plain_call(network, network.build().eval()), address)
         row["parameters"] = sum(p.numel() for p in case.model.parameters())
         randomise(case.model, *case.example())
         with torch.no_grad():
@@ -150,7 +139,7 @@ def _check_size(case: Case, other: Maker) -> None:
 
 
 def _check_price(row: dict[str, Any], case: Case, graph: fx.GraphModule) -> None:
-    """Priced MACs are those that torch counts, of the float model and of a slim graph; differences named by operator."""
+    """Priced MACs are those that torch counts, of the float model and of a slim graph; differences by operator."""
     groups = channel_groups(graph)
     row["groups"] = len(groups)
     row["unknown_operators"] = sorted(set(groups.inference.unknown.values()))
@@ -174,8 +163,6 @@ def _check_price(row: dict[str, Any], case: Case, graph: fx.GraphModule) -> None
             f"the slim graph has {counted} MACs, priced {price.macs}"
             + _by_operator(slimmed, single, {layer.name: layer.macs for layer in price.layers})
         )
-    if row["unknown_operators"]:
-        problems.append(f"operators without a rule: {', '.join(row['unknown_operators'])}")
     if problems:
         raise Wrong("; ".join(problems))
 
@@ -262,13 +249,8 @@ def _check_file(case: Case, result: Any) -> None:
         with torch.no_grad():
             expected = pytree.tree_leaves(result.model(*inputs))
         torch.save((inputs, expected), os.path.join(directory, "run.pt"))
-        command = [sys.executable, "-c", _PLAIN_PROCESS, directory, *case.network.imports]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        done = subprocess.run(
-            command, cwd=directory, env=environment, capture_output=True, text=True, timeout=PLAIN_SECONDS
-        )
-        if done.returncode:
-            raise Wrong(f"a plain process: {(done.stderr.strip().splitlines() or ['no output'])[-1][:300]}")
+        if problem := ask(case.address, directory, case.network.imports, PLAIN_SECONDS):
+            raise Wrong(f"a plain process: {problem}")
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------

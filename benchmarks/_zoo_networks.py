@@ -1,7 +1,7 @@
 """What a row of the zoo benchmark is made of: how a network is built, and what it is called with.
 
-In: nothing. Out: `Network`, the table that `network` and `add` fill, and makers of inputs. A file that adds rows imports
-its library inside the builders, so that listing all rows costs nothing and a row needs only its own package.
+In: nothing. Out: `Network`, the table that `network` and `add` fill, and makers of inputs. A file that adds rows
+imports its library inside the builders, so that listing all rows costs nothing and a row needs only its own package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Maker = Callable[[int], Inputs]  # batch size -> inputs
 FILES = (
     "_zoo_own_layers",
     "_zoo_own_forwards",
-    # "_zoo_own_tasks",
+    "_zoo_own_tasks",
     # "_zoo_own_detectors",
     # "_zoo_torchvision",
     # "_zoo_torchvision_dense",
@@ -107,7 +107,7 @@ def by_name(**makers: Maker) -> Maker:
 
 
 class PlainCall(nn.Module):
-    """A network that is called by name or with nested inputs, as one that takes tensors and gives a tuple of tensors."""
+    """A network that is called by name or with nested inputs, as one of tensors to a tuple of tensors."""
 
     def __init__(self, module: nn.Module, example: Inputs) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Rows of the zoo benchmark that are written here: mixtures of experts, spectra, points, and ways to write a forward."""
+"""Rows of the zoo benchmark that are written here: mixtures of experts, spectra, points, ways to write a forward."""
 
 from __future__ import annotations
 

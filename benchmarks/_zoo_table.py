@@ -53,6 +53,8 @@ def causes(rows: Sequence[Row]) -> str:
             texts = {"process": row["outcome"]}
         for column, text in texts.items():
             found[f"{column}: {_without_names(text)}"].append(row["model"])
+        for operator in row.get("unknown_operators", ()):
+            found[f"no rule for {operator}"].append(row["model"])
     ordered = sorted(found.items(), key=lambda item: -len(item[1]))
     return "\n".join(f"- {len(models)} x {cause} ({', '.join(models)})" for cause, models in ordered)
 

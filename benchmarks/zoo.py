@@ -1,23 +1,31 @@
 """Does the compiler go all the way on vision models that are not timm's?
 
-`python benchmarks/zoo.py --out FILE` builds each network of the `_zoo_*` files with random weights and small sizes, in a
-process of its own, and checks each promise in a column of its own: a trace that is bitwise the model at two batches (and
-another image size, where the row has one), slim = masked, price = counted, budget met, static = gated, the saved file
-run by a process that has torch alone, the float model unchanged. A row is "ok", "refused: TEXT" (an error of ours) or
-"faulty: WHAT". Rows are appended to FILE's side file (.jsonl) as they come, so that `--resume` goes on; FILE itself is
-a JSON list. Needs torchvision, transformers and segmentation-models-pytorch; rows of what is not installed are left out.
+`python benchmarks/zoo.py --out FILE` builds each network of the `_zoo_*` files with random weights, small, in a process
+of its own, and checks each promise in a column of its own: a trace that is bitwise the model at two batches (and another
+image size, where the row has one), slim = masked, price = counted, budget met, static = gated, the saved file run by a
+process that has torch alone, the float model unchanged. A row is "ok", "refused: TEXT" (an error of ours) or "faulty:
+WHAT". Rows are appended to FILE's side file (.jsonl) as they come, so that `--resume` goes on; FILE itself is a JSON
+list. Needs torchvision, transformers and segmentation-models-pytorch; rows of what is not installed are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from _coverage_workers import Failed, run_tasks
 from _zoo_networks import Network, all_networks, is_installed
+
+PRELOAD = ("_zoo_check", "torchvision", "transformers.modeling_utils", "segmentation_models_pytorch")  # if installed
 
 
 def main() -> int:
@@ -33,14 +41,17 @@ def main() -> int:
     from _zoo_check import check_network
 
     kinds = {network.name: network.kind for network in networks}
-    for name, result in run_tasks(check_network, waiting, jobs=options.jobs, timeout=options.timeout):
-        row: dict[str, Any] = result
-        if isinstance(result, Failed):
-            row = {"kind": kinds[name], "model": name, "outcome": f"faulty: {result}", "seconds": {}}
-        rows[name] = row
-        with side.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{len(rows):4d}/{len(networks)}  {row['kind']:14s} {name:36s} {row['outcome'][:150]}", flush=True)
+    with _plain_process() as address:
+        tasks = [(name, address) for name in waiting]
+        results = run_tasks(check_network, tasks, jobs=options.jobs, timeout=options.timeout, preload=PRELOAD)
+        for (name, _), result in results:
+            row: dict[str, Any] = result
+            if isinstance(result, Failed):
+                row = {"kind": kinds[name], "model": name, "outcome": f"faulty: {result}", "seconds": {}}
+            rows[name] = row
+            with side.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{len(rows):4d}/{len(networks)}  {row['kind']:14s} {name:36s} {row['outcome'][:150]}", flush=True)
     done = [rows[name] for name in kinds if name in rows]
     options.out.write_text(json.dumps(done, indent=1) + "\n")
     from _zoo_table import causes, summary, table
@@ -50,6 +61,25 @@ def main() -> int:
     if options.table:
         options.table.write_text(text)
     return 1 if any(row["outcome"].startswith("faulty") for row in done) else 0
+
+
+@contextmanager
+def _plain_process() -> Iterator[str]:
+    """The address at which a process listens that has torch and nothing of ours."""
+    script = str(pathlib.Path(__file__).parent / "_zoo_plain.py")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with tempfile.TemporaryDirectory() as directory:
+        address = os.path.join(directory, "socket")
+        process = subprocess.Popen([sys.executable, script, address], cwd=directory, env=environment)
+        try:
+            while not os.path.exists(address):
+                if process.poll() is not None:
+                    sys.exit(f"{script} ended with code {process.returncode}")
+                time.sleep(0.1)
+            yield address
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _networks(options: argparse.Namespace) -> list[Network]:
