@@ -23,12 +23,13 @@ FILES = (
     "_zoo_own_layers",
     "_zoo_own_forwards",
     "_zoo_own_tasks",
-    # "_zoo_own_detectors",
-    # "_zoo_torchvision",
-    # "_zoo_torchvision_dense",
-    # "_zoo_segmentation",
-    # "_zoo_transformers_backbones",
-    # "_zoo_transformers_tasks",
+    "_zoo_own_pairs",
+    "_zoo_own_detectors",
+    "_zoo_torchvision",
+    "_zoo_torchvision_dense",
+    "_zoo_segmentation",
+    "_zoo_transformers_backbones",
+    "_zoo_transformers_tasks",
 )
 
 

@@ -1,11 +1,12 @@
 """Does the compiler go all the way on vision models that are not timm's?
 
-`python benchmarks/zoo.py --out FILE` builds each network of the `_zoo_*` files with random weights, small, in a process
-of its own, and checks each promise in a column of its own: a trace that is bitwise the model at two batches (and another
-image size, where the row has one), slim = masked, price = counted, budget met, static = gated, the saved file run by a
-process that has torch alone, the float model unchanged. A row is "ok", "refused: TEXT" (an error of ours) or "faulty:
-WHAT". Rows are appended to FILE's side file (.jsonl) as they come, so that `--resume` goes on; FILE itself is a JSON
-list. Needs torchvision, transformers and segmentation-models-pytorch; rows of what is not installed are left out.
+`python benchmarks/zoo.py --out FILE` builds each network of the `_zoo_*` files with random weights, small, in a
+process of its own, and checks each promise in a column of its own: a trace that is bitwise the model at two batches
+(and another image size, where the row has one), slim = masked, price = counted, budget met, static = gated, the saved
+file run by a process that has torch alone, the float model unchanged. A row is "ok", "refused: TEXT" (an error of
+ours) or "faulty: WHAT". Rows are appended to FILE's side file (.jsonl) as they come, so that `--resume` goes on; FILE
+itself is a JSON list. Needs torchvision, transformers and segmentation-models-pytorch; rows of what is not installed
+are left out.
 """
 
 from __future__ import annotations
