@@ -31,9 +31,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from sbs_fx.compress import compress
-from sbs_fx.passes import channel_groups, cost_model, finalize, slim, trace
+from sbs_fx.passes import CostModel, channel_groups, cost_model, finalize, slim, trace
 from sbs_fx.passes.oracles.slimming import SlimReport, compare_slim
-from sbs_fx.plan import Budget, Plan
+from sbs_fx.plan import Budget, Cost, Plan
 from sbs_fx.plan.errors import InfeasibleBudget, SbsError
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
@@ -84,10 +84,7 @@ def check_network(task: tuple[str, str]) -> dict[str, Any]:
     if row["build"] == "ok":
         with suppress(Exception):
             copy.deepcopy(case.model)  # reason: Python notes in a class that its objects were copied, as is done below
-        before = _state(case.model)
         _check(row, case)
-        with _column(row, "unchanged"):
-            _compare_states(before, _state(case.model))
     row["outcome"] = _worst(row)
     row["wall_seconds"] = round(time.perf_counter() - begun, 1)
     return row
@@ -95,7 +92,8 @@ def check_network(task: tuple[str, str]) -> dict[str, Any]:
 
 def _check(row: dict[str, Any], case: Case) -> None:
     with _column(row, "trace"), torch.no_grad():
-        graph = trace(case.model, case.example())
+        with _unchanged(row, case.model):
+            graph = trace(case.model, case.example())
         row["nodes"] = len(graph.graph.nodes)
         for batch in (EXAMPLE_BATCH, OTHER_BATCH):
             _compare_outputs(graph, case.model, case.example(batch), f"at batch {batch}")
@@ -110,7 +108,8 @@ def _check(row: dict[str, Any], case: Case) -> None:
         _check_slim(row, case, graph)
     result = None
     with _column(row, "budget"):
-        result, budget = _compressed(row, case)
+        with _unchanged(row, case.model):
+            result, budget = _compressed(row, case)
         row["shares"] = {name: round(share, 4) for name, share in budget.shares(result.cost).items()}
         if not budget.is_satisfied_by(result.cost):
             raise Wrong(f"over budget: {row['shares']}, {budget} was asked for")
@@ -156,14 +155,14 @@ def _check_price(row: dict[str, Any], case: Case, graph: fx.GraphModule) -> None
     if counted != cost.reference.macs:
         problems.append(
             f"the float model has {counted} MACs, priced {cost.reference.macs}"
-            + _by_operator(graph, single, {layer.name: layer.macs for layer in cost.reference.layers})
+            + _by_operator(graph, single, _by_node(cost, cost.reference))
         )
     slimmed = slim(graph, groups, kept)
     counted = _counted(slimmed, single)
     if counted != price.macs:
         problems.append(
             f"the slim graph has {counted} MACs, priced {price.macs}"
-            + _by_operator(slimmed, single, {layer.name: layer.macs for layer in price.layers})
+            + _by_operator(slimmed, single, _by_node(cost, price))
         )
     if problems:
         raise Wrong("; ".join(problems))
@@ -198,6 +197,11 @@ def _by_operator(graph: fx.GraphModule, inputs: Sequence[Tensor], priced: dict[s
         asked[str(node.target)] += priced.get(node.name, 0)
     parts = [f"{name} {found[name]} counted, {asked[name]} priced" for name in found if found[name] != asked[name]]
     return f" ({'; '.join(parts)})" if parts else " (the traced graph has what is priced)"
+
+
+def _by_node(model: CostModel, cost: Cost) -> dict[str, int]:
+    """Priced MACs by graph node."""
+    return {layer.node: row.macs for layer, row in zip(model.layers, cost.layers, strict=True)}
 
 
 class _Counting(fx.Interpreter):
@@ -278,6 +282,18 @@ def _state(model: nn.Module) -> dict[str, Any]:
     parts = {name: (mode, sorted(kept)) for name, (mode, kept) in parts.items()}
     generators = (torch.get_rng_state().tolist(), random.getstate())
     return {"tensors": tensors, "modules": parts, "random": generators}
+
+
+@contextmanager
+def _unchanged(row: dict[str, Any], model: nn.Module) -> Iterator[None]:
+    """Into the column "unchanged": whether the model is as it was before the inside, also if that raises."""
+    before = _state(model)
+    try:
+        yield
+    finally:
+        if row.get("unchanged", "ok") == "ok":
+            with _column(row, "unchanged"):
+                _compare_states(before, _state(model))
 
 
 def _compare_states(before: dict[str, Any], after: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ FILES = (
     "_zoo_torchvision_dense",
     "_zoo_segmentation",
     "_zoo_transformers_backbones",
-    "_zoo_transformers_tasks",
+    # "_zoo_transformers_tasks",
 )
 
 
