@@ -175,6 +175,7 @@ def _counted(module: nn.Module, inputs: Sequence[Tensor]) -> int:
     """
     try:
         moved = to_meta(module) if isinstance(module, fx.GraphModule) else copy.deepcopy(module).to("meta")
+        moved.requires_grad_(False)  # reason: the counter's hooks expect a gradient function, even without gradients
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             moved(*(x.to("meta") for x in inputs))
     except Exception:

@@ -29,7 +29,8 @@ FILES = (
     "_zoo_torchvision_dense",
     "_zoo_segmentation",
     "_zoo_transformers_backbones",
-    # "_zoo_transformers_tasks",
+    "_zoo_transformers_detection",
+    "_zoo_transformers_tasks",
 )
 
 
