@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from sbs_fx.calibration.calibrate import calibrate, calibration_batches
 from sbs_fx.calibration.reconstruction import reconstruct
@@ -33,6 +34,10 @@ from sbs_fx.passes import (
     slim,
     trace,
 )
+from sbs_fx.passes.capture.export import Dynamic, own_context
+from sbs_fx.passes.capture.inputs import guarded
+from sbs_fx.passes.capture.models import unwrapped
+from sbs_fx.passes.capture.signature import Inputs, Signature
 from sbs_fx.passes.channels.slim import slim_bits
 from sbs_fx.passes.graph import with_tensors
 from sbs_fx.plan import Budget, Plan, Policy, current_versions
@@ -51,14 +56,15 @@ from sbs_fx.training.progress import Observer
 
 Data = Iterable[Any]
 Progress = Callable[[str, float], None]
-Model = nn.Module | str
-Inputs = torch.Tensor | Sequence[torch.Tensor] | None
+Model = nn.Module | ExportedProgram | str
 
 
+@own_context()
 def compress(
     model: Model,
-    example_inputs: Inputs = None,
+    example_inputs: Inputs | None = None,
     *,
+    dynamic: Dynamic | None = None,
     budget: Budget | float | str = 0.05,
     data: Data | None = None,
     method: str = "auto",
@@ -74,8 +80,10 @@ def compress(
     With `output_dir`, whatever trains leaves checkpoints there, and the same call again goes on from them.
 
     Args:
-        model: a module that `torch.export` can capture, or a timm model name. It is not changed.
-        example_inputs: tensor(s) of shape (batch of 2 or more, ...); default: from the model's `pretrained_cfg`.
+        model: a module that `torch.export` can capture, an `ExportedProgram`, or a timm model name. It is not changed.
+        example_inputs: a tensor of shape (batch of 2 or more, ...), a tuple of positional arguments or a dict of
+            keyword arguments; see `sbs_fx.passes.trace`. Default: images as the model's `pretrained_cfg` has them.
+        dynamic: dimensions that may change, such as ("batch", "height", "width"); default: the batch. See `trace`.
         budget: shares of the float model; a number or text means BOPs.
         data: iterable of (images, labels) or images, normalised as the model expects; None: data-free.
         method: the name of a registered method (`sbs_fx.search.registry.methods()` lists them, with what each needs);
@@ -96,7 +104,7 @@ def compress(
     if output_dir is not None:
         prepare_directory(output_dir)
     job = Job(config, data, validation, progress, observer)
-    priced = _priced(model, example_inputs, job, timed="latency" in budget.limits)
+    priced = _priced(model, example_inputs, dynamic, job, timed="latency" in budget.limits)
     problem = Problem.of(priced.cost, budget, priced.inputs, config, config.seed)
     identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.limits}
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
@@ -116,11 +124,13 @@ def compress(
     return result
 
 
+@own_context()
 def apply(
     model: Model,
     policy: Policy,
-    example_inputs: Inputs = None,
+    example_inputs: Inputs | None = None,
     *,
+    dynamic: Dynamic | None = None,
     budget: Budget | float | str | None = None,
     data: Data | None = None,
     config: Config | None = None,
@@ -139,7 +149,7 @@ def apply(
     config = config or Config()
     job = Job(config, data, validation, progress, observer)
     limits = None if budget is None else Budget.of(budget)
-    priced = _priced(model, example_inputs, job, timed=limits is not None and "latency" in limits.limits)
+    priced = _priced(model, example_inputs, dynamic, job, timed=limits is not None and "latency" in limits.limits)
     _check_policy(priced.cost, policy)
     if limits is not None and not limits.is_satisfied_by(cost := priced.cost.evaluate(policy.plan)):
         raise BudgetError(
@@ -164,13 +174,13 @@ class _Priced(NamedTuple):
     metadata: dict[str, Any]
 
 
-def _priced(model: Model, example_inputs: Inputs, job: Job, *, timed: bool) -> _Priced:
+def _priced(model: Model, example_inputs: Inputs | None, dynamic: Dynamic | None, job: Job, *, timed: bool) -> _Priced:
     job.stage("trace", 0.0)
-    module = create_model(model) if isinstance(model, str) else model
+    module = unwrapped(create_model(model) if isinstance(model, str) else model)
     _check_weights(module)
-    inputs = derive_inputs(module) if example_inputs is None else example_inputs
-    inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
-    graph = trace(module, inputs)
+    called = derive_inputs(module) if example_inputs is None else example_inputs
+    _, inputs = Signature.of(module, called)
+    graph = trace(module, called, dynamic=dynamic)
     job.stage("channel groups", 0.3)
     groups = channel_groups(graph, keep_outputs=job.config.keep_outputs)
     cost = cost_model(graph, groups)
@@ -225,6 +235,7 @@ def _realised(priced: _Priced, searched: SearchResult, policy: Policy, job: Job,
     total = cost.evaluate(plan)
     report = Report.of(groups, cost, policy, total, searched.notes)
     job.close()
+    guarded(static)
     return Result(static, policy, total, report, gated, priced.inputs, job.seconds, priced.metadata)
 
 

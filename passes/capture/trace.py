@@ -8,48 +8,51 @@ the module's names. Invariant: in eval mode the outputs are bitwise those of the
 from __future__ import annotations
 
 import operator
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from sbs_fx.passes.capture.canonical import canonicalise
-from sbs_fx.passes.capture.functional import decompositions, make_functional
+from sbs_fx.passes.capture.export import Dynamic, dynamic_dims, exported
+from sbs_fx.passes.capture.inputs import set_inputs
+from sbs_fx.passes.capture.models import put_in_eval_mode, unwrapped
+from sbs_fx.passes.capture.signature import Inputs, Signature
 from sbs_fx.passes.capture.unchanged import unchanged
 from sbs_fx.passes.dialects import Traced, set_dialect
 from sbs_fx.plan.errors import InputError, TraceError
 
 
-def trace(
-    module: nn.Module,
-    example_inputs: torch.Tensor | Sequence[torch.Tensor],
-    *,
-    dynamic_shapes: Any = None,
-) -> fx.GraphModule:
-    """Capture `module` in eval mode as a functional graph with a dynamic batch dimension.
+def trace(module: Any, example_inputs: Inputs, *, dynamic: Dynamic | None = None) -> fx.GraphModule:
+    """Capture `module` in eval mode as a functional graph whose batch may have any size.
 
     Args:
-        module: the float model. It is exported in eval mode and left in the mode it was in.
-        example_inputs: a tensor or a sequence of tensors, each of shape (batch, ...) with batch at least 2
-            (a batch of 1 would be taken for a constant by `torch.export`).
-        dynamic_shapes: as in `torch.export.export`; default: the first dimension of each input is the batch.
+        module: the float model, an `ExportedProgram` or a graph. It is captured in eval mode and left as it was.
+            Wrappers that only pass their arguments on, such as `DataParallel`, are looked through.
+        example_inputs: a tensor of shape (batch, ...), a tuple of positional arguments or a dict of keyword arguments;
+            lists, dicts and dataclasses of tensors, None, numbers and texts may be among them, and stay as they are.
+            The batch is at least 2 (a batch of 1 would be taken for a constant by `torch.export`).
+        dynamic: dimensions that may change: names out of "batch", "height" and "width" (the last two dimensions of what
+            has a batch); or, by the name of a tensor, its dimensions with a name each, such as
+            `{"prototypes": {}, "images": {0: "batch", 2: "height"}}`. Default: the batch, which is the first dimension
+            of each tensor that has there what the first tensor has.
+
+    The graph takes the tensors among the inputs, in order.
 
     Raises:
-        InputError: an input is not a tensor, has no batch dimension, has batch 1, or sits on another device.
-        TraceError: `torch.export` could not capture the module; names the sub-module and the reason.
+        InputError: inputs that the model does not take, a batch of 1, or an input on another device.
+        TraceError: `torch.export` could not capture the module, or the module fixes a size that was to change; names
+            the place and the reason.
     """
-    args = _checked_inputs(module, example_inputs)
-    if dynamic_shapes is None:
-        batch = Dim("batch", min=1)
-        dynamic_shapes = tuple({0: batch} for _ in args)
+    module = unwrapped(module)
+    signature, tensors = Signature.of(module, example_inputs)
+    dims = dynamic_dims(signature, tensors, dynamic)
+    _check_tensors(module, signature, tensors, dims)
     with unchanged(module):
-        module.eval()
-        graph_module = _export(module, args, dynamic_shapes)
+        put_in_eval_mode(module)
+        graph_module, spec = exported(module, signature, tensors, dims)
     _share_storage(graph_module, module)
     _drop_writes(graph_module)
     _register_constants(graph_module)
@@ -60,79 +63,28 @@ def trace(
     _drop_unused_tensors(graph_module)
     graph_module.recompile()
     set_dialect(graph_module, Traced())
+    set_inputs(graph_module, spec)
     return graph_module
 
 
-def _checked_inputs(
-    module: nn.Module, example_inputs: torch.Tensor | Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    args = (example_inputs,) if isinstance(example_inputs, torch.Tensor) else tuple(example_inputs)
-    if not args:
-        raise InputError("no example inputs were given: pass a tensor of shape (batch, ...) or a tuple of tensors")
+def _check_tensors(
+    module: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor], dims: Sequence[Mapping[int, str]]
+) -> None:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    for i, x in enumerate(args):
-        if not isinstance(x, torch.Tensor):
-            raise InputError(
-                f"example input {i} is a {type(x).__name__}; expected a torch.Tensor of shape (batch, ...)"
-            )
-        if x.ndim == 0:
-            raise InputError(f"example input {i} is a scalar; expected a tensor of shape (batch, ...)")
-        if x.shape[0] < 2:
-            raise InputError(
-                f"example input {i} has shape {tuple(x.shape)}; give a batch of 2 or more, so that the "
-                "batch dimension can be kept dynamic"
-            )
+    for name, x, of_tensor in zip(signature.names, tensors, dims, strict=True):
         if x.device != device:
-            raise InputError(f"example input {i} is on {x.device} and the model on {device}; move one of them")
-    return args
-
-
-def _export(module: nn.Module, args: tuple[torch.Tensor, ...], dynamic_shapes: Any) -> fx.GraphModule:
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
-            table = decompositions(program.graph)
-            if table or not make_functional(program.graph):
-                # This traces again, which removes in-place operators and sub-graphs too, even with an empty table.
-                program = program.run_decompositions(table)
-            return program.module(check_guards=False)
-    except Exception as error:
-        _raise_as_input_error(module, args)
-        where = _failing_submodule(error)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TraceError(
-            f"torch.export could not capture {type(module).__name__}"
-            f"{f' (sub-module {where})' if where else ''}: {type(error).__name__}: {reason}",
-            submodule=where,
-            reason=reason,
-        ) from error
-
-
-def _raise_as_input_error(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-    """If the module cannot even run on the inputs, the inputs are at fault, not the export."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    try:
-        with torch.no_grad():  # reason: on copies, since some modules write what they own
-            functional_call(module, {name: tensor.clone() for name, tensor in tensors.items()}, args)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(a.shape)) for a in args)
+            raise InputError(f"example input {name!r} is on {x.device} and the model on {device}; move one of them")
+        for place, asked in of_tensor.items():
+            if x.shape[place] < 2:
+                raise InputError(
+                    f"example input {name!r} has shape {tuple(x.shape)}; give a {asked} of 2 or more, so that the "
+                    f"{asked} dimension can be kept dynamic"
+                )
+    if not any(dims):
         raise InputError(
-            f"the model does not run on example inputs of shape {shapes}: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}; "
-            "give inputs that the model accepts"
-        ) from error
-
-
-def _failing_submodule(error: BaseException) -> str:
-    """The innermost `nn.Module` whose forward was running when `error` was raised, by class name ('' if unknown)."""
-    place, tb = "", error.__traceback__
-    while tb is not None:
-        owner = tb.tb_frame.f_locals.get("self")
-        if tb.tb_frame.f_code.co_name == "forward" and isinstance(owner, nn.Module):
-            place = f"{type(owner).__name__} at {tb.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{tb.tb_lineno}"
-        tb = tb.tb_next
-    return place
+            f"no example input has a batch dimension: shapes {[tuple(x.shape) for x in tensors]}; expected tensors of "
+            "shape (batch, ...)"
+        )
 
 
 def _share_storage(graph_module: fx.GraphModule, module: nn.Module) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim
 
+from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.plan.errors import GraphError
 
 _DESCRIPTIONS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "custom")
@@ -31,6 +32,9 @@ def exported_program(
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     shapes = _dynamic_shapes(static, inputs, largest)
+    spec = inputs_of(static)
+    if spec is not None and (spec.guards or spec.ranges):  # reason: named dimensions may have no guards
+        shapes = tuple(dict.fromkeys(shape, Dim.AUTO) for shape in shapes)
     # reason: a dynamic dimension of size 1 would be taken for a constant
     inputs = tuple(
         x.repeat([2 if i in shape and n == 1 else 1 for i, n in enumerate(x.shape)])

@@ -27,6 +27,7 @@ from sbs_fx.export.program import exported_program, quiet
 from sbs_fx.export.registry import target
 from sbs_fx.export.runtime import Runner
 from sbs_fx.passes.capture.canonical import canonicalise
+from sbs_fx.passes.capture.inputs import InputSpec, guarded, inputs_of, set_inputs
 from sbs_fx.passes.dialects import DEQUANTIZE, Static, StaticActivation, StoredWeight, set_dialect, static_of
 from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import FileError
@@ -65,6 +66,7 @@ def save_pt2(
         "format": FORMAT,
         "metadata": dict(metadata or {}),
         "exact": dialect.exact,
+        "inputs": None if (spec := inputs_of(static)) is None else spec.to_json(),
         "weights": {name: _row(stored) for name, stored in dialect.weights.items()},
         "activations": [[name, a.bits, a.zero_point] for name, a in dialect.activations.items()],
     }
@@ -102,7 +104,9 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
     activations = _activations(result, information["activations"])
     exact = information.get("exact", False)
     set_dialect(result, Static(weights, activations, exact, information["metadata"]))
-    return result.eval()
+    if information.get("inputs") is not None:
+        set_inputs(result, InputSpec.from_json(information["inputs"]))
+    return guarded(result.eval())
 
 
 def load_saved(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:

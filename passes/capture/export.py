@@ -1,0 +1,358 @@
+"""A module through `torch.export`, with the dimensions that may change, and what torch assumed of their sizes.
+
+In: a module, the structure of a call, its tensors. Out: a graph that takes these tensors, and an `InputSpec`. Holds: a
+dimension that was asked to change can; where torch fixes one, a `TraceError` names the operator and the line of source.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from sbs_fx.passes.capture.functional import decompositions, make_functional
+from sbs_fx.passes.capture.inputs import InputSpec, TensorSpec, is_guard
+from sbs_fx.passes.capture.signature import Signature
+from sbs_fx.plan.errors import InputError, TraceError
+
+Dynamic = Iterable[str] | Mapping[str, Mapping[int, str]]
+BATCH = "batch"
+_SIDES = {"height": -2, "width": -1}
+_SIZE = re.compile(r"L\['(\w+)'\](?:\[(\d+)\])?\.size\(\)\[(\d+)\]")
+
+
+def dynamic_dims(signature: Signature, tensors: Sequence[Tensor], dynamic: Dynamic | None) -> list[dict[int, str]]:
+    """Tensor by tensor, the names of the dimensions that may change.
+
+    By default the first dimension of each tensor is the batch, where it has the size that the first tensor's has.
+    Raises InputError for names that are none.
+    """
+    sides = (BATCH,) if dynamic is None or isinstance(dynamic, Mapping) else tuple(dynamic)
+    if unknown := [name for name in sides if name not in (BATCH, *_SIDES)]:
+        raise InputError(
+            f"dynamic={sides!r} has {unknown[0]!r}; expected any of {[BATCH, *_SIDES]}, or a dict such as "
+            f'{{"{signature.names[0]}": {{0: "batch", 2: "height"}}}}'
+        )
+    if not any(x.ndim for x in tensors):
+        raise InputError(f"each example input is a scalar ({', '.join(signature.names)}); expected shape (batch, ...)")
+    first = next(x.shape[0] for x in tensors if x.ndim)
+    dims: list[dict[int, str]] = []
+    for x in tensors:
+        own = {0: BATCH} if BATCH in sides and x.ndim and x.shape[0] == first else {}
+        images = x.ndim >= 3 and bool(own or BATCH not in sides)
+        dims.append(own | {x.ndim + place: name for name, place in _SIDES.items() if name in sides and images})
+    if isinstance(dynamic, Mapping):
+        for name, of_tensor in dynamic.items():
+            if name not in signature.names:
+                raise InputError(f"dynamic= names {name!r}; the tensors are {', '.join(signature.names)}")
+            x = tensors[signature.names.index(name)]
+            if bad := [place for place in of_tensor if not 0 <= place < x.ndim]:
+                raise InputError(f"dynamic= names dimension {bad[0]} of {name!r}, whose shape is {tuple(x.shape)}")
+            dims[signature.names.index(name)] = dict(of_tensor)
+    return dims
+
+
+def exported(
+    module: nn.Module, signature: Signature, tensors: tuple[Tensor, ...], dims: Sequence[Mapping[int, str]]
+) -> tuple[fx.GraphModule, InputSpec]:
+    """A functional graph with parameters by the module's names. Raises TraceError, or InputError for inputs on which
+    the module does not run at all."""
+    called = module if signature.plain else _Call(module, signature)
+    batch_alone = all(name == BATCH for of_tensor in dims for name in of_tensor.values())
+    error: Exception | None = None
+    if batch_alone:
+        batch = Dim(BATCH, min=1)
+        try:
+            program = _program(called, signature, tensors, [dict.fromkeys(d, batch) for d in dims])
+            return _graph(program, module, signature), _plain_spec(signature, tensors, dims)
+        except Exception as first:  # whatever torch raises; the second form may be able to
+            error = first
+    try:
+        program = _program(called, signature, tensors, [dict.fromkeys(d, Dim.AUTO) for d in dims])
+        spec = _spec_of(program, signature, tensors, dims)
+        graph = _graph(program, module, signature)
+    except TraceError:
+        raise
+    except Exception as second:
+        _raise_as_input_error(module, signature, tensors)
+        raise _trace_error(module, error or second) from (error or second)
+    return graph, _with_single(graph, module, signature, tensors, dims, spec)
+
+
+def _program(
+    called: nn.Module, signature: Signature, tensors: tuple[Tensor, ...], shapes: Sequence[Mapping[int, Any]]
+) -> ExportedProgram:
+    dynamic: Any = tuple(dict(s) for s in shapes)
+    with quiet_torch():
+        program = torch.export.export(
+            called, tensors, dynamic_shapes=dynamic if signature.plain else (dynamic,), strict=False
+        )
+        table = decompositions(program.graph)
+        if table or not make_functional(program.graph):
+            # This traces again, which removes in-place operators and sub-graphs too, even with an empty table.
+            guards = program._guards_code
+            program = program.run_decompositions(table)
+            program._guards_code = guards
+    return program
+
+
+@contextmanager
+def own_context() -> Iterator[None]:
+    """None of a caller's contexts that change what operators compute: autocast, inference mode, no gradients."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """`own_context`, without gradients and warnings."""
+    with warnings.catch_warnings(), own_context(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _Call(nn.Module):
+    """A module as a function of tensors alone."""
+
+    def __init__(self, module: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.module, self.signature = module, signature
+        self.training = module.training
+
+    def forward(self, *tensors: Tensor) -> Any:
+        args, kwargs = self.signature.call(tensors)
+        return self.module(*args, **kwargs)
+
+
+def _graph(program: ExportedProgram, module: nn.Module, signature: Signature) -> fx.GraphModule:
+    graph_module = program.module(check_guards=False)
+    assert isinstance(graph_module, fx.GraphModule)
+    if signature.plain:
+        return graph_module
+    owner = graph_module.get_submodule("module") if "module" in graph_module._modules else nn.Module()
+    root = nn.Module()
+    root.__dict__ = {**root.__dict__, **{k: dict(owner.__dict__[k]) for k in ("_parameters", "_buffers", "_modules")}}
+    for name, value in vars(graph_module).items():
+        if isinstance(value, Tensor):  # constants that a forward closes over
+            setattr(root, name, value)
+    for name, value in graph_module._buffers.items():
+        root.register_buffer(name, value)
+    for name, value in vars(owner).items():
+        if isinstance(value, Tensor):
+            setattr(root, name, value)
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            node.target = str(node.target).removeprefix("module.")
+            node.name = node.name.removeprefix("module_")
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            inner = [(key, value) for key, value in stack.items() if key != "L__self__"]
+            node.meta["nn_module_stack"] = {
+                key: (path.partition("module")[2].removeprefix("."), cls) for key, (path, cls) in inner
+            }
+    for node, name in zip(graph_module.graph.find_nodes(op="placeholder"), signature.names, strict=True):
+        node.target = node.name = name
+    info = graph_module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    names = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
+    result = fx.GraphModule(root, graph_module.graph)
+    result.graph._codegen = _PyTreeCodeGen(_PyTreeInfo(names, info.in_spec, info.out_spec))
+    result.recompile()
+    return result
+
+
+# -- what torch assumed ------------------------------------------------------------------------------------------------
+
+
+def _plain_spec(signature: Signature, tensors: Sequence[Tensor], dims: Sequence[Mapping[int, str]]) -> InputSpec:
+    return InputSpec(
+        tuple(_tensor_spec(*each) for each in zip(signature.names, tensors, dims, strict=True)), {}, (), signature
+    )
+
+
+def _tensor_spec(name: str, x: Tensor, dims: Mapping[int, str]) -> TensorSpec:
+    return TensorSpec(name, str(x.dtype).removeprefix("torch."), tuple(dims.get(i, n) for i, n in enumerate(x.shape)))
+
+
+def _spec_of(
+    program: ExportedProgram, signature: Signature, tensors: Sequence[Tensor], dims: Sequence[Mapping[int, str]]
+) -> InputSpec:
+    """Dimensions of one symbol have one name; those of several symbols are told apart. Raises TraceError for one that
+    torch has fixed."""
+    placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    nodes = [
+        placeholders[spec.arg.name] for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"
+    ]
+    names: dict[str, str] = {}  # symbol -> name
+    ranges: dict[str, tuple[int, int | None]] = {}
+    shapes: list[dict[int, str]] = []
+    for node, of_tensor in zip(nodes, dims, strict=True):
+        shape: dict[int, str] = {}
+        for place, asked in of_tensor.items():
+            size = node.meta["val"].shape[place]
+            symbol = sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)
+            if not symbol.is_Symbol:
+                raise _fixed(program, node, asked, tensors[nodes.index(node)].shape[place])
+            if str(symbol) not in names:
+                taken = sum(name.partition("_")[0] == asked for name in names.values())
+                names[str(symbol)] = f"{asked}_{taken + 1}" if taken else asked
+                low, high = _bounds(program, symbol)
+                ranges[names[str(symbol)]] = low, high
+            shape[place] = names[str(symbol)]
+        shapes.append(shape)
+
+    def name_of(match: re.Match[str]) -> str:
+        place = int(match[2]) if match[2] else [node.name for node in nodes].index(match[1])
+        return str(shapes[place].get(int(match[3]), tensors[place].shape[int(match[3])]))
+
+    guards = dict.fromkeys(_SIZE.sub(name_of, guard).replace("torch.sym_", "") for guard in program._guards_code)
+    tensors_ = tuple(_tensor_spec(*each) for each in zip(signature.names, tensors, shapes, strict=True))
+    return InputSpec(tensors_, ranges, tuple(g for g in guards if is_guard(g)), signature)
+
+
+def _bounds(program: ExportedProgram, symbol: Any) -> tuple[int, int | None]:
+    bounds = program.range_constraints.get(symbol)
+    if bounds is None:
+        return 1, None
+    return int(bounds.lower), int(bounds.upper) if isinstance(bounds.upper, sympy.Integer) else None
+
+
+def _with_single(
+    graph: fx.GraphModule,
+    module: nn.Module,
+    signature: Signature,
+    tensors: Sequence[Tensor],
+    dims: Sequence[Mapping[int, str]],
+    spec: InputSpec,
+) -> InputSpec:
+    """With a batch of one allowed, if the graph gives what the module does there: torch begins at 2, unsaid."""
+    batches = [name for t in spec.tensors for name in t.shape if isinstance(name, str) and name.startswith(BATCH)]
+    if not batches or any(spec.ranges[name][0] != 2 for name in batches):
+        return spec
+    single = InputSpec(
+        spec.tensors, {**spec.ranges, **{n: (1, spec.ranges[n][1]) for n in batches}}, spec.guards, signature
+    )
+    ones = [x[:1] if of_tensor.get(0) == BATCH else x for x, of_tensor in zip(tensors, dims, strict=True)]
+    args, kwargs = signature.call(ones)
+    try:
+        single.check(ones)
+        with quiet_torch():
+            same = [
+                torch.equal(a, b)
+                for a, b in zip(*(pytree.tree_leaves(y) for y in (graph(*ones), module(*args, **kwargs))), strict=True)
+            ]
+    except Exception:  # reason: a graph or a module that does not take a batch of one
+        return spec
+    return single if all(same) else spec
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def _fixed(program: ExportedProgram, source: fx.Node, name: str, size: int) -> TraceError:
+    """What is said of a dimension that the model fixes: where its size stands in the source."""
+    first = next(
+        (
+            node
+            for node in program.graph.nodes
+            if node.op == "call_function"
+            and any(isinstance(a, int) and a == size for a in pytree.tree_leaves(node.args))
+            and _depends(node, source)
+        ),
+        None,
+    )
+    where = (
+        ""
+        if first is None
+        else f"{_where(first.meta.get('stack_trace'))} calls {_operator(first)} with the number {size}"
+    )
+    return TraceError(
+        f"the model takes a {name} of {size} alone, that of the example inputs: {where or 'its size is a constant'}; "
+        "write -1 or x.shape[...] where that size stands, or name the dimensions that may change with dynamic=",
+        submodule=_module_of(first),
+        reason=f"{name} is fixed to {size}",
+    )
+
+
+def _depends(node: fx.Node, source: fx.Node) -> bool:
+    seen, stack = set(), [node]
+    while stack:
+        for n in stack.pop().all_input_nodes:
+            if n is source:
+                return True
+            if n not in seen:
+                seen.add(n)
+                stack.append(n)
+    return False
+
+
+def _operator(node: fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").partition(".")[0]
+
+
+def _module_of(node: fx.Node | None) -> str:
+    stack = {} if node is None else node.meta.get("nn_module_stack") or {}
+    return next((str(path) for path, _ in reversed(list(stack.values()))), "")
+
+
+def _where(trace: str | None) -> str:
+    """The last line of a stack trace in source that is not torch's: "net.py:9 (return self.head(y))"."""
+    lines = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)', trace or "")
+    own = [(path, line, text) for path, line, text in lines if f"{torch.__path__[0]}" not in path] or lines
+    if not own:
+        return ""
+    path, line, text = own[-1]
+    return f"{path.rsplit('/', 1)[-1]}:{line} ({text.strip()})"
+
+
+def _trace_error(module: nn.Module, error: Exception) -> TraceError:
+    submodule = _failing_submodule(error)
+    text = re.sub(r"\n\s*The error above occurred when.*", "", str(error).strip(), flags=re.DOTALL)
+    text = re.sub(r" ?For more information, run with TORCH_LOGS=\S+", "", text)
+    reason = " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
+    inside = f" (sub-module {submodule})" if submodule else ""
+    return TraceError(
+        f"torch.export could not capture {type(module).__name__}{inside}: {type(error).__name__}: {reason}; change "
+        "that line of the model, or compress the part of the model that can be captured",
+        submodule=submodule,
+        reason=reason,
+    )
+
+
+def _raise_as_input_error(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> None:
+    """If the module cannot even run on the inputs, the inputs are at fault, not the export."""
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    args, kwargs = signature.call(tensors)
+    try:
+        with torch.no_grad():  # reason: on copies, since some modules write what they own
+            torch.func.functional_call(module, {name: tensor.clone() for name, tensor in own.items()}, args, kwargs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+        raise InputError(
+            f"the model does not run on example inputs of shape {shapes}: {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}; "
+            "give inputs that the model accepts"
+        ) from error
+
+
+def _failing_submodule(error: BaseException) -> str:
+    """The innermost `nn.Module` whose forward was running when `error` was raised, by class name ('' if unknown)."""
+    place, tb = "", error.__traceback__
+    while tb is not None:
+        owner = tb.tb_frame.f_locals.get("self")
+        if tb.tb_frame.f_code.co_name == "forward" and isinstance(owner, nn.Module) and not isinstance(owner, _Call):
+            place = f"{type(owner).__name__} at {tb.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{tb.tb_lineno}"
+        tb = tb.tb_next
+    return place
