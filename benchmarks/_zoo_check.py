@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ import torch
 from _coverage_family import compare_codes, equal
 from _coverage_graph import random_plan, to_meta
 from _coverage_weights import randomise
-from _zoo_networks import Maker, Network, all_networks, plain_call
+from _zoo_networks import Inputs, Maker, Network, PlainCall, all_networks, called, tensors_in
 from _zoo_plain import ask
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -62,30 +62,42 @@ class Wrong(Exception):
 
 
 class Case(NamedTuple):
-    """A network in the form that is compressed. `inputs(maker, batch)` are what it is called with; a plain process
-    listens at `address`."""
+    """A network in the form that is compressed, and what it is called with; a plain process listens at `address`."""
 
     network: Network
     model: nn.Module
-    inputs: Callable[[Maker, int], tuple[Tensor, ...]]
     address: str
+    plain: bool
 
-    def example(self, batch: int = EXAMPLE_BATCH) -> tuple[Tensor, ...]:
-        return self.inputs(self.network.inputs, batch)
+    def inputs(self, batch: int = EXAMPLE_BATCH, maker: Maker | None = None) -> Inputs:
+        """As a user has them, or the tensors in them where the call is to be plain."""
+        made = (maker or self.network.inputs)(batch)
+        return tensors_in(made) if self.plain else made
 
 
-def check_network(task: tuple[str, str]) -> dict[str, Any]:
-    """The row of one network, given its name and the address of a plain process (`_zoo_plain.py`)."""
-    begun, (name, address) = time.perf_counter(), task
+class Task(NamedTuple):
+    """The name of a row, the address of a plain process (`_zoo_plain.py`), and whether only tensors are passed."""
+
+    name: str
+    address: str
+    plain: bool = False
+
+
+def check_network(task: Task) -> dict[str, Any]:
+    """The row of one network."""
+    begun, name = time.perf_counter(), task.name
     network = all_networks()[name]
     row: dict[str, Any] = {"kind": network.kind, "model": name, "outcome": "", "seconds": {}}
     with _column(row, "build"):
         torch.manual_seed(0)
-        case = Case(network, *plain_call(network, network.build().eval()), address)
-        row["parameters"] = sum(p.numel() for p in case.model.parameters())
-        randomise(case.model, *case.example())
+        model, example = network.build().eval(), network.inputs(EXAMPLE_BATCH)
+        row["parameters"] = sum(p.numel() for p in model.parameters())
+        call = PlainCall(model, example if isinstance(example, dict | tuple) else (example,))
+        randomise(call, *tensors_in(example))
+        plain = task.plain and isinstance(example, dict)
+        case = Case(network, call.eval() if plain else model, task.address, plain)
         with torch.no_grad():
-            outputs = [x for x in pytree.tree_leaves(case.model(*case.example())) if isinstance(x, Tensor)]
+            outputs = tensors_in(called(case.model, case.inputs()))
         row["outputs"] = len(outputs)
         if not all(bool(torch.isfinite(x).all()) for x in outputs if x.is_floating_point()):
             raise Wrong("the float model gives NaN or Inf: the row is wrong")
@@ -101,10 +113,10 @@ def check_network(task: tuple[str, str]) -> dict[str, Any]:
 def _check(row: dict[str, Any], case: Case) -> None:
     with _column(row, "trace"), torch.no_grad():
         with _unchanged(row, case.model):
-            graph = trace(case.model, case.example())
+            graph = trace(case.model, case.inputs())
         row["nodes"] = len(graph.graph.nodes)
         for batch in (EXAMPLE_BATCH, OTHER_BATCH):
-            _compare_outputs(graph, case.model, case.example(batch), f"at batch {batch}")
+            _compare_outputs(graph, case.model, case.inputs(batch), f"at batch {batch}")
     if case.network.other_size is not None:
         with _column(row, "size"), torch.no_grad():
             _check_size(case, case.network.other_size)
@@ -125,9 +137,9 @@ def _check(row: dict[str, Any], case: Case) -> None:
         return
     with _column(row, "static"):
         errors: dict[str, Any] = {"errors": []}
-        codes = compare_codes(errors, result.gated, finalize(result.gated), case.example(OTHER_BATCH))
+        codes = compare_codes(errors, result.gated, finalize(result.gated), tensors_in(case.inputs(OTHER_BATCH)))
         row["codes"] = codes
-        few = codes["step"] <= 1 and codes["share"] * sum(x.numel() for x in case.example()) <= TIES_OF_SMALL
+        few = codes["step"] <= 1 and codes["share"] * sum(x.numel() for x in tensors_in(case.inputs())) <= TIES_OF_SMALL
         if errors["errors"] and not (few and codes["bits_real"]):
             raise Wrong("; ".join(errors["errors"]))
     with _column(row, "file"):
@@ -139,12 +151,10 @@ def _check(row: dict[str, Any], case: Case) -> None:
 
 def _check_size(case: Case, other: Maker) -> None:
     """Traced once for any height and width, bitwise at two sizes."""
-    dims = dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)
-    shapes = tuple({0: torch.export.Dim("batch", min=1), **dims} for _ in case.example())
-    graph = trace(case.model, case.example(), dynamic_shapes=shapes)
+    graph = trace(case.model, case.inputs(), dynamic=("batch", "height", "width"))
     for maker in (case.network.inputs, other):
-        inputs = case.inputs(maker, OTHER_BATCH)
-        _compare_outputs(graph, case.model, inputs, f"at shape {tuple(inputs[0].shape)}")
+        inputs = case.inputs(OTHER_BATCH, maker)
+        _compare_outputs(graph, case.model, inputs, f"at shape {tuple(tensors_in(inputs)[0].shape)}")
 
 
 def _check_price(row: dict[str, Any], case: Case, graph: fx.GraphModule) -> None:
@@ -157,27 +167,27 @@ def _check_price(row: dict[str, Any], case: Case, graph: fx.GraphModule) -> None
     row["prunable_share"] = round(cost.prunable_share(), 4)
     price = cost.evaluate(Plan(kept))
     row["mac_reduction"] = round(1 - price.macs / max(1, cost.reference.macs), 4)
-    single = case.example(1)
+    single = case.inputs(1)
     problems = []
-    counted, in_graph = _counted(case.model, single), _counted(copy.deepcopy(graph), single)
+    counted, in_graph = _counted(case.model, single), _counted(copy.deepcopy(graph), tensors_in(single))
     row["dead_macs"] = counted - in_graph if in_graph == cost.reference.macs else 0  # of what no output needs
     if in_graph != cost.reference.macs or counted < in_graph:
         problems.append(
             f"the float model has {counted} MACs, its graph {in_graph}, priced {cost.reference.macs}"
-            + _by_operator(graph, single, _by_node(cost, cost.reference))
+            + _by_operator(graph, tensors_in(single), _by_node(cost, cost.reference))
         )
     slimmed = slim(graph, groups, kept)
-    counted = _counted(slimmed, single)
+    counted = _counted(slimmed, tensors_in(single))
     if counted != price.macs:
         problems.append(
             f"the slim graph has {counted} MACs, priced {price.macs}"
-            + _by_operator(slimmed, single, _by_node(cost, price))
+            + _by_operator(slimmed, tensors_in(single), _by_node(cost, price))
         )
     if problems:
         raise Wrong("; ".join(problems))
 
 
-def _counted(module: nn.Module, inputs: Sequence[Tensor]) -> int:
+def _counted(module: nn.Module, inputs: Inputs) -> int:
     """MACs that torch counts on one example, on the meta device if the module runs there.
 
     reason: there, an LSTM and attention are made of the products that they stand for, so nothing is left uncounted.
@@ -186,12 +196,12 @@ def _counted(module: nn.Module, inputs: Sequence[Tensor]) -> int:
         moved = to_meta(module) if isinstance(module, fx.GraphModule) else copy.deepcopy(module).to("meta")
         moved.requires_grad_(False)  # reason: the counter's hooks expect a gradient function, even without gradients
         with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter, torch.no_grad():
-            moved(*(x.to("meta") for x in inputs))
+            called(moved, pytree.tree_map_only(Tensor, lambda x: x.to("meta"), inputs))
     except Exception:
         if isinstance(module, fx.GraphModule):
             raise
         with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter, torch.no_grad():
-            module(*inputs)
+            called(module, inputs)
     return counter.get_total_flops() // 2
 
 
@@ -231,7 +241,7 @@ class _Counting(fx.Interpreter):
 def _check_slim(row: dict[str, Any], case: Case, graph: fx.GraphModule) -> None:
     """Mask = slim, node by node, in float64; the plan is drawn again until it changes the output."""
     exact = cast(graph, torch.float64)
-    inputs = [x.double() if x.is_floating_point() else x for x in case.example(OTHER_BATCH)]
+    inputs = [x.double() if x.is_floating_point() else x for x in tensors_in(case.inputs(OTHER_BATCH))]
     with _default_dtype(torch.float64):
         groups = channel_groups(exact)
         report = SlimReport({}, 0.0, 0.0)
@@ -250,21 +260,21 @@ def _compressed(row: dict[str, Any], case: Case) -> tuple[Any, Budget]:
     """Without data, under the budget; where that cannot be met, under the least that can, as the refusal says."""
     budget = Budget(bops=BUDGET)
     try:
-        return compress(case.model, case.example(), budget=budget, method="uniform"), budget
+        return compress(case.model, case.inputs(), budget=budget, method="uniform"), budget
     except InfeasibleBudget as error:
         row["infeasible"] = str(error)
         budget = Budget(bops=min(1.0, 1.05 * error.least["bops"]))
-        return compress(case.model, case.example(), budget=budget, method="uniform"), budget
+        return compress(case.model, case.inputs(), budget=budget, method="uniform"), budget
 
 
 def _check_file(case: Case, result: Any) -> None:
     """Saved, loaded by a process that has torch alone, run at another batch, the same bits."""
-    inputs = case.example(OTHER_BATCH)
+    inputs = case.inputs(OTHER_BATCH)
     with tempfile.TemporaryDirectory() as directory:
         result.save(directory)
         with torch.no_grad():
-            expected = pytree.tree_leaves(result.model(*inputs))
-        torch.save((inputs, expected), os.path.join(directory, "run.pt"))
+            expected = pytree.tree_leaves(called(result.model, inputs))
+        torch.save((tensors_in(inputs), expected), os.path.join(directory, "run.pt"))
         if problem := ask(case.address, directory, case.network.imports, PLAIN_SECONDS):
             raise Wrong(f"a plain process: {problem}")
 
@@ -272,8 +282,8 @@ def _check_file(case: Case, result: Any) -> None:
 # -- measures ----------------------------------------------------------------------------------------------------------
 
 
-def _compare_outputs(graph: fx.GraphModule, model: nn.Module, inputs: tuple[Tensor, ...], where: str) -> None:
-    actual, expected = pytree.tree_leaves(graph(*inputs)), pytree.tree_leaves(model(*inputs))
+def _compare_outputs(graph: fx.GraphModule, model: nn.Module, inputs: Inputs, where: str) -> None:
+    actual, expected = pytree.tree_leaves(graph(*tensors_in(inputs))), pytree.tree_leaves(called(model, inputs))
     if len(actual) != len(expected):
         raise Wrong(f"trace gives {len(actual)} outputs and the model {len(expected)}, {where}")
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):

@@ -109,7 +109,8 @@ def by_name(**makers: Maker) -> Maker:
 
 
 class PlainCall(nn.Module):
-    """A network that is called by name or with nested inputs, as one of tensors to a tuple of tensors."""
+    """A network that is called by name or with nested inputs, as one of tensors to a tuple of tensors, for what calls
+    it so; at most four."""
 
     def __init__(self, module: nn.Module, example: Inputs) -> None:
         super().__init__()
@@ -127,13 +128,13 @@ class PlainCall(nn.Module):
         return tuple(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
 
 
-def plain_call(network: Network, module: nn.Module) -> tuple[nn.Module, Callable[[Maker, int], tuple[Tensor, ...]]]:
-    """A module that takes plain tensors, and how to make them from one of the row's makers and a batch size."""
-    example = network.inputs(2)
-    is_plain = isinstance(example, Tensor) or (
-        isinstance(example, tuple) and all(isinstance(value, Tensor) for value in example)
-    )
-    called = module if is_plain else PlainCall(module, example)
-    return called.eval(), lambda make, batch: tuple(
-        leaf for leaf in pytree.tree_leaves(make(batch)) if isinstance(leaf, Tensor)
-    )
+def called(module: nn.Module, inputs: Inputs) -> Any:
+    """What a module gives for inputs as a row has them."""
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+
+
+def tensors_in(inputs: Any) -> tuple[Tensor, ...]:
+    """The tensors of a call or of an output, in order."""
+    return tuple(leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))

@@ -39,13 +39,13 @@ def main() -> int:
         side.write_text("")
     waiting = [network.name for network in networks if network.name not in rows]
     print(f"{len(networks)} networks, {len(networks) - len(waiting)} already done", flush=True)
-    from _zoo_check import check_network
+    from _zoo_check import Task, check_network
 
     kinds = {network.name: network.kind for network in networks}
     with _plain_process() as address:
-        tasks = [(name, address) for name in waiting]
+        tasks = [Task(name, address, options.plain) for name in waiting]
         results = run_tasks(check_network, tasks, jobs=options.jobs, timeout=options.timeout, preload=PRELOAD)
-        for (name, _), result in results:
+        for (name, *_), result in results:
             row: dict[str, Any] = result
             if isinstance(result, Failed):
                 row = {"kind": kinds[name], "model": name, "outcome": f"faulty: {result}", "seconds": {}}
@@ -124,6 +124,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=240, help="seconds a network may take")
     parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run")
     parser.add_argument("--retry", help="with --resume: but not those whose outcome holds this text, such as faulty")
+    parser.add_argument("--plain", action="store_true", help="pass tensors alone, nothing by name")
     parser.add_argument("--table", type=pathlib.Path, help="also write the table as markdown")
     return parser.parse_args()
 

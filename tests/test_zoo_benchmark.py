@@ -81,9 +81,9 @@ def test_named_inputs_become_plain_ones(networks: ModuleType) -> None:
             return {"y": x * times, "mask": mask}
 
     make = networks.by_name(x=networks.images(3), times=lambda batch: 2)
-    model, inputs = networks.plain_call(networks.Network("n", "k", Named, make), Named())
-    (x,) = inputs(make, 4)
-    (y,) = model(x)
+    (x,) = networks.tensors_in(make(4))
+    (y,) = networks.PlainCall(Named(), make(2))(x)
+    assert torch.equal(networks.called(Named(), make(4))["y"], y)
     assert torch.equal(y, 2 * x)
     assert x.shape == (4, 3)
 
