@@ -179,14 +179,15 @@ def _calls_functional_operators(graph_module: fx.GraphModule, form: Any) -> Iter
     kinds = {"placeholder", "get_attr", "call_function", "output"}
     kinds |= {"call_module"} if isinstance(form, Gated) else set()
     masked = _MASKED if isinstance(form, Searchable) else set()
-    namespaces = ("aten", "quantized_decomposed") if isinstance(form, Static) else ("aten",)
+    # reason: operators of other libraries have no rule, and stay as they are
+    foreign = () if isinstance(form, Static) else ("quantized_decomposed", "quantized", "prim")
     for node in graph_module.graph.nodes:
         target = node.target
         if node.op not in kinds:
             yield node.name, f"is a {node.op}, which this dialect has not"
         elif node.op == "call_function" and isinstance(target, torch._ops.OpOverload):
-            if target.namespace not in namespaces or target._schema.is_mutable:
-                yield node.name, f"calls {target}, which is not of {namespaces} or writes to its arguments"
+            if target.namespace in foreign or target._schema.is_mutable:
+                yield node.name, f"calls {target}, which is of {target.namespace} or writes to its arguments"
         elif node.op == "call_function" and not _is_item_or_size(node) and target not in masked:
             yield node.name, f"calls {target}, which is no operator of this dialect"
 

@@ -104,7 +104,7 @@ def compress(
     if output_dir is not None:
         prepare_directory(output_dir)
     job = Job(config, data, validation, progress, observer)
-    priced = _priced(model, example_inputs, dynamic, job, timed="latency" in budget.limits)
+    priced = _priced(model, example_inputs, dynamic, job, budget)
     problem = Problem.of(priced.cost, budget, priced.inputs, config, config.seed)
     identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.limits}
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
@@ -149,7 +149,7 @@ def apply(
     config = config or Config()
     job = Job(config, data, validation, progress, observer)
     limits = None if budget is None else Budget.of(budget)
-    priced = _priced(model, example_inputs, dynamic, job, timed=limits is not None and "latency" in limits.limits)
+    priced = _priced(model, example_inputs, dynamic, job, limits)
     _check_policy(priced.cost, policy)
     if limits is not None and not limits.is_satisfied_by(cost := priced.cost.evaluate(policy.plan)):
         raise BudgetError(
@@ -174,7 +174,9 @@ class _Priced(NamedTuple):
     metadata: dict[str, Any]
 
 
-def _priced(model: Model, example_inputs: Inputs | None, dynamic: Dynamic | None, job: Job, *, timed: bool) -> _Priced:
+def _priced(
+    model: Model, example_inputs: Inputs | None, dynamic: Dynamic | None, job: Job, budget: Budget | None
+) -> _Priced:
     job.stage("trace", 0.0)
     module = unwrapped(create_model(model) if isinstance(model, str) else model)
     _check_weights(module)
@@ -184,7 +186,14 @@ def _priced(model: Model, example_inputs: Inputs | None, dynamic: Dynamic | None
     job.stage("channel groups", 0.3)
     groups = channel_groups(graph, keep_outputs=job.config.keep_outputs)
     cost = cost_model(graph, groups)
-    if timed:
+    limits = {} if budget is None else budget.limits
+    if cost.uncounted and limits.keys() & {"bops", "macs"} and job.config.uncounted == "error":
+        raise BudgetError(
+            f"nobody knows what {_listed(cost.uncounted)} costs, so that a budget of BOPs or MACs would be met in name "
+            "alone; register a formula with torch.utils.flop_counter.register_flop_formula, limit size or latency, or "
+            'leave it out with Config(uncounted="ignore")'
+        )
+    if "latency" in limits:
         job.stage("latency", 0.32)
         cost = cost_model(graph, groups, latency_model(graph, groups, cost, inputs, job.config.latency))
     card = input_config(module)
@@ -233,10 +242,19 @@ def _realised(priced: _Priced, searched: SearchResult, policy: Policy, job: Job,
     if rounds:
         static = _integer(static, priced.inputs, job)
     total = cost.evaluate(plan)
-    report = Report.of(groups, cost, policy, total, searched.notes)
+    uncounted = [f"not in the cost, as nobody knows it: {_listed(cost.uncounted)}"] if cost.uncounted else []
+    report = Report.of(groups, cost, policy, total, (*searched.notes, *uncounted))
     job.close()
     guarded(static)
     return Result(static, policy, total, report, gated, priced.inputs, job.seconds, priced.metadata)
+
+
+def _listed(operators: Mapping[str, str]) -> str:
+    """Operators by node, as "torch.ops.my.op (node my_op, my_op_1)"."""
+    nodes: dict[str, list[str]] = {}
+    for node, operator in operators.items():
+        nodes.setdefault(operator, []).append(node)
+    return ", ".join(f"{operator} (node {', '.join(names)})" for operator, names in nodes.items())
 
 
 def _check_policy(cost: CostModel, policy: Policy) -> None:

@@ -27,6 +27,8 @@ class Config(SpaceSettings):
         calibration_batches: batches of `data` that calibration reads.
         epochs, learning_rate: fine-tuning with the gates fixed; 0 epochs: none.
         reconstruction: of what a method without training has found, where nothing is fine-tuned.
+        uncounted: what to do about operators whose cost nobody knows under a budget of BOPs or MACs: "error", or
+            "ignore", which leaves them out of the cost and says so in the report.
         latency: how time is measured if the budget limits it.
         training: how search and fine-tuning train.
         seed: of everything random.
@@ -41,6 +43,7 @@ class Config(SpaceSettings):
     epochs: int = Field(default=0, ge=0)
     learning_rate: float = Field(default=0.01, gt=0)
     reconstruction: Reconstruction = Reconstruction()
+    uncounted: Literal["error", "ignore"] = "error"
     latency: Latency = Latency()
     training: Training = Training()
     seed: int = 0

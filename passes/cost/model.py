@@ -23,6 +23,7 @@ from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis
 from sbs_fx.passes.channels.groups import ChannelGroups, quantized_tensors
 from sbs_fx.passes.channels.slim import slim_bits
+from sbs_fx.passes.cost.float_work import float_work
 from sbs_fx.passes.cost.layers import (
     LayerExpression,
     end_layers,
@@ -60,7 +61,8 @@ class CostModel:
     """Costs of one graph under any plan. Build with `cost_model`; with `timing`, latency is one of them.
 
     Attributes:
-        layers: what multiplies, in graph order. weights, activations: name -> the places where layers read it.
+        layers: what multiplies, in graph order; of kind "float" what no rule knows. uncounted: node -> operator whose
+            cost nobody knows, which is in no measure. weights, activations: name -> the places where layers read it.
         variables: what costs depend on; `polynomials` number them so.
         polynomials: measure ("bops", "macs", "size" in stored bits, "latency" in seconds if there is a timing) -> cost.
         whole: measure -> cost of the float graph, nothing pruned; what a budget's shares are of.
@@ -72,7 +74,10 @@ class CostModel:
         nodes = {n.name: n for n in inference.graph_module.graph.nodes}
         symbols = symbol_values(inference)
         self._traced_sizes = traced_sizes(inference)
-        self.layers = tuple(layer_expression(inference, nodes, layer, symbols) for layer in inference.layers.values())
+        floats, self.uncounted = float_work(inference)
+        layers = [layer_expression(inference, nodes, layer, symbols) for layer in inference.layers.values()]
+        place = {name: i for i, name in enumerate(nodes)}
+        self.layers = tuple(sorted([*layers, *floats], key=lambda layer: place[layer.node]))
         self.weights, self.activations = quantized_tensors(groups)
         self._stored, self._others = stored_tensors(inference, nodes, self.weights)
         self._adapted = [tensor for tensor in self._others if tensor.adapted]

@@ -83,11 +83,21 @@ class InfeasibleBudget(BudgetError):
         self.binding = tuple(binding)
 
     @classmethod
-    def of(cls, limits: Mapping[str, float], least: Mapping[str, float], reached: str, binding: Iterable[str]) -> Self:
-        """With the text that says which limits, the least shares that were reached, and what keeps them from less."""
+    def of(
+        cls,
+        limits: Mapping[str, float],
+        least: Mapping[str, float],
+        reached: str,
+        binding: Iterable[str],
+        in_float: Iterable[str] = (),
+    ) -> Self:
+        """With the text that says which limits, the least shares that were reached, and what keeps them from less;
+        `in_float`: operators that no rule knows, with their shares."""
         asked = ", ".join(f"{measure} {share:.4g}" for measure, share in limits.items())
         shares = ", ".join(f"{measure} {least[measure]:.4g}" for measure in limits)
         binding = tuple(binding)
+        if floats := ", ".join(in_float):
+            shares += f", of which {floats}, which has no rule and stays in float (docs/extending.md: rules)"
         remedy = f", or give up what binds: {'; '.join(binding)}" if binding else ""
         return cls(
             f"the budget ({asked}) cannot be met: the least that {reached} is {shares}; raise the budget{remedy}",

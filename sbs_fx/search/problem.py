@@ -124,7 +124,13 @@ class Problem:
             shares = [f"{measure} {relaxed[measure] / self.cost.whole[measure]:.4g}" for measure in over]
             if any(relaxed[measure] < min(price[measure], of_space[measure]) for measure in over):
                 binding.append(f"{name} (without it {', '.join(shares)})")
-        return InfeasibleBudget.of(self.shares, reached, f"method {method!r} reaches", binding)
+        in_float = [
+            f"{measure} {getattr(cost, measure) / self.cost.whole[measure]:.4g} for {layer.name}"
+            for layer, cost in zip(self.cost.layers, self.cost.reference.layers, strict=True)
+            for measure in over
+            if layer.kind == "float" and measure in ("bops", "macs")
+        ]
+        return InfeasibleBudget.of(self.shares, reached, f"method {method!r} reaches", binding, in_float)
 
     def policy(self, plan: Plan, method: str) -> Policy:
         """A plan with the identity of the model that it is for."""

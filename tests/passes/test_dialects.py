@@ -95,7 +95,11 @@ SPOILT: dict[str, tuple[type, Callable[[fx.GraphModule], Any], str]] = {
     "in place": (Traced, lambda g: call(g, aten.relu_.default, node(g, "x")), "writes to its arguments"),
     "python": (Traced, lambda g: call(g, torch.relu, node(g, "x")), "no operator of this dialect"),
     "arithmetic": (Traced, lambda g: call(g, operator.mul, node(g, "x"), 2), "no operator of this dialect"),
-    "quantised": (Traced, lambda g: call(g, QUANTIZE, node(g, "x"), 1.0, 0, 0, 9, torch.uint8), "not of"),
+    "quantised": (
+        Traced,
+        lambda g: call(g, QUANTIZE, node(g, "x"), 1.0, 0, 0, 9, torch.uint8),
+        "which is of quantized_decomposed",
+    ),
     "no value": (Traced, lambda g: node(g, aten.relu.default).meta.clear(), r'relu.*meta\["val"\]'),
     "unread": (Traced, lambda g: g.register_buffer("extra", torch.ones(1)), "extra.*no node reads"),
     "unheld": (Traced, lambda g: delattr(g.conv, "weight"), "conv.weight.*holds no such tensor"),

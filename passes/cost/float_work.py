@@ -1,0 +1,114 @@
+"""Multiply-accumulates of operators that are no layers, such as those without a rule, which stay in float.
+
+In: inference over a graph. Out: one `LayerExpression` an operator that multiplies, and the operators of which nobody
+can say what they cost. Counts are torch's own where it has a formula (`torch.utils.flop_counter`, two operations a
+multiply-accumulate; another package registers one with `register_flop_formula`), those of the table here elsewhere;
+other ATen operators multiply nothing by matrices and count as 0, as elementwise ones do. One example (batch 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry
+
+from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.inference import Inference
+from sbs_fx.passes.cost.layers import LayerExpression, Product, symbol_values, traced_sizes
+
+KIND = "float"
+_UNCOUNTABLE = ("linalg_", "_linalg_", "cholesky", "lu_", "ormqr", "geqrf", "triangular_solve")
+
+
+def _deformable(args: Sequence[Any], out: Sequence[Tensor]) -> int:
+    """Of the convolution; sampling counts as elementwise work. Arguments: input, weight (outputs, inputs, kh, kw)."""
+    return out[0].numel() * args[1][0].numel()
+
+
+def _bilinear(args: Sequence[Any], out: Sequence[Tensor]) -> int:
+    """y_o = x1 W_o x2, the smaller product first."""
+    weight = args[2]
+    rows = out[0].numel() // weight.shape[0]
+    return rows * weight.shape[0] * (weight.shape[1] * weight.shape[2] + min(weight.shape[1:]))
+
+
+def _sampled(args: Sequence[Any], out: Sequence[Tensor]) -> int:
+    """Two neighbours along each dimension of the grid."""
+    return out[0].numel() * 2 ** (out[0].ndim - 2)
+
+
+def _fourier(args: Sequence[Any], out: Sequence[Tensor]) -> int:
+    """2.5 n log2 n, half of the 5 n log2 n operations by which transforms are compared (Cooley and Tukey, radix 2)."""
+    whole = max((x for x in (args[0], out[0])), key=lambda x: x.numel())
+    points = math.prod(whole.shape[dim] for dim in args[1])
+    return math.ceil(2.5 * whole.numel() * math.log2(max(2, points)))
+
+
+def _distances(args: Sequence[Any], out: Sequence[Tensor]) -> int:
+    return out[0].numel() * args[0].shape[-1]
+
+
+_FORMULAS: Mapping[str, Callable[[Sequence[Any], Sequence[Tensor]], int]] = {
+    "torchvision::deform_conv2d": _deformable,
+    "aten::bilinear": _bilinear,
+    "aten::grid_sampler": _sampled,
+    "aten::grid_sampler_2d": _sampled,
+    "aten::grid_sampler_3d": _sampled,
+    "aten::_fft_r2c": _fourier,
+    "aten::_fft_c2c": _fourier,
+    "aten::_fft_c2r": _fourier,
+    "aten::_cdist_forward": _distances,
+    "aten::cdist": _distances,
+}
+
+
+def float_work(inference: Inference) -> tuple[tuple[LayerExpression, ...], dict[str, str]]:
+    """The operators beside layers that multiply, and node -> operator of those that cannot be counted."""
+    sizes = {s: 1 if v is None else v for s, v in symbol_values(inference).items()} | traced_sizes(inference)
+    layers, uncounted = [], {}
+    for node in inference.graph_module.graph.nodes:
+        if node.op != "call_function" or node.name in inference.layers:
+            continue
+        macs = _macs(node, sizes)
+        if macs is None and node.name in inference.unknown:
+            uncounted[node.name] = str(node.target)
+        elif macs:
+            # reason: what has a rule does as much for each coordinate of its result
+            types = () if node.name in inference.unknown else inference[node]
+            dims = tuple(dim for dim in types if d.axes(dim))
+            scale = macs // math.prod(dim.size for dim in dims)
+            name = f"{str(node.target).removesuffix('.default')} ({node.name})"
+            layers.append(LayerExpression(name, node.name, KIND, (Product(scale, dims, None, None),), {}))
+    return tuple(layers), uncounted
+
+
+def _macs(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> int | None:
+    """Of one call; None if nobody knows."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    name, overload = node.target._schema.name, node.target
+
+    def concrete(value: Any) -> Any:
+        value = value.meta.get("val") if isinstance(value, fx.Node) else value
+        if isinstance(value, Tensor):
+            return torch.empty([_number(n, sizes) for n in value.shape], dtype=value.dtype, device="meta")
+        return _number(value, sizes) if isinstance(value, torch.SymInt) else value
+
+    args, kwargs = pytree.tree_map_only((fx.Node, torch.SymInt), concrete, (list(node.args), dict(node.kwargs)))
+    out = pytree.tree_map(concrete, node.meta["val"])
+    if name in _FORMULAS:
+        return _FORMULAS[name](args, [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)])
+    if overload._overloadpacket in flop_registry:
+        return int(flop_registry[overload._overloadpacket](*args, **kwargs, out_val=out)) // 2
+    namespace, _, operator = name.partition("::")
+    return None if namespace != "aten" or operator.startswith(_UNCOUNTABLE) else 0
+
+
+def _number(size: Any, sizes: Mapping[sympy.Symbol, int]) -> int:
+    return int(size.node.expr.subs(sizes)) if isinstance(size, torch.SymInt) else size

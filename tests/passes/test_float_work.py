@@ -1,0 +1,114 @@
+"""Operators without a rule are in the price: what is counted, by hand or by torch, and what nobody can count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
+from torchvision.ops import deform_conv2d
+
+import sbs_fx
+from sbs_fx.passes import channel_groups, cost_model, trace
+from sbs_fx.plan import Plan
+from sbs_fx.plan.errors import BudgetError, InfeasibleBudget
+
+
+@torch.library.custom_op("sbs_fx_tests::mixed", mutates_args=())
+def mixed(x: Tensor) -> Tensor:
+    return x @ x.transpose(-1, -2)
+
+
+@mixed.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+
+
+class Net(nn.Module):
+    """A convolution, and an operator on its features."""
+
+    def __init__(self, operator: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.operator = nn.Conv2d(3, 16, 3, padding=1), operator
+        self.weight = nn.Parameter(torch.randn(8, 16, 3, 3))
+        self.pairs = nn.Parameter(torch.randn(5, 16, 16))
+        self.grid = nn.Parameter(torch.rand(1, 10, 12, 2) - 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operator(self, self.conv(x).relu())
+
+
+X = torch.randn(2, 3, 8, 6)
+OFFSETS = torch.zeros(1, 18, 8, 6)
+COUNTED: dict[str, tuple[Callable[[Net, Tensor], Tensor], int]] = {
+    "deformable": (
+        lambda net, y: deform_conv2d(y, OFFSETS.expand(y.shape[0], -1, -1, -1), net.weight, padding=1),
+        8 * 16 * 9 * 8 * 6,
+    ),
+    "grid": (lambda net, y: nn.functional.grid_sample(y, net.grid.expand(y.shape[0], -1, -1, -1)), 4 * 16 * 10 * 12),
+    "fourier": (lambda net, y: torch.fft.rfft2(y).abs(), math.ceil(2.5 * 16 * 48 * math.log2(48))),
+    "distances": (lambda net, y: torch.cdist(y.flatten(2), y.flatten(2)), 16 * 16 * 48),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_what_has_no_rule_is_counted(name: str) -> None:
+    operator, macs = COUNTED[name]
+    net = Net(operator).eval()
+    graph = trace(net, X)
+    groups = channel_groups(graph)
+    cost = cost_model(graph, groups)
+    conv = 16 * 3 * 9 * 48
+    assert cost.reference.macs == conv + macs
+    assert cost.whole["bops"] == 1024 * (conv + macs)
+    (row,) = [row for row in cost.reference.layers if row.kind == "float"]
+    assert (row.macs, row.weight_bits, row.activation_bits) == (macs, 32, 32)
+    plan = Plan({n: tuple(range(g.size)) for n, g in groups.items()}, dict.fromkeys(cost.weights, 8))
+    assert cost.price(plan)["bops"] == cost.evaluate(plan).bops == conv * 8 * 32 + macs * 1024
+    with pytest.raises(InfeasibleBudget, match=f"bops .* for .*{row.name.partition(' ')[0]}.* stays in float"):
+        sbs_fx.compress(net, X, budget=1e-3)
+    assert f"{row.name}" in str(sbs_fx.compress(net, X, budget=0.99).report)
+
+
+def test_what_torch_counts_is_counted_so() -> None:
+    """An operator with a formula of torch's, whose rule is taken away."""
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3, stride=2)).eval()
+    graph = trace(net, X)
+    groups = channel_groups(graph)
+    last = list(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default))[-1]
+    groups.inference.unknown[last.name] = "aten.conv2d.default"
+    del groups.inference.layers[last.name]
+    last.target = torch.ops.aten.convolution.default
+    last.args = (*last.args[:3], [2, 2], [0, 0], [1, 1], False, [0, 0], 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(X[:1])
+    assert cost_model(graph, groups).reference.macs == counter.get_total_flops() // 2
+
+
+@pytest.fixture
+def formula() -> Iterator[None]:
+    target = torch.ops.sbs_fx_tests.mixed
+    register_flop_formula(target)(lambda x, *_, out_shape=None, **__: 2 * math.prod(x) * x[1])
+    yield
+    del flop_registry[target]
+
+
+def test_what_nobody_can_count_is_refused_or_said() -> None:
+    net = Net(lambda net, y: mixed(y.flatten(2))).eval()
+    with pytest.raises(BudgetError, match=r"nobody knows what sbs_fx_tests.mixed.* \(node mixed\) costs, .*register"):
+        sbs_fx.compress(net, X, budget=0.2)
+    result = sbs_fx.compress(net, X, budget=0.2, config=sbs_fx.Config(uncounted="ignore"))
+    assert "not in the cost, as nobody knows it: sbs_fx_tests.mixed" in str(result.report)
+    sbs_fx.compress(net, X, budget=sbs_fx.Budget(size=0.5))  # a measure that it has no part in
+
+
+@pytest.mark.usefixtures("formula")
+def test_a_formula_of_ones_own_counts() -> None:
+    graph = trace(Net(lambda net, y: mixed(y.flatten(2))).eval(), X)
+    cost = cost_model(graph, channel_groups(graph))
+    assert not cost.uncounted
+    assert cost.reference.macs == 16 * 3 * 9 * 48 + 16 * 48 * 16
