@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from multiprocessing.connection import Client, Listener
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 def serve(address: str) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reason: nobody waits for the copies
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with Listener(address) as listener:
         while True:
@@ -31,6 +33,11 @@ def serve(address: str) -> None:
                 connection.send(problem_of(*connection.recv()))
                 os._exit(0)
             connection.close()
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()  # reason: the other end is closed when the process that started this one ends, however it does
+    os._exit(0)
 
 
 def ask(address: str, directory: str, imports: Sequence[str], timeout: float) -> str:

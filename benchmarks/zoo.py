@@ -71,7 +71,9 @@ def _plain_process() -> Iterator[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with tempfile.TemporaryDirectory() as directory:
         address = os.path.join(directory, "socket")
-        process = subprocess.Popen([sys.executable, script, address], cwd=directory, env=environment)
+        process = subprocess.Popen(
+            [sys.executable, script, address], cwd=directory, env=environment, stdin=subprocess.PIPE
+        )
         try:
             while not os.path.exists(address):
                 if process.poll() is not None:
