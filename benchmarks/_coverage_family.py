@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def _collect(row: dict[str, Any], stage: Callable[[], None]) -> None:
         row["errors"].append(first_line(error))
 
 
-def _expect(row: dict[str, Any], holds: bool, problem: str) -> None:
+def expect(row: dict[str, Any], holds: bool, problem: str) -> None:
     if not holds:
         row["errors"].append(problem)
 
@@ -92,7 +92,7 @@ def _product(row: dict[str, Any], model: torch.nn.Module, images: torch.Tensor) 
     row["bops_share"] = BUDGET.shares(result.cost)["bops"]
     row["method"] = result.policy.method
     row["bits"] = sorted({str(b) for b in result.policy.weight_bits.values()})
-    _expect(row, BUDGET.is_satisfied_by(result.cost), f"over budget: {row['bops_share']}")
+    expect(row, BUDGET.is_satisfied_by(result.cost), f"over budget: {row['bops_share']}")
     with tempfile.TemporaryDirectory() as directory:
         with timed(row, "save"):
             result.save(directory)
@@ -102,19 +102,19 @@ def _product(row: dict[str, Any], model: torch.nn.Module, images: torch.Tensor) 
             loaded = load_pt2(path)
     row["peak_bytes"] = _peak_bytes()
     row["memory_share"] = round(row["peak_bytes"] / (6 * row["float_bytes"] + MEMORY_SLACK), 3)
-    _expect(row, row["memory_share"] <= 1, f"peak memory {row['peak_bytes']} bytes")
+    expect(row, row["memory_share"] <= 1, f"peak memory {row['peak_bytes']} bytes")
     row["file_excess"] = round((row["file_bytes"] - FILE_SLACK) / row["stored_bytes"] - 1, 4)
-    _expect(
+    expect(
         row,
         0.9 * row["stored_bytes"] <= row["file_bytes"] <= 1.1 * row["stored_bytes"] + FILE_SLACK,
         f"file has {row['file_bytes']} bytes, cost states {row['stored_bytes']}",
     )
     run = images[: row["run_batch"]]
     with torch.no_grad():
-        _expect(row, _equal(loaded(run), result.model(run)), "loaded graph differs from the saved one")
+        expect(row, equal(loaded(run), result.model(run)), "loaded graph differs from the saved one")
     del loaded
     plain = finalize(result.gated)
-    row["codes"] = _compare_codes(row, result.gated, plain, run)
+    row["codes"] = compare_codes(row, result.gated, plain, [run])
     _compare_joins(row, model, plain, result.model, run)
 
 
@@ -132,13 +132,13 @@ def _compare_joins(
         exact, static, joined = (pytree.tree_leaves(graph(images)) for graph in (model, plain, integer))
     row["joins_error"] = _error(joined, static)
     row["static_error"] = _error(static, exact)
-    _expect(
+    expect(
         row,
         row["joins_error"] <= max(JOINS_TOLERANCE, 2 * row["static_error"]),
         f"integer joins change the output by {row['joins_error']:.2f}, quantisation by {row['static_error']:.2f}",
     )
     unreal = [level for level in count_levels(integer, [images]) if not level.is_real]
-    _expect(row, not unreal, f"more levels than bits allow, with integer joins: {unreal[:1]}")
+    expect(row, not unreal, f"more levels than bits allow, with integer joins: {unreal[:1]}")
 
 
 def _error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
@@ -147,13 +147,13 @@ def _error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     return max(float((a - b).norm() / b.norm().clamp_min(1e-9)) for a, b in pairs)
 
 
-def _compare_codes(
-    row: dict[str, Any], gated: fx.GraphModule, static: fx.GraphModule, images: torch.Tensor
+def compare_codes(
+    row: dict[str, Any], gated: fx.GraphModule, static: fx.GraphModule, inputs: Sequence[torch.Tensor]
 ) -> dict[str, Any]:
     """Static against gated graph, each layer fed the same codes; no more levels in use than bits allow."""
-    codes = compare_static(gated, static, [images])
+    codes = compare_static(gated, static, inputs)
     differing, positions = sum(c.differing for c in codes), sum(c.positions for c in codes)
-    unreal = [level for level in count_levels(static, [images]) if not level.is_real]
+    unreal = [level for level in count_levels(static, inputs) if not level.is_real]
     found = {
         "tensors": len(codes),
         "share": differing / max(1, positions),
@@ -161,12 +161,12 @@ def _compare_codes(
         "step": max((c.largest_step for c in codes), default=0),
         "bits_real": not unreal,
     }
-    _expect(
+    expect(
         row,
         found["step"] <= 1 and found["share"] <= CODE_TOLERANCE,
         f"static and gated codes differ on {found['share']:.1e} of positions by up to {found['step']} steps",
     )
-    _expect(row, not unreal, f"more levels than bits allow: {unreal[:1]}")
+    expect(row, not unreal, f"more levels than bits allow: {unreal[:1]}")
     return found
 
 
@@ -186,7 +186,7 @@ def _passes(row: dict[str, Any], model: torch.nn.Module, images: torch.Tensor) -
     row["seconds"]["groups"], row["seconds"]["groups_max"] = statistics.median(repeats), max(repeats)
     cost, plan = cost_model(graph, groups), random_plan(groups)
     describe_groups(row, groups, cost, plan)
-    _expect(row, not groups.inference.unknown, f"operators without a rule: {row['unknown_operators']}")
+    expect(row, not groups.inference.unknown, f"operators without a rule: {row['unknown_operators']}")
     with timed(row, "gates"):
         gated = insert_gates(graph, groups)
     with torch.no_grad():
@@ -194,9 +194,9 @@ def _passes(row: dict[str, Any], model: torch.nn.Module, images: torch.Tensor) -
             x = torch.randn(batch, *images.shape[1:], generator=torch.Generator().manual_seed(batch))
             expected = model(x)
             actual = graph(x)
-            _expect(row, _equal(actual, expected), f"trace is not bitwise at batch {batch}")
+            expect(row, equal(actual, expected), f"trace is not bitwise at batch {batch}")
             if batch == 2:
-                _expect(row, _equal(gated(x), actual), "open gates are not bitwise")
+                expect(row, equal(gated(x), actual), "open gates are not bitwise")
     del gated
     with timed(row, "slim"):
         slimmed = slim(graph, groups, plan)
@@ -210,13 +210,13 @@ def _passes(row: dict[str, Any], model: torch.nn.Module, images: torch.Tensor) -
     calibrate(quantised, None, inputs=(images[:2],), method="minmax", max_batches=1)
     with timed(row, "finalise"):
         static = finalize(quantised)
-    row["mixed_codes"] = _compare_codes(row, quantised, static, images[: row["run_batch"]])
+    row["mixed_codes"] = compare_codes(row, quantised, static, [images[: row["run_batch"]]])
     del quantised, static
     seconds = row["seconds"]
     row["compile_seconds"] = round(sum(seconds[k] for k in ("trace", "groups", "gates", "slim", "finalise")), 3)
     row["compile_to_export"] = round(row["compile_seconds"] / seconds["export"], 2)
     row["cost_error"] = count_error(to_meta(slimmed), images[:1].to("meta"), cost.evaluate(Plan(plan)))
-    _expect(row, row["cost_error"] == 0, f"symbolic MACs differ from counted ones by {row['cost_error']}")
+    expect(row, row["cost_error"] == 0, f"symbolic MACs differ from counted ones by {row['cost_error']}")
     report = compare_slim(graph, groups, plan, [images[: row["run_batch"]]])
     row["slim_output_error_float32"] = report.output_error
     row["badly_conditioned"] = report.output_error > OUTPUT_TOLERANCE
@@ -233,14 +233,14 @@ def _oracle(row: dict[str, Any], model: torch.nn.Module, images: torch.Tensor) -
     row["slim_output_error"] = report.output_error
     row["differs_from_dense"] = report.differs_from_dense
     first = report.first_above(SLIM_TOLERANCE)
-    _expect(row, not first, f"slim differs from masked by {report.worst_error:.1e}, first at {first}")
-    _expect(row, report.differs_from_dense > 1e-6, "the random plan changes nothing at the output")
+    expect(row, not first, f"slim differs from masked by {report.worst_error:.1e}, first at {first}")
+    expect(row, report.differs_from_dense > 1e-6, "the random plan changes nothing at the output")
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
 
 
-def _equal(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
     """Whether two outputs are the same bit for bit; NaN equals nothing."""
     left, right = pytree.tree_leaves(a), pytree.tree_leaves(b)
     return len(left) == len(right) and all(torch.equal(x, y) for x, y in zip(left, right, strict=True))

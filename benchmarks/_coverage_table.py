@@ -17,7 +17,7 @@ Column = tuple[str, Callable[[Row], str]]
 def table(rows: Sequence[Row], *, graph_only: bool = False) -> str:
     """All rows of the families; of the whole registry, a line a family with its counts."""
     if graph_only:
-        return _markdown(
+        return markdown(
             ["family", "models", "ok", "groups", "MACs gone, least", "prunable share, least"],
             [
                 _family_line(family, [r for r in rows if r["family"] == family])
@@ -39,7 +39,7 @@ def table(rows: Sequence[Row], *, graph_only: bool = False) -> str:
         ("groups s", lambda r: f"{r['seconds']['groups']:.3f}" if "groups" in r["seconds"] else ""),
         ("peak MB", lambda r: f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else ""),
     ]
-    return _markdown([name for name, _ in columns], [[show(row) for _, show in columns] for row in rows])
+    return markdown([name for name, _ in columns], [[show(row) for _, show in columns] for row in rows])
 
 
 def summary(rows: Sequence[Row], *, graph_only: bool = False) -> str:
@@ -118,6 +118,6 @@ def _small(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}" if value else "0"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [list(header), ["---"] * len(header), *cells])

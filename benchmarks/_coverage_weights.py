@@ -14,7 +14,7 @@ _LEAST_VARIANCE = 0.25
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, images: torch.Tensor, seed: int = 0) -> None:
+def randomise(model: nn.Module, *inputs: torch.Tensor, seed: int = 0) -> None:
     """Draw every parameter anew, then let batch norms measure one batch and shake what they found, in place.
 
     Weights have variance 1 / fan-in, biases are small, scales lie between 0.5 and 1.5, and a batch norm's statistics
@@ -34,7 +34,7 @@ def randomise(model: nn.Module, images: torch.Tensor, seed: int = 0) -> None:
     for norm in norms:
         norm.train()
         norm.momentum = 1.0
-    model(images)
+    model(*inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval()
         norm.momentum = momentum

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager
 from typing import Any
@@ -66,7 +67,7 @@ class _Snapshot:
         if isinstance(value, Tensor):
             self._once(value, lambda: _restorer_of_tensor(value))
         elif isinstance(value, (MutableMapping, MutableSequence, MutableSet)):
-            parts = list(value.values()) if isinstance(value, Mapping) else list(value)
+            parts = list(_items(value).values()) if isinstance(value, Mapping) else list(value)
             self._once(value, lambda: _restorer_of_container(value))
             self._take_all(parts, depth)
         elif isinstance(value, (tuple, frozenset)):
@@ -123,11 +124,12 @@ def _version(tensor: Tensor) -> int:
 
 
 def _restorer_of_container(value: Any) -> Callable[[], None]:
-    before = dict(value) if isinstance(value, Mapping) else list(value)
+    before = _items(value) if isinstance(value, Mapping) else list(value)
 
     def restore() -> None:
         if isinstance(before, dict):
-            if _differ([*before, *before.values()], [*value, *value.values()]):
+            after = _items(value)
+            if _differ([*before, *before.values()], [*after, *after.values()]):
                 value.clear()
                 value.update(before)
         elif _differ(before, list(value)):
@@ -139,6 +141,14 @@ def _restorer_of_container(value: Any) -> Callable[[], None]:
                     value.add(item)
 
     return restore
+
+
+def _items(value: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What a mapping holds; of a kind of dict that makes something else of an entry when it is read, the entries."""
+    if not isinstance(value, dict):
+        return dict(value)
+    kind = OrderedDict if isinstance(value, OrderedDict) else dict  # reason: the order of the one is its own
+    return {key: dict.__getitem__(value, key) for key in kind.__iter__(value)}
 
 
 def _restore_class(cls: type, before: Mapping[str, Any]) -> None:

@@ -270,7 +270,7 @@ class _Lowering:
         weight, old = node.args[WEIGHT], node.args[BIAS]
         alone = isinstance(old, fx.Node) and old.op == "get_attr" and len(old.users) == 1
         source = weight.args[0] if weight.op == "call_module" else weight  # type: ignore[union-attr]
-        base = str(old.target) if alone else f"{self._base(source)}.bias"  # type: ignore[union-attr,arg-type]
+        base = str(old.target) if alone else self._bias_name(source)  # type: ignore[union-attr,arg-type]
         self.taken -= {base} if alone else set()
         with self.graph.inserting_before(copied):
             copied.update_arg(BIAS, self._tensor(base, value, None))
@@ -302,6 +302,11 @@ class _Lowering:
     @staticmethod
     def _base(source: fx.Node) -> str:
         return str(source.target).removesuffix(".weight") if source.op == "get_attr" else source.name
+
+    def _bias_name(self, source: fx.Node) -> str:
+        """Beside the weight; not below it, where it is itself named like a module."""
+        base = self._base(source)
+        return f"{base}_bias" if source.op == "get_attr" and base == source.target else f"{base}.bias"
 
     def _name(self, source: fx.Node) -> str:
         """What to call the values that replace a weight: by its own name if nothing else reads it."""

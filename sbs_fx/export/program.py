@@ -1,20 +1,23 @@
 """A static graph as `torch.export` captures it: where every file format begins.
 
 In: a static graph and example inputs. Out: an exported program. Holds: what was a dynamic dimension when the model was
-traced is one again; no node carries where it came from, which takes more room than the node.
+traced is one again; outputs are in plain containers; no node carries where it came from, which takes more room than
+the node.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import Dim
+from torch.utils import _pytree as pytree
 
 from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.plan.errors import GraphError
@@ -55,7 +58,35 @@ def exported_program(
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             program.graph.erase_node(node)  # reason: one a conversion, and none can fail
     program.graph_module.recompile()
+    signature = program.module_call_graph[0].signature
+    assert signature is not None
+    signature.out_spec = plain_outputs(signature.out_spec)
     return program
+
+
+def plain_outputs(spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """The structure of an output in containers that every torch knows, or a file could be read only where the library
+    is imported that the model comes from: what has names becomes a dict, a named tuple and anything else a tuple."""
+    tensors = [torch.empty(0)] * spec.num_leaves
+    return pytree.tree_structure(_plain(pytree.tree_unflatten(tensors, spec)))
+
+
+def _plain(value: Any) -> Any:
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        return kind((name, _plain(part)) for name, part in value.items())
+    if kind is list or isinstance(value, tuple):
+        return [_plain(part) for part in value] if kind is list else tuple(_plain(part) for part in value)
+    node = pytree.SUPPORTED_NODES.get(kind)
+    if node is None:
+        return value
+    parts, _ = node.flatten_fn(value)
+    if isinstance(value, Mapping) and len(value) == len(parts):
+        return {str(name): _plain(part) for name, part in zip(value, parts, strict=True)}
+    keys = [key for key, _ in node.flatten_with_keys_fn(value)[0]] if node.flatten_with_keys_fn else []
+    if keys and all(isinstance(key, pytree.GetAttrKey) for key in keys):
+        return {key.name: _plain(part) for key, part in zip(keys, parts, strict=True)}
+    return tuple(_plain(part) for part in parts)
 
 
 def _dynamic_shapes(

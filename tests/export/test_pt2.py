@@ -14,8 +14,10 @@ import random
 import subprocess
 import sys
 import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import timm
@@ -23,6 +25,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from sbs_fx.export import load, load_pt2, pt2, save_pt2
 from sbs_fx.export.packing import PLANES, pack, pack_planes, split_codes, unpack
@@ -47,6 +50,27 @@ def codes(shape: tuple[int, ...], bits: int | tuple[int, ...], axis: int) -> Ten
     limits = torch.tensor([max_level(b, True) if b else 0 for b in per_channel])
     limits = limits.view([-1 if i == axis else 1 for i in range(len(shape))])
     return ((torch.rand(shape) * 2 - 1) * limits).round().to(torch.int8)
+
+
+class Scores(NamedTuple):
+    best: Tensor
+    rest: list[Tensor]
+
+
+@dataclass
+class Boxes:
+    corners: Tensor
+    mask: Tensor | None = None
+
+
+class Output(OrderedDict[str, Any]):
+    """What has names and is known to torch by its library alone."""
+
+
+pytree.register_pytree_node(
+    Output, lambda o: (list(o.values()), list(o)), lambda values, names: Output(zip(names, values, strict=True))
+)
+torch.export.register_dataclass(Boxes)
 
 
 @st.composite
@@ -382,3 +406,26 @@ def test_places_that_cannot_be_written(small: fx.GraphModule, tmp_path: Path) ->
         with pytest.raises(FileError, match="cannot write"):
             save_pt2(small, Recipe().example(2), path)
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_output_of_any_kind_is_read_by_torch_alone(tmp_path: Path) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Output:
+            y = self.linear(x)
+            return Output(scores=Scores(y, [y + 1]), boxes=Boxes(y * 2), plain={"y": (y, y - 1)})
+
+    x = torch.randn(2, 3)
+    save_pt2(static := finalize(gate(Heads(), x)), x, tmp_path / "model.pt2")
+    run = f"""
+import torch, torch.ao.quantization.fx._decomposed
+print(torch.export.load({str(tmp_path / "model.pt2")!r}).module()(torch.zeros(3, 3)))
+"""
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.startswith("{'scores': (tensor("), done.stderr
+    expected, loaded = static(x), load_pt2(tmp_path / "model.pt2")(x)
+    assert torch.equal(loaded["boxes"]["corners"], expected["boxes"].corners)
+    assert all(map(torch.equal, pytree.tree_leaves(loaded), pytree.tree_leaves(expected)))

@@ -201,3 +201,20 @@ def test_a_range_of_zero_is_no_error() -> None:
     static = check_static(fixed(gate(conv, x), 4), x)
     torch.testing.assert_close(static(x)[:, 1], conv.bias[1].expand(2, 6, 6))
     assert torch.isfinite(static(x)).all()
+
+
+def test_a_bias_of_its_own_beside_a_weight_that_is_not_called_weight() -> None:
+    class Steps(nn.Module):
+        """The same parameters at each step, as in a recurrent network."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix, self.shift = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = torch.tanh(nn.functional.linear(x, self.matrix, self.shift))
+            return x
+
+    static = check_static(fixed(gate(Steps(), torch.randn(4, 6)), 4), torch.randn(5, 6))
+    assert "matrix_bias" in dict(static.named_buffers())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,16 @@ from sbs_fx.plan.errors import SbsError, TraceError
 from tests.oracles.state import state_of
 
 TABLES: dict[int, Tensor] = {}
+
+
+class Makers(OrderedDict[str, Any]):
+    """Gives a new object each time that an entry is read, as tables of activation functions do."""
+
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(name)()
+
+
+ACTIVATIONS = Makers(relu=nn.ReLU, gelu=nn.GELU)
 
 
 @functools.lru_cache
@@ -158,3 +170,15 @@ def test_a_forward_that_writes_a_buffer_does_so_in_none_of_our_graphs() -> None:
 def test_outputs_that_depend_on_what_a_forward_writes_are_refused() -> None:
     with pytest.raises(TraceError, match="forward changes the buffer 'calls' at each call .* make it an input"):
         trace(Counting(read=True).eval(), torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_table_that_makes_objects_when_it_is_read_keeps_its_entries(fails: bool) -> None:
+    module = Caching(fails).eval()
+    with pytest.raises(SbsError) if fails else nullcontext():
+        trace(module, torch.randn(2, 3, 8, 8))
+    assert list(dict.items(ACTIVATIONS)) == [("relu", nn.ReLU), ("gelu", nn.GELU)]
+    assert isinstance(ACTIVATIONS["relu"], nn.ReLU)
+    with unchanged(module):
+        ACTIVATIONS["silu"] = nn.SiLU
+    assert list(dict.items(ACTIVATIONS)) == [("relu", nn.ReLU), ("gelu", nn.GELU)]
