@@ -8,6 +8,7 @@ from sbs_fx.plan import Budget, Cost, Plan, Policy
 from sbs_fx.plan.errors import SbsError
 from sbs_fx.result import Result
 from sbs_fx.search.constraints import Keep
+from sbs_fx.training.task import Task
 
 __all__ = [
     "Budget", "Config", "Cost", "Keep", "Plan", "Policy", "Result", "SbsError", "Task", "apply", "compare",

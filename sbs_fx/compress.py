@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from sbs_fx.calibration.calibrate import calibrate, calibration_batches
 from sbs_fx.calibration.reconstruction import reconstruct
 from sbs_fx.config import Config
+from sbs_fx.data.prepared import Prepare, prepared
 from sbs_fx.export.latency import latency_model
 from sbs_fx.models import create_model, input_config
 from sbs_fx.models import example_inputs as derive_inputs
@@ -69,6 +70,7 @@ def compress(
     task: Task | str | None = None,
     budget: Budget | float | str = 0.05,
     data: Data | None = None,
+    prepare: Prepare | None = None,
     method: str = "auto",
     config: Config | None = None,
     output_dir: str | os.PathLike[str] | None = None,
@@ -90,7 +92,9 @@ def compress(
             of your own; default: classification where the one output is (batch, classes), else every output is matched
             to the float model's.
         budget: shares of the float model; a number or text means BOPs.
-        data: iterable of (images, labels) or images, normalised as the model expects; None: data-free.
+        data: iterable of (images, labels) or images, normalised as the model expects; None: data-free. Batches may be
+            dicts and dataclasses too, by the names of the model's arguments or usual ones ("pixel_values", "labels").
+        prepare: batch -> (arguments of the model, targets or None), for batches of any other form.
         method: the name of a registered method (`sbs_fx.search.registry.methods()` lists them, with what each needs);
             "auto": what suits the data and the epochs of fine-tuning that are asked for.
         config: settings; see `Config`.
@@ -109,7 +113,9 @@ def compress(
     if output_dir is not None:
         prepare_directory(output_dir)
     job = Job(config, data, validation, progress, observer)
-    priced = _priced(_traced(model, example_inputs, dynamic, task, job), job, budget)
+    traced = _traced(model, example_inputs, dynamic, task, job)
+    job.prepare(traced.graph, prepare)
+    priced = _priced(traced, job, budget)
     problem = Problem.of(priced.cost, budget, priced.inputs, config, config.seed)
     identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.limits}
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
@@ -139,6 +145,7 @@ def apply(
     task: Task | str | None = None,
     budget: Budget | float | str | None = None,
     data: Data | None = None,
+    prepare: Prepare | None = None,
     config: Config | None = None,
     validation: Data | None = None,
     progress: Progress | None = None,
@@ -155,7 +162,9 @@ def apply(
     config = config or Config()
     job = Job(config, data, validation, progress, observer)
     limits = None if budget is None else Budget.of(budget)
-    priced = _priced(_traced(model, example_inputs, dynamic, task, job), job, limits)
+    traced = _traced(model, example_inputs, dynamic, task, job)
+    job.prepare(traced.graph, prepare)
+    priced = _priced(traced, job, limits)
     _check_policy(priced.cost, policy)
     if limits is not None and not limits.is_satisfied_by(cost := priced.cost.evaluate(policy.plan)):
         raise BudgetError(
@@ -357,6 +366,11 @@ class Job:
         self._current: str | None = None
         self._since = time.perf_counter()
         self.seconds: dict[str, float] = {}
+
+    def prepare(self, graph: fx.GraphModule, function: Prepare | None) -> None:
+        """Read the data by the names of the tensors that a graph takes."""
+        names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
+        self.data, self.validation = (prepared(data, names, function) for data in (self.data, self.validation))
 
     def stage(self, name: str, done: float) -> None:
         self.close()

@@ -80,16 +80,21 @@ def _parts(item: Any, inputs: int, index: int) -> tuple[tuple[Tensor, ...], Tens
         )
     if any(x.ndim == 0 or len(x) == 0 for x in tensors):
         raise DataError(f"batch {index} is {_form(item)}; expected at least one image in each batch")
-    return tensors, _labels(parts[inputs]) if len(parts) > inputs else None
+    return tensors, _labels(parts[inputs], len(tensors[0]), index) if len(parts) > inputs else None
 
 
-def _labels(value: Any) -> Tensor | None:
-    """A tensor of what lies behind the images; None for what is none, such as file names and boxes."""
+def _labels(value: Any, images: int, index: int) -> Tensor | None:
+    """A tensor with a row for each image of what lies behind them; None for what is none, such as file names and boxes.
+    Raises DataError for another number of classes."""
     try:
         labels = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         return None
     whole = not labels.is_floating_point() and not labels.is_complex()
+    if labels.shape[:1] != (images,):
+        if whole and labels.ndim == 1:
+            raise DataError(f"batch {index} has {images} images and {len(labels)} labels; expected one an image")
+        return None
     return labels.to(torch.int64) if whole else labels
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sbs_fx.calibration.calibrate import calibrate
-from sbs_fx.data.batches import read_batches, start_epoch
+from sbs_fx.data.batches import check_labels, read_batches, start_epoch
 from sbs_fx.passes import insert_gates
 from sbs_fx.passes.channels.importance import group_importance
 from sbs_fx.plan import Plan
@@ -183,6 +183,6 @@ def check_training_data(data: Iterable[Any]) -> None:
     for index, _, labels in read_batches(data, max_batches=8):
         if labels is None:
             raise DataError(f"batch {index} has no labels; a search that trains needs (images, labels)")
-        seen |= set(torch.unique(labels).tolist())
+        seen |= set(torch.unique(check_labels(labels, None, index)).tolist())
     if len(seen) < 2:
         raise DataError(f"the first batches hold the label {seen} alone; expected several classes, in mixed order")

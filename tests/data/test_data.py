@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from sbs_fx.data.batches import read_batches
+from sbs_fx.data.batches import check_labels, read_batches
 from sbs_fx.data.datasets import IMAGENET_MEAN, IMAGENET_STD, open_data
+from sbs_fx.data.prepared import prepared
 from sbs_fx.plan.errors import DataError
 
 PLAIN: dict[str, Any] = {"mean": (0.0,), "std": (1.0,)}
@@ -267,14 +270,73 @@ def test_no_more_batches_are_asked_for_than_used() -> None:
         (3, "data is a int"),
         (["image"], "batch 0 is a str"),
         ([torch.zeros(2, 3), torch.zeros(0, 3)], "batch 1 is a tensor of shape .0, 3.*at least one image"),
-        ([(torch.zeros(2, 3), torch.zeros(2, 3))], "labels of batch 0"),
-        ([(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))], "labels of batch 0"),
-        ([(torch.zeros(2), torch.zeros(2), torch.zeros(2))], "expected 1 tensor"),
+        ([(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))], "batch 0 has 2 images and 3 labels"),
+        ([("image", torch.zeros(2))], "expected 1 tensor"),
     ],
 )
 def test_batches_of_another_form(data: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         list(read_batches(data))
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(2, 3), torch.zeros(2), torch.zeros(2, 3, dtype=torch.int64)])
+def test_labels_are_checked_where_they_are_read(labels: torch.Tensor) -> None:
+    (batch,) = read_batches([(torch.zeros(2, 3), labels)])
+    assert torch.equal(batch.labels, labels)
+    with pytest.raises(DataError, match="labels of batch 0 have dtype .* expected whole numbers, one an image"):
+        check_labels(batch.labels, None, 0)
+
+
+@dataclass
+class Sample:
+    pixel_values: torch.Tensor
+    label: torch.Tensor
+
+
+class Named(NamedTuple):
+    image: torch.Tensor
+    names: list[str]
+
+
+IMAGES, CLASSES = torch.arange(6.0).reshape(2, 3), torch.tensor([1, 0])
+
+
+@pytest.mark.parametrize(
+    ("batch", "labelled"),
+    [
+        ({"pixel_values": IMAGES, "labels": CLASSES}, True),
+        ({"anchor": IMAGES, "y": CLASSES, "image": torch.ones(1)}, True),  # by the name that the model has
+        (UserDict(image=IMAGES, id=["a", "b"]), False),
+        (Sample(IMAGES, CLASSES), True),
+        (Named(IMAGES, ["a", "b"]), False),
+        (({"image": IMAGES}, CLASSES), True),
+        (IMAGES, False),
+        ([IMAGES, CLASSES], True),
+    ],
+)
+def test_batches_with_names(batch: Any, labelled: bool) -> None:
+    data = prepared([batch, batch], ["anchor"])
+    assert len(data) == 2
+    for inputs, labels in [(b.inputs, b.labels) for b in read_batches(data)]:
+        assert torch.equal(inputs[0], IMAGES)
+        assert torch.equal(labels, CLASSES) if labelled else labels is None
+
+
+def test_batches_of_several_inputs_by_name_and_by_a_function() -> None:
+    batch = {"right": IMAGES + 1, "left": IMAGES, "target": CLASSES}
+    for data in (
+        prepared([batch], ["left", "right"]),
+        prepared([batch], ["left", "right"], lambda b: ((b["left"], b["right"]), b["target"])),
+        prepared(iter([batch]), ["left", "right"], lambda b: ({"left": b["left"], "right": b["right"]}, b["target"])),
+    ):
+        ((_, inputs, labels),) = read_batches(data, inputs=2)
+        assert torch.equal(inputs[1], inputs[0] + 1)
+        assert torch.equal(labels, CLASSES)
+
+
+def test_names_that_are_not_there_are_said() -> None:
+    with pytest.raises(DataError, match="batch 0 holds picture, id; the model takes left, right.*prepare="):
+        list(prepared([{"picture": IMAGES, "id": 3}], ["left", "right"]))
 
 
 def test_data_that_raises_names_the_batch_and_keeps_the_cause() -> None:
