@@ -23,6 +23,7 @@ from sbs_fx.passes.capture.canonical import canonicalise
 from sbs_fx.passes.capture.functional import decompositions, make_functional
 from sbs_fx.passes.capture.unchanged import unchanged
 from sbs_fx.passes.capture.weights import fold_weights, merge_weights
+from sbs_fx.passes.channels.inference import load_rules
 from sbs_fx.passes.dialects import Traced, set_dialect
 from sbs_fx.plan.errors import InputError, TraceError
 
@@ -43,8 +44,10 @@ def trace(
 
     Raises:
         InputError: an input is not a tensor, has no batch dimension, has batch 1, or sits on another device.
+        GraphError: the rules of another package cannot be loaded.
         TraceError: `torch.export` could not capture the module; names the sub-module and the reason.
     """
+    load_rules()
     args = _checked_inputs(module, example_inputs)
     if dynamic_shapes is None:
         batch = Dim("batch", min=1)

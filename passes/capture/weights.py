@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sbs_fx.passes.channels.facts import facts_of
-from sbs_fx.passes.channels.inference import rule_of
+from sbs_fx.passes.channels.inference import load_rules, rule_of
 from sbs_fx.passes.folding import CONSTANT_PRODUCTS, RECURRENT, WEIGHT, WITH_BIAS, constant_nodes
 from sbs_fx.passes.graph import attribute
 
@@ -49,8 +49,7 @@ def merge_weights(graph_module: fx.GraphModule) -> None:
 
 def fold_weights(graph_module: fx.GraphModule) -> bool:
     """Compute once the weights that cannot stay live, each with all that leads to it; True if there were any."""
-    import sbs_fx.passes.channels.rules  # noqa: F401  reason: registers rules
-
+    load_rules()
     graph = graph_module.graph
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
     changed = False
