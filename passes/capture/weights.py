@@ -17,6 +17,7 @@ input channels that are left, in the masked graph as in the slim one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,7 +124,8 @@ def _names(layer: fx.Node, weight: fx.Node, sources: dict[fx.Node, None]) -> Ite
         owner, found, rest = str(node.target).partition("parametrizations.")
         if node.op == "get_attr" and found:
             yield owner + rest.partition(".")[0]
-    path = [path for path, _ in (layer.meta.get("nn_module_stack") or {}).values()][-1:]
+    stack = (layer.meta.get("nn_module_stack") or {}).values()
+    path = [re.sub(r"@\d+", "", path) for path, _ in stack][-1:]  # reason: so torch counts the calls of a module
     if layer.target in WITH_BIAS:
         yield ".".join([*filter(None, path), "weight"])
     yield f"_folded_{weight.name}"
