@@ -1,7 +1,9 @@
 """Graph passes, each a callable that can be used alone or inside torch's `PassManager` (see `as_pass`)."""
 
 from sbs_fx.passes.capture.trace import trace
+from sbs_fx.passes.channels.facts import Facts, always, any_of, keeps
 from sbs_fx.passes.channels.groups import ChannelGroup, ChannelGroups, channel_groups
+from sbs_fx.passes.channels.inference import Inference, Term, rule
 from sbs_fx.passes.channels.slim import slim
 from sbs_fx.passes.cost.model import CostModel, cost_model
 from sbs_fx.passes.dialects import Gated, Searchable, Static, Traced, verify
@@ -16,11 +18,16 @@ __all__ = [
     "ChannelGroup",
     "ChannelGroups",
     "CostModel",
+    "Facts",
     "Gated",
+    "Inference",
     "Searchable",
     "Static",
+    "Term",
     "Traced",
     "activation_gates",
+    "always",
+    "any_of",
     "apply_bits",
     "as_pass",
     "channel_gates",
@@ -30,7 +37,9 @@ __all__ = [
     "insert_gates",
     "integer_grid",
     "integer_joins",
+    "keeps",
     "on_device",
+    "rule",
     "slim",
     "trace",
     "verify",

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from sbs_fx.passes.capture.canonical import REWRITTEN
-from sbs_fx.passes.channels.inference import RULES
+from sbs_fx.passes.channels.inference import RULES, load_rules
 
 aten = torch.ops.aten
 
@@ -67,7 +67,7 @@ def decompositions(graph: fx.Graph) -> dict[Any, Callable[..., Any]]:
 
     A composite computes by running what it is made of, so values stay as they are, bit for bit.
     """
-    import sbs_fx.passes.channels.rules  # noqa: F401  reason: fills RULES
+    load_rules()
 
     def is_opaque(target: Any) -> bool:
         return (

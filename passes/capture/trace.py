@@ -23,6 +23,7 @@ from sbs_fx.passes.capture.models import put_in_eval_mode, unwrapped
 from sbs_fx.passes.capture.signature import Inputs, Signature
 from sbs_fx.passes.capture.unchanged import unchanged
 from sbs_fx.passes.capture.weights import fold_weights, merge_weights
+from sbs_fx.passes.channels.inference import load_rules
 from sbs_fx.passes.dialects import Traced, set_dialect
 from sbs_fx.plan.errors import InputError, TraceError
 
@@ -45,9 +46,11 @@ def trace(module: Any, example_inputs: Inputs, *, dynamic: Dynamic | None = None
 
     Raises:
         InputError: inputs that the model does not take, a batch of 1, or an input on another device.
+        GraphError: the rules of another package cannot be loaded.
         TraceError: `torch.export` could not capture the module, or the module fixes a size that was to change; names
             the place and the reason.
     """
+    load_rules()
     module = unwrapped(module)
     signature, tensors = Signature.of(module, example_inputs)
     dims = dynamic_dims(signature, tensors, dynamic)

@@ -17,6 +17,7 @@ input channels that are left, in the masked graph as in the slim one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sbs_fx.passes.channels.facts import facts_of
-from sbs_fx.passes.channels.inference import rule_of
+from sbs_fx.passes.channels.inference import load_rules, rule_of
 from sbs_fx.passes.folding import CONSTANT_PRODUCTS, RECURRENT, WEIGHT, WITH_BIAS, constant_nodes
 from sbs_fx.passes.graph import attribute
 
@@ -49,8 +50,7 @@ def merge_weights(graph_module: fx.GraphModule) -> None:
 
 def fold_weights(graph_module: fx.GraphModule) -> bool:
     """Compute once the weights that cannot stay live, each with all that leads to it; True if there were any."""
-    import sbs_fx.passes.channels.rules  # noqa: F401  reason: registers rules
-
+    load_rules()
     graph = graph_module.graph
     parameters = dict(graph_module.named_parameters(remove_duplicate=False))
     changed = False
@@ -124,7 +124,8 @@ def _names(layer: fx.Node, weight: fx.Node, sources: dict[fx.Node, None]) -> Ite
         owner, found, rest = str(node.target).partition("parametrizations.")
         if node.op == "get_attr" and found:
             yield owner + rest.partition(".")[0]
-    path = [path for path, _ in (layer.meta.get("nn_module_stack") or {}).values()][-1:]
+    stack = (layer.meta.get("nn_module_stack") or {}).values()
+    path = [re.sub(r"@\d+", "", path) for path, _ in stack][-1:]  # reason: so torch counts the calls of a module
     if layer.target in WITH_BIAS:
         yield ".".join([*filter(None, path), "weight"])
     yield f"_folded_{weight.name}"

@@ -46,6 +46,17 @@ def rule(*targets: Any, facts: Facts | None = None) -> Callable[[Rule], Rule]:
     return register
 
 
+def load_rules() -> None:
+    """Fill the table of rules: with ours, and with those of other packages.
+
+    Raises:
+        GraphError: a module of another package cannot be imported, or states facts that are stated already.
+    """
+    import sbs_fx.passes.channels.rules  # noqa: F401  reason: the rules import this module
+
+    load_entry_points("sbs_fx.rules", GraphError)
+
+
 def rule_of(target: Any) -> Rule | None:
     """The rule of an operator, or of its name."""
     return RULES.get(target) or RULES.get(target.name() if isinstance(target, torch._ops.OpOverload) else "")
@@ -223,10 +234,7 @@ class Inference:
     # -- the pass --------------------------------------------------------------------------------------------------
 
     def run(self, *, pin_outputs: bool = True) -> Inference:
-        import sbs_fx.passes.channels.rules  # noqa: F401  reason: fills RULES; the rules import this module
-
-        load_entry_points("sbs_fx.rules", GraphError)
-
+        load_rules()
         self.pin_outputs = pin_outputs
         self._parameters = {name for name, _ in self.graph_module.named_parameters(remove_duplicate=False)}
         for node in self.graph_module.graph.nodes:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import DeformConv2d
 
 from benchmarks._cifar_models import CifarResNet
 from sbs_fx.passes import channel_groups, cost_model, slim, trace
@@ -94,6 +95,21 @@ def test_recurrent_macs_by_hand(kind: type[nn.RNNBase], gates: int) -> None:
     assert head.macs == 12 * 5
     with torch.device("meta"):  # on which every step is made of the products that it stands for
         assert counted_macs(Tokens().eval(), 7, 8) == cell.macs + head.macs
+
+
+def test_deformable_macs_by_hand() -> None:
+    class Deformable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places, self.conv = nn.Conv2d(4, 18, 1), DeformConv2d(4, 6, 3, groups=2, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x, self.places(x)[:, :, 1:-1, 1:-1])
+
+    _, _, cost = analysed(Deformable(), 4, 8, 8)
+    places, conv = cost.evaluate(Plan()).layers
+    assert (places.macs, conv.macs) == (8 * 8 * 4 * 18, 6 * 6 * 6 * (4 // 2) * 9)
+    assert (conv.kind, conv.weight_bits, conv.activation_bits) == ("conv", 32, 32)
 
 
 def test_expressions_agree_with_the_exact_and_the_differentiable_cost() -> None:
