@@ -84,8 +84,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping) and len(value) == len(parts):
         return {str(name): _plain(part) for name, part in zip(value, parts, strict=True)}
     keys = [key for key, _ in node.flatten_with_keys_fn(value)[0]] if node.flatten_with_keys_fn else []
-    if keys and all(isinstance(key, pytree.GetAttrKey) for key in keys):
-        return {key.name: _plain(part) for key, part in zip(keys, parts, strict=True)}
+    names = [key.name for key in keys if isinstance(key, pytree.GetAttrKey)]
+    if names and len(names) == len(keys):
+        return {name: _plain(part) for name, part in zip(names, parts, strict=True)}
     return tuple(_plain(part) for part in parts)
 
 
