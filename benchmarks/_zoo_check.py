@@ -28,6 +28,7 @@ from _coverage_weights import randomise
 from _zoo_networks import Inputs, Maker, Network, PlainCall, all_networks, called, tensors_in
 from _zoo_plain import ask
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -200,7 +201,8 @@ def _counted(module: nn.Module, inputs: Inputs) -> int:
     except Exception:
         if isinstance(module, fx.GraphModule):
             raise
-        with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter, torch.no_grad():
+        counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+        with sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
             called(module, inputs)
     return counter.get_total_flops() // 2
 
