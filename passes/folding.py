@@ -25,7 +25,15 @@ CONVOLUTIONS = {
 }
 TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 WITH_BIAS = CONVOLUTIONS | TRANSPOSED | {aten.linear.default}
+RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}  # weights are argument 2
 WEIGHT, BIAS = 1, 2  # places among their arguments
+
+# Operators that multiply and add up; of parameters alone they are no work of a layer.
+CONSTANT_PRODUCTS = WITH_BIAS | {
+    *(aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default, aten.vdot.default),
+    *(aten.addmm.default, aten.baddbmm.default, aten.addmv.default, aten.outer.default, aten.einsum.default),
+    *(aten.inner.default, aten.kron.default, aten.linalg_multi_dot.default),
+}
 
 
 def constant_nodes(graph: fx.Graph) -> set[fx.Node]:

@@ -10,5 +10,6 @@ from sbs_fx.result import Result
 from sbs_fx.search.constraints import Keep
 
 __all__ = [
-    "Budget", "Config", "Cost", "Keep", "Plan", "Policy", "Result", "SbsError", "apply", "compare", "compress", "load",
+    "Budget", "Config", "Cost", "Keep", "Plan", "Policy", "Result", "SbsError", "Task", "apply", "compare",
+    "compress", "load",
 ]  # fmt: skip

@@ -53,6 +53,7 @@ from sbs_fx.training import Checkpoints, TrainingStage, fine_tune
 from sbs_fx.training.frozen import FrozenMasks
 from sbs_fx.training.processes import Processes
 from sbs_fx.training.progress import Observer
+from sbs_fx.training.task import Task, set_task
 
 Data = Iterable[Any]
 Progress = Callable[[str, float], None]
@@ -65,6 +66,7 @@ def compress(
     example_inputs: Inputs | None = None,
     *,
     dynamic: Dynamic | None = None,
+    task: Task | str | None = None,
     budget: Budget | float | str = 0.05,
     data: Data | None = None,
     method: str = "auto",
@@ -84,6 +86,9 @@ def compress(
         example_inputs: a tensor of shape (batch of 2 or more, ...), a tuple of positional arguments or a dict of
             keyword arguments; see `sbs_fx.passes.trace`. Default: images as the model's `pretrained_cfg` has them.
         dynamic: dimensions that may change, such as ("batch", "height", "width"); default: the batch. See `trace`.
+        task: what the outputs mean: "classification", "segmentation", "embedding", "regression", "matching" or a `Task`
+            of your own; default: classification where the one output is (batch, classes), else every output is matched
+            to the float model's.
         budget: shares of the float model; a number or text means BOPs.
         data: iterable of (images, labels) or images, normalised as the model expects; None: data-free.
         method: the name of a registered method (`sbs_fx.search.registry.methods()` lists them, with what each needs);
@@ -104,7 +109,7 @@ def compress(
     if output_dir is not None:
         prepare_directory(output_dir)
     job = Job(config, data, validation, progress, observer)
-    priced = _priced(model, example_inputs, dynamic, job, budget)
+    priced = _priced(_traced(model, example_inputs, dynamic, task, job), job, budget)
     problem = Problem.of(priced.cost, budget, priced.inputs, config, config.seed)
     identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.limits}
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
@@ -131,6 +136,7 @@ def apply(
     example_inputs: Inputs | None = None,
     *,
     dynamic: Dynamic | None = None,
+    task: Task | str | None = None,
     budget: Budget | float | str | None = None,
     data: Data | None = None,
     config: Config | None = None,
@@ -149,7 +155,7 @@ def apply(
     config = config or Config()
     job = Job(config, data, validation, progress, observer)
     limits = None if budget is None else Budget.of(budget)
-    priced = _priced(model, example_inputs, dynamic, job, limits)
+    priced = _priced(_traced(model, example_inputs, dynamic, task, job), job, limits)
     _check_policy(priced.cost, policy)
     if limits is not None and not limits.is_satisfied_by(cost := priced.cost.evaluate(policy.plan)):
         raise BudgetError(
@@ -166,23 +172,38 @@ def apply(
     return _realised(priced, restored, policy, job, reconstructs=entry is not None and entry.reconstructs)
 
 
+class _Traced(NamedTuple):
+    """A float model as a graph; `metadata` has mean and std of images, if the model says so."""
+
+    graph: fx.GraphModule
+    inputs: tuple[torch.Tensor, ...]
+    metadata: dict[str, Any]
+
+
 class _Priced(NamedTuple):
-    """A traced float model with its price; `metadata` has mean and std of images, if the model says so."""
+    """A traced float model with its price."""
 
     cost: CostModel
     inputs: tuple[torch.Tensor, ...]
     metadata: dict[str, Any]
 
 
-def _priced(
-    model: Model, example_inputs: Inputs | None, dynamic: Dynamic | None, job: Job, budget: Budget | None
-) -> _Priced:
+def _traced(
+    model: Model, example_inputs: Inputs | None, dynamic: Dynamic | None, task: Task | str | None, job: Job
+) -> _Traced:
     job.stage("trace", 0.0)
     module = unwrapped(create_model(model) if isinstance(model, str) else model)
     _check_weights(module)
     called = derive_inputs(module) if example_inputs is None else example_inputs
-    _, inputs = Signature.of(module, called)
     graph = trace(module, called, dynamic=dynamic)
+    set_task(graph, task)
+    card = input_config(module)
+    _, inputs = Signature.of(module, called)
+    return _Traced(graph, inputs, {key: list(card[key]) for key in ("mean", "std") if key in card})
+
+
+def _priced(traced: _Traced, job: Job, budget: Budget | None) -> _Priced:
+    graph = traced.graph
     job.stage("channel groups", 0.3)
     groups = channel_groups(graph, keep_outputs=job.config.keep_outputs)
     cost = cost_model(graph, groups)
@@ -195,9 +216,8 @@ def _priced(
         )
     if "latency" in limits:
         job.stage("latency", 0.32)
-        cost = cost_model(graph, groups, latency_model(graph, groups, cost, inputs, job.config.latency))
-    card = input_config(module)
-    return _Priced(cost, inputs, {key: list(card[key]) for key in ("mean", "std") if key in card})
+        cost = cost_model(graph, groups, latency_model(graph, groups, cost, traced.inputs, job.config.latency))
+    return _Priced(cost, traced.inputs, traced.metadata)
 
 
 def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:

@@ -42,6 +42,7 @@ def canonicalise(graph_module: fx.GraphModule) -> None:
             node.target = _RENAMED.get(node.target, node.target)
             _fill_defaults(node)
             _plain_batch_norm(node)
+            _plain_max_pool(node)
             _count_from_the_start(node)
             _name_sizes(node)
             _explicit_scale(node)
@@ -88,6 +89,18 @@ def _plain_batch_norm(node: fx.Node) -> None:
     for user in list(node.users):
         user.replace_all_uses_with(node)
         node.graph.erase_node(user)
+
+
+def _plain_max_pool(node: fx.Node) -> None:
+    """A max pool whose indices nobody reads is one without, for which there are integer kernels."""
+    if node.target is not aten.max_pool2d_with_indices.default:
+        return
+    users = list(node.users)
+    if all(user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in users):
+        node.target, node.meta["val"] = aten.max_pool2d.default, node.meta["val"][0]
+        for user in users:
+            user.replace_all_uses_with(node)
+            node.graph.erase_node(user)
 
 
 def _count_from_the_start(node: fx.Node) -> None:

@@ -2,7 +2,8 @@
 
 In: any `nn.Module` that `torch.export` can capture, and example inputs whose first dimension is the batch.
 Out: a `torch.fx.GraphModule` of functional ATen operators whose batch dimension is dynamic; parameters and buffers keep
-the module's names. Invariant: in eval mode the outputs are bitwise those of the module, at any batch size.
+the module's names, and a weight that was folded (`weights.py`) has that of a plain layer's. Invariant: in eval mode the
+outputs are bitwise those of the module, at any batch size.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sbs_fx.passes.capture.inputs import set_inputs
 from sbs_fx.passes.capture.models import put_in_eval_mode, unwrapped
 from sbs_fx.passes.capture.signature import Inputs, Signature
 from sbs_fx.passes.capture.unchanged import unchanged
+from sbs_fx.passes.capture.weights import fold_weights, merge_weights
 from sbs_fx.passes.dialects import Traced, set_dialect
 from sbs_fx.plan.errors import InputError, TraceError
 
@@ -57,7 +59,9 @@ def trace(module: Any, example_inputs: Inputs, *, dynamic: Dynamic | None = None
     _drop_writes(graph_module)
     _register_constants(graph_module)
     canonicalise(graph_module)
+    merge_weights(graph_module)
     fold_constants(graph_module)
+    fold_weights(graph_module)
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     _drop_unused_tensors(graph_module)

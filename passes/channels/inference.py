@@ -33,8 +33,9 @@ _FIRST_HINT = 10007
 
 
 def rule(*targets: Any, facts: Facts | None = None) -> Callable[[Rule], Rule]:
-    """Register a rule for operators; a name without overload stands for all its overloads. `facts` are those of each;
-    where they differ they are stated beside the rule, with `state`."""
+    """Register a rule for operators; one without overload stands for all its overloads, a string is the name of one
+    whose library may not be imported yet. `facts` are those of each; where they differ they are stated beside the rule,
+    with `state`."""
     if facts is not None:
         state(facts, *targets)
 
@@ -43,6 +44,11 @@ def rule(*targets: Any, facts: Facts | None = None) -> Callable[[Rule], Rule]:
         return function
 
     return register
+
+
+def rule_of(target: Any) -> Rule | None:
+    """The rule of an operator, or of its name."""
+    return RULES.get(target) or RULES.get(target.name() if isinstance(target, torch._ops.OpOverload) else "")
 
 
 @dataclass(frozen=True)
@@ -233,7 +239,24 @@ class Inference:
             if types is not None:
                 self.dims[node] = types
                 self._check(node, types)
+        self._drop_layers_in_weights()
         return self
+
+    def _drop_layers_in_weights(self) -> None:
+        """A product of parameters that ends in weights alone is part of them: they are computed before they are priced,
+        quantised and stored, and a static graph holds no more than the result."""
+        ends: set[fx.Node] = set()
+        for node in reversed(self.graph_module.graph.nodes):
+            if node.users and node not in self.live and all(self._reads_as_weight(u, node, ends) for u in node.users):
+                ends.add(node)
+                self.layers.pop(node.name, None)
+
+    def _reads_as_weight(self, user: fx.Node, node: fx.Node, ends: set[fx.Node]) -> bool:
+        layer = self.layers.get(user.name)
+        if layer is None:
+            return user in ends
+        others = [path for path in layer.inputs if operand(user, path) is node]
+        return not others and any(operand(user, path) is node for path in layer.weights)
 
     def _infer(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
@@ -249,7 +272,7 @@ class Inference:
         value = node.meta.get("val")
         if not isinstance(value, (torch.Tensor, tuple, list)):
             return None  # a size: carries no coordinates
-        function = RULES.get(node.target)
+        function = rule_of(node.target)
         if (
             function is None
             and isinstance(node.target, torch._ops.OpOverload)

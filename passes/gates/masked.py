@@ -51,9 +51,15 @@ def dim_mask(recipe: Recipe, *masks: Tensor) -> Tensor:
     return result
 
 
-def along(mask: Tensor, dim: int, rank: int) -> Tensor:
-    """A vector of shape (n,) viewed so that it broadcasts along dimension `dim` of a tensor of that rank."""
-    return mask.view([-1 if i == dim else 1 for i in range(rank)])
+def along(vector: Tensor, dim: int, x: Tensor) -> Tensor:
+    """A vector of shape (n,) viewed so that it broadcasts along dimension `dim` of x.
+
+    Types have a stand-in for the number of images, larger than it: where images times channels are one dimension, the
+    vector says the same of each image.
+    """
+    if len(vector) > x.shape[dim]:
+        vector = vector[: x.shape[dim]]
+    return vector.view([-1 if i == dim else 1 for i in range(x.ndim)])
 
 
 def is_open(mask: Tensor) -> bool:
@@ -68,7 +74,7 @@ def silence(x: Tensor, mask: Tensor, dim: int) -> Tensor:
     """x with the masked-out coordinates of `dim` set to zero; x itself if there are none."""
     if is_open(mask):
         return x
-    return x * along(mask, dim, x.ndim).to(x.dtype)
+    return x * along(mask, dim, x).to(x.dtype)
 
 
 @masked_operator
@@ -76,7 +82,7 @@ def exclude(x: Tensor, mask: Tensor, dim: int, value: float) -> Tensor:
     """x with the masked-out coordinates of `dim` set to `value` (-inf before a softmax or a maximum)."""
     if is_open(mask):
         return x
-    return x.masked_fill(along(mask, dim, x.ndim) == 0, value)
+    return x.masked_fill(along(mask, dim, x) == 0, value)
 
 
 @masked_operator
@@ -87,7 +93,7 @@ def moments(target: Callable[..., Any], dims: Sequence[int], masks: Sequence[Ten
         return target(*args, **kwargs)
     live = torch.ones([1] * x.ndim, dtype=x.dtype, device=x.device)
     for dim, mask in zip(dims, masks, strict=True):
-        live = live * along(mask, dim, x.ndim).to(x.dtype)
+        live = live * along(mask, dim, x).to(x.dtype)
     # reason: what these steps would keep for the backward pass is several times their input, an operator's own nothing
     options = {"use_reentrant": False, "preserve_rng_state": False}
     return checkpoint(_MOMENTS[target], live, *args, **options, **kwargs)
@@ -202,7 +208,7 @@ def _group_norm(
     live = live.unflatten(1, (groups, -1))
     variance, mean = _variance(live, grouped, range(2, grouped.ndim), 0)
     normal = ((grouped - mean) * torch.rsqrt(variance + eps)).flatten(1, 2)
-    return _affine(normal, *(None if p is None else along(p, 1, x.ndim) for p in (weight, bias)))
+    return _affine(normal, *(None if p is None else along(p, 1, x) for p in (weight, bias)))
 
 
 def _batch_norm(
@@ -219,7 +225,7 @@ def _batch_norm(
 ) -> Tensor:
     variance, mean = _variance(live, x, [0, *range(2, x.ndim)], 0)
     normal = (x - mean) * torch.rsqrt(variance + eps)
-    return _affine(normal, *(None if p is None else along(p, 1, x.ndim) for p in (weight, bias)))
+    return _affine(normal, *(None if p is None else along(p, 1, x) for p in (weight, bias)))
 
 
 _MOMENTS: dict[Any, Callable[..., Any]] = {

@@ -16,7 +16,8 @@ from sbs_fx.plan.errors import DataError
 
 
 class Batch(NamedTuple):
-    """One batch as a model takes it. `labels` is int64 (batch,), or None if the data has none."""
+    """One batch as a model takes it. `labels`: what lies behind the images, if it is a tensor of as many rows: int64
+    (batch,) for classes; None if there is none. They are checked where they are read (`check_labels`)."""
 
     number: int
     inputs: tuple[Tensor, ...]
@@ -72,23 +73,24 @@ def _parts(item: Any, inputs: int, index: int) -> tuple[tuple[Tensor, ...], Tens
     if parts and isinstance(parts[0], (tuple, list)):
         parts = (*parts[0], *parts[1:])
     tensors = parts[:inputs]
-    if len(tensors) < inputs or len(parts) > inputs + 1 or not all(isinstance(x, Tensor) for x in tensors):
+    if len(tensors) < inputs or not all(isinstance(x, Tensor) for x in tensors):
         raise DataError(
             f"batch {index} is {_form(item)}; expected {inputs} tensor{'s' * (inputs > 1)}, with labels "
             "behind or without"
         )
     if any(x.ndim == 0 or len(x) == 0 for x in tensors):
         raise DataError(f"batch {index} is {_form(item)}; expected at least one image in each batch")
-    labels = parts[inputs] if len(parts) > inputs else None
-    if labels is not None:
-        labels = torch.as_tensor(labels)
-        if labels.is_floating_point() or labels.is_complex() or labels.shape != tensors[0].shape[:1]:
-            raise DataError(
-                f"labels of batch {index} have dtype {labels.dtype} and shape {tuple(labels.shape)}; "
-                f"expected {len(tensors[0])} whole numbers, one an image"
-            )
-        labels = labels.to(torch.int64)
-    return tensors, labels
+    return tensors, _labels(parts[inputs]) if len(parts) > inputs else None
+
+
+def _labels(value: Any) -> Tensor | None:
+    """A tensor of what lies behind the images; None for what is none, such as file names and boxes."""
+    try:
+        labels = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    return labels.to(torch.int64) if whole else labels
 
 
 def _form(item: Any) -> str:
@@ -103,6 +105,11 @@ def check_labels(labels: Tensor | None, classes: int | None, index: int) -> Tens
     """The labels of batch `index`, all of them in [0, classes). Raises DataError if missing or out of range."""
     if labels is None:
         raise DataError(f"batch {index} has no labels; expected (images, labels)")
+    if labels.is_floating_point() or labels.is_complex() or labels.ndim != 1:
+        raise DataError(
+            f"labels of batch {index} have dtype {labels.dtype} and shape {tuple(labels.shape)}; expected whole "
+            "numbers, one an image"
+        )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (classes is not None and high >= classes):
         wrong = low if low < 0 else high

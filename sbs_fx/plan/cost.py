@@ -23,7 +23,7 @@ class LayerCost(Value):
     """
 
     name: str
-    kind: Literal["conv", "linear", "matmul", "attention", "lstm", "float"]
+    kind: Literal["conv", "linear", "matmul", "attention", "lstm", "gru", "rnn", "float"]
     macs: NonNegativeInt
     weight_bits: float = Field(ge=0, le=64, allow_inf_nan=False)
     activation_bits: float = Field(ge=0, le=64, allow_inf_nan=False)
@@ -37,7 +37,7 @@ class Cost(Value):
     """What a model costs for one example: per layer, the rest, and in total.
 
     Attributes:
-        layers: one entry a conv, linear, matmul, attention or lstm, and one a further operator that multiplies.
+        layers: one entry a conv, linear, matmul, attention or recurrent layer, and a further operator that multiplies.
         other_params, other_stored_bits: norms, biases and tables, kept in float32.
         other_seconds: time of what is no layer; 0 without a latency model.
         reference: the float model's cost, to which budgets compare; None if this is that model.

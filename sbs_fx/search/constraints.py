@@ -45,7 +45,7 @@ class Keep(Value):
 
     Attributes:
         pattern: shell pattern over module paths, parameter names and node names; a path stands for all below it.
-        kind: of layers: "conv", "linear", "matmul", "attention" or "lstm". place: "first", "last", or both "ends".
+        kind: of layers: "conv", "linear", "matmul", "attention", "lstm", "gru" or "rnn". place: "first", "last", or both "ends".
         weight_bits, activation_bits: of weights, and of what the layers read: one number, or several to choose from.
         prune: whether channels may go. least: share of channels that every group keeps.
 
@@ -56,7 +56,7 @@ class Keep(Value):
     _error: ClassVar[type[SbsError]] = ConstraintError
 
     pattern: str = "*"
-    kind: Literal["conv", "linear", "matmul", "attention", "lstm"] | None = None
+    kind: Literal["conv", "linear", "matmul", "attention", "lstm", "gru", "rnn"] | None = None
     place: Literal["first", "last", "ends"] | None = None
     weight_bits: tuple[int, ...] | None = None
     activation_bits: tuple[int, ...] | None = None

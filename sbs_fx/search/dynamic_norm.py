@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from sbs_fx.calibration.rounding import weight_parameters
 from sbs_fx.passes import activation_gates, channel_gates, weight_gates
@@ -25,7 +24,8 @@ from sbs_fx.passes.gates.insertion import BatchNorm
 from sbs_fx.plan import Plan
 from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.search.ranges import Ranges, put_at
-from sbs_fx.training.evaluation import device_of, logits_of, mode
+from sbs_fx.training.evaluation import device_of, mode
+from sbs_fx.training.task import task_of
 
 _FEW = 8  # images that are too few for statistics
 
@@ -52,16 +52,16 @@ class Predictor:
         teacher: fx.GraphModule,
     ) -> None:
         self.network, self.ranges, self.forms = network, ranges, forms
-        self.passes = 0
+        self.passes, self.task = 0, task_of(network)
         self.parameters = {n: p for n, p in weight_parameters(network).items() if n in forms}
         self.originals = {n: p.detach().clone() for n, p in self.parameters.items()}
         self.images = images.to(device_of(network))
         self.norms = [m for m in network.modules() if isinstance(m, BatchNorm)]
         self.float_moments: dict[BatchNorm, tuple[Tensor, Tensor]] = {}
         with mode(teacher, training=False), torch.no_grad():
-            self.teacher = F.log_softmax(logits_of(teacher(self.images)).float(), dim=1)
+            self.teacher = self.task.reference(teacher(self.images))
         with self._hooks(self._record):
-            self._logits()
+            self._divergence()
 
     @torch.no_grad()
     def __call__(self, plan: Plan, *, dynamic: bool = True) -> float:
@@ -70,16 +70,15 @@ class Predictor:
         self.passes += 1
         if dynamic and len(self.images) >= _FEW:
             with self._hooks(self._moved):
-                student = self._logits()
+                loss = self._divergence()
         else:
-            student = self._logits()
-        loss = float(F.kl_div(student, self.teacher, reduction="batchmean", log_target=True))
+            loss = self._divergence()
         return loss if loss == loss else float("inf")
 
     @torch.no_grad()
-    def _logits(self) -> Tensor:
+    def _divergence(self) -> float:
         with mode(self.network, training=False):
-            return F.log_softmax(logits_of(self.network(self.images)).float(), dim=1)
+            return float(self.task.divergence(self.network(self.images), self.teacher))
 
     @contextmanager
     def _hooks(self, hook: Callable[[Any, Any], Any]) -> Iterator[None]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from sbs_fx.passes import activation_gates, channel_gates, weight_gates
 from sbs_fx.passes.gates.insertion import BatchNorm
@@ -23,9 +22,10 @@ from sbs_fx.plan.plan import Kind
 from sbs_fx.search.problem import Problem
 from sbs_fx.search.ranges import Ranges, put_at
 from sbs_fx.search.space import Choice
-from sbs_fx.training.evaluation import device_of, logits_of, mode
+from sbs_fx.training.evaluation import device_of, mode
+from sbs_fx.training.task import Outputs, task_of
 
-Batch = tuple[Tensor, Tensor]  # images, and the float model's log-probabilities
+Batch = tuple[Tensor, Outputs]  # images, and what the task keeps of the float model's output
 
 _GATES: Mapping[Kind, Any] = {"weight": weight_gates, "activation": activation_gates, "channels": channel_gates}
 _KEPT = 2 << 30  # bytes of values that are kept between judgements
@@ -56,6 +56,7 @@ class Harm:
 
     def __init__(self, network: fx.GraphModule, batches: Sequence[Batch], ranges: Ranges) -> None:
         self.network, self.batches, self.ranges = network, batches, ranges
+        self.task = task_of(network)
         self.norms = {m: m.momentum for m in network.modules() if isinstance(m, BatchNorm)}
         self._judged: dict[tuple[Kind, str, Any, Any], float] = {}
         self._last: tuple[Plan, float] | None = None
@@ -76,8 +77,8 @@ class Harm:
 
     @torch.no_grad()
     def divergence(self, plan: Plan, move: Move | None = None) -> float:
-        """KL(float model || network at a plan), nats an image. `move`: from the last plan that was judged without one
-        to this."""
+        """From the float model to the network at a plan, as the task has it (for logits KL in nats an image). `move`:
+        from the last plan that was judged without one to this."""
         put_at(self.network, plan, self.ranges)
         partial, total = move is not None and bool(self._values), 0.0
         kept: list[dict[fx.Node, Any]] = []
@@ -94,8 +95,7 @@ class Harm:
                 else:
                     run.run(images)
                     kept.append(run.env)
-                student = F.log_softmax(logits_of(run.env[self._output]).float(), dim=1)
-                total += float(F.kl_div(student, teacher, reduction="batchmean", log_target=True))
+                total += float(self.task.divergence(run.env[self._output], teacher))
         for module, momentum in self.norms.items():
             module.momentum = momentum
         if move is None:
@@ -127,7 +127,7 @@ def judged_on(teacher: nn.Module, data: Iterable[tuple[int, tuple[Tensor, ...], 
     with mode(teacher, training=False), torch.no_grad():
         for _, (images,), _ in data:
             images = images.to(device)
-            batches.append((images, F.log_softmax(logits_of(teacher(images)).float(), dim=1)))
+            batches.append((images, task_of(teacher).reference(teacher(images))))
     return batches
 
 

@@ -30,6 +30,7 @@ from sbs_fx.search.two_stage import two_stage
 from sbs_fx.training import train
 from sbs_fx.training.evaluation import device_of
 from sbs_fx.training.randomness import random_state_kept, seed_everything
+from sbs_fx.training.task import task_of
 
 _EVEN_BITS = 4
 _MOST_OVER = 2.0  # cost of 4 bits and all channels over the budget, from which an even start may come down
@@ -65,7 +66,8 @@ class GateTraining:
     """
 
     def __init__(self, problem: Problem, run: Run, stage: type[GateSearch] = GateSearch, name: str = "search") -> None:
-        check_training_data(run.data)
+        if task_of(problem.graph).name == "classification":
+            check_training_data(run.data)
         self.problem, self.run, space = problem, run, problem.space
         self.search: Search = run.settings or Search()
         self.network = insert_gates(

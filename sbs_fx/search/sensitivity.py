@@ -23,7 +23,8 @@ from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis, Dim
 from sbs_fx.plan.errors import DataError, WeightsError
 from sbs_fx.plan.plan import Kind
-from sbs_fx.training.evaluation import logits_of, mode
+from sbs_fx.training.evaluation import mode
+from sbs_fx.training.task import task_of
 
 Forms = Mapping[int, Callable[[Tensor], Tensor]]  # bits -> the tensor as that many bits have it
 
@@ -59,25 +60,28 @@ def sensitivity(
 
     Args:
         network: from `insert_gates` on the graph of `groups`, all gates open. data: (images, labels or None); without
-            labels they are drawn from the model's own predictions, which makes H the Fisher information itself.
+            labels, and in tasks other than classification, targets are drawn from the model's own predictions, which
+            makes H the Fisher information itself.
         forms: of weights and of activations by name, what is to be judged. prunable: names of groups.
 
     Raises:
         WeightsError: the gradient at a layer is NaN or Inf; names it. DataError: that of the loss.
     """
-    recorder = _Recorder(network, groups, forms, prunable)
+    recorder, task = _Recorder(network, groups, forms, prunable), task_of(network)
     generator = torch.Generator().manual_seed(seed)
     images = 0
     labelled = True
     with mode(network, training=False):
         for index, (x, labels) in enumerate(data):
             recorder.begin(len(x))
-            logits = logits_of(recorder.run(x.detach().requires_grad_())).float()
-            if labels is None:
-                labelled = False
-                labels = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
-            labels = check_labels(labels, logits.shape[1], index)
-            loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+            output = recorder.run(x.detach().requires_grad_())
+            labelled = labelled and task.name == "classification" and labels is not None
+            if labelled:
+                (logits,) = task.tensors(output)
+                labels = check_labels(labels, logits.shape[1], index)
+                loss = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+            else:
+                loss = task.sampled(output, generator)
             if not bool(torch.isfinite(loss)):
                 raise DataError(f"the loss of the float model is {float(loss)} after {images} images; check the data")
             loss.backward()
@@ -188,12 +192,29 @@ class _Recorder(fx.Interpreter):
         for i, dim in enumerate(self.types[source]):
             if not any(axis in self.axes for axis in d.axes(dim)):
                 continue
-            others = [k for k in range(x.ndim) if k != i]
-            products = -grad * (x - x.mean(others, keepdim=True))
-            rows = products.movedim(i, -1).reshape(self.images, -1, x.shape[i]).sum(1).cpu()
-            for axis, part in _along(dim, rows):
+            place, own, values, slopes = i, dim, x, grad
+            if d.resolve(dim).size != x.shape[i]:  # images times channels, as where each image has a kernel of its own
+                place, own = max(1, i), _of_an_image(dim)
+                values, slopes = (_by_image(t, i, self.images) for t in (x, grad))
+            others = [k for k in range(values.ndim) if k != place]
+            products = -slopes * (values - values.mean(others, keepdim=True))
+            rows = products.movedim(place, -1).reshape(self.images, -1, values.shape[place]).sum(1).cpu()
+            for axis, part in _along(own, rows):
                 if axis in self.axes:
                     rows_of[self.axes[axis]] += part
+
+
+def _of_an_image(dim: Dim) -> Dim:
+    """A dimension of images times coordinates, without the images."""
+    whole = d.resolve(dim)
+    assert isinstance(whole, d.Prod)
+    return d.product(whole.factors[1:])
+
+
+def _by_image(x: Tensor, place: int, images: int) -> Tensor:
+    """The images that are the slowest part of a dimension in front, (images, ...)."""
+    parts = x.unflatten(place, (images, -1)).movedim(place, 0)
+    return parts.flatten(0, 1) if place else parts
 
 
 def _along(dim: Dim, rows: Tensor) -> Iterable[tuple[Axis, Tensor]]:

@@ -14,13 +14,14 @@ from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch._functorch import config as partitioning
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from sbs_fx.data.batches import Batch, check_labels
 from sbs_fx.passes.gates.insertion import BatchNorm
+from sbs_fx.plan.errors import DataError
 from sbs_fx.training.evaluation import device_of, logits_of, mode
 from sbs_fx.training.processes import Processes
 from sbs_fx.training.settings import Training
+from sbs_fx.training.task import task_of
 
 
 class Example(NamedTuple):
@@ -46,6 +47,7 @@ class Objective:
         self._forward = torch.compile(network) if settings.compiled else network
         self._teach = torch.compile(teacher) if settings.compiled and teacher is not None else teacher
         self._mixup: Mixup | None = None
+        self.task = task_of(network)
 
     def place(self, batch: Batch) -> Example:
         """The batch on the device, mixed if the settings say so."""
@@ -53,11 +55,11 @@ class Objective:
         images = images.to(self.device, non_blocking=True)
         if self.settings.channels_last and images.ndim == 4:
             images = images.to(memory_format=torch.channels_last)
-        if labels is None and self._teach is None:
+        if labels is None and self._teach is None and self.task.name == "classification":
             check_labels(None, None, batch.number)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         targets = labels
-        if labels is not None and (self.settings.mixup or self.settings.cutmix):
+        if labels is not None and labels.ndim == 1 and (self.settings.mixup or self.settings.cutmix):
             mix = self._mix(images)
             check_labels(labels, mix.num_classes, batch.number)
             images, labels = (t[: len(t) // 2 * 2] for t in (images, labels))  # reason: timm mixes pairs
@@ -79,20 +81,32 @@ class Objective:
         """The loss, and how many images are classified right (None without labels)."""
         # reason: while compiling; else two float32 copies of each activation are kept that are cheap to compute again
         with self._autocast(), partitioning.patch(ban_recompute_used_far_apart=False):
-            logits = logits_of(self._forward(example.images)).float()
-        loss, right = logits.new_zeros(()), None
-        if example.labels is not None and example.targets is not None:
+            output = self._forward(example.images)
+        outputs = self.task.tensors(output)
+        loss, right, targets = outputs[0].new_zeros(()), None, example.targets
+        if self.task.name == "classification" and example.labels is not None and example.labels.ndim == 1:
             if self.device.type == "cpu":  # reason: elsewhere the look would wait for the device, which checks itself
-                check_labels(example.labels, logits.shape[1], example.number)
-            smoothing = 0.0 if example.targets.is_floating_point() else self.settings.label_smoothing
-            loss = F.cross_entropy(logits, example.targets, label_smoothing=smoothing)
-            right = (logits.detach().argmax(1) == example.labels).sum()
-        weight = self.settings.distillation if example.labels is not None else 1.0
+                check_labels(example.labels, outputs[0].shape[1], example.number)
+            right = (outputs[0].detach().argmax(1) == example.labels).sum()
+        fits = self.task.fits(output, targets)
+        if not fits and targets is not None and self.task.is_categorical:
+            raise DataError(
+                f"targets of batch {example.number} have shape {tuple(targets.shape)} where {self.task.name} gives "
+                f"{tuple(outputs[0].shape)}; expected a class each, or a value for each class. Name another task, or "
+                "give images alone to learn from the float model"
+            )
+        if fits:
+            loss = self.task.loss_of(output, targets, self.settings.label_smoothing)
+        weight = self.settings.distillation if fits else 1.0
         if self._teach is not None and weight:
             with torch.no_grad(), self._autocast():
-                soft_targets = F.log_softmax(logits_of(self._teach(example.images)).float(), dim=1)
-            divergence = F.kl_div(F.log_softmax(logits, dim=1), soft_targets, reduction="batchmean", log_target=True)
-            loss = loss + weight * divergence
+                reference = self.task.reference(self._teach(example.images))
+            loss = loss + weight * self.task.divergence(output, reference)
+        elif not fits:
+            raise DataError(
+                f"batch {example.number} has no targets that the task {self.task.name!r} reads, and there is no "
+                "teacher; give labels, name another task, or distil from the float model"
+            )
         return loss, right
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -275,16 +277,56 @@ class InPlace(Block):
         return y
 
 
-@block("lstm", "image", axis=("rows", "columns", "tokens"), bidirectional=(True, False), start=("zero", "learned"))
-class Recurrent(Block):
-    """Batch-first LSTM along one axis, rows or columns being folded into the batch, then a linear layer, added."""
+@block("places", "image", how=("unpool", "gather", "scatter", "write", "turn", "extremes"))
+class Places(Block):
+    """A pointwise convolution; then values move to other pixels, each channel by itself, or meet their extremes."""
 
-    def __init__(self, state: State, *, axis: str, bidirectional: bool, start: str) -> None:
+    def __init__(self, state: State, *, how: str) -> None:
+        super().__init__(state)
+        self.how = how
+        self.first = conv_norm_act(state.channels, state.channels, 1)
+        self.second = pointwise(state.channels, state.channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.how == "unpool":
+            y = F.max_unpool2d(*F.max_pool2d(y, 2, return_indices=True), 2, output_size=y.shape[2:])
+        elif self.how == "gather":
+            y = y.gather(3, (x > 0).long())
+        elif self.how == "scatter":
+            y = y.scatter_add(2, (x > 0).long(), y) + y.scatter(3, (x > 0).long(), 0.5)
+        elif self.how == "write":
+            y = y.index_add(2, torch.tensor([0, 0]), y[:, :, :2])
+            y[:, :, :, torch.tensor([1, 0])] = x[..., :2]
+            y[y > 1] = 0.5
+        elif self.how == "turn":
+            y = y.rot90(2, (2, 3)) + y.diagonal(0, 2, 3)[..., :1, None] + y.cummax(3).values
+        else:
+            y = y.flatten(2).median(2).values[..., None, None] * (y > 0.5).any(1, keepdim=True) + (1 + y / 9).prod(
+                3, True
+            )
+        return x + self.second(y)
+
+
+@block(
+    "lstm",
+    "image",
+    axis=("rows", "columns", "tokens"),
+    bidirectional=(True, False),
+    start=("zero", "learned"),
+    cell=("lstm", "gru", "tanh", "relu"),
+)
+class Recurrent(Block):
+    """Batch-first LSTM, GRU or plain cells along one axis, rows or columns being folded into the batch, then a linear
+    layer, added."""
+
+    def __init__(self, state: State, *, axis: str, bidirectional: bool, start: str, cell: str) -> None:
         super().__init__(state)
         c, hidden = state.channels, state.channels // 2 + 1
         self.axis, self.directions, self.hidden = axis, 1 + bidirectional, hidden
         self.norm = nn.LayerNorm(c)
-        self.lstm = nn.LSTM(c, hidden, batch_first=True, bidirectional=bidirectional)
+        kind = {"lstm": nn.LSTM, "gru": nn.GRU}.get(cell, partial(nn.RNN, nonlinearity=cell))
+        self.cell = kind(c, hidden, batch_first=True, bidirectional=bidirectional)
         self.project = nn.Linear(hidden * self.directions, c)
         self.token = nn.Parameter(torch.zeros(2, self.directions, 1, hidden)) if start == "learned" else None
 
@@ -294,9 +336,9 @@ class Recurrent(Block):
         b, rows, length, c = grid.shape
         sequence = grid.reshape(b, rows * length, c) if self.axis == "tokens" else grid.reshape(-1, length, c)
         if self.token is None:
-            y, _ = self.lstm(sequence)
+            y, _ = self.cell(sequence)
         else:
-            first, cell = self.token.expand(-1, -1, sequence.shape[0], -1).unbind(0)
-            y, _ = self.lstm(sequence, (first.contiguous(), cell.contiguous()))
+            first, second = (s.contiguous() for s in self.token.expand(-1, -1, sequence.shape[0], -1).unbind(0))
+            y, _ = self.cell(sequence, (first, second) if isinstance(self.cell, nn.LSTM) else first)
         y = self.project(y).reshape(b, rows, length, c)
         return x + y.permute((0, 3, 2, 1) if self.axis == "columns" else (0, 3, 1, 2))

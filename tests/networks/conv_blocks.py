@@ -195,6 +195,32 @@ class Standardised(Block):
         return self.project(F.relu(F.conv2d(x, weight, self.bias, padding=1, groups=self.groups)))
 
 
+@block("computed_weights", "image", how=("low_rank", "row_norm", "spectral"))
+class ComputedWeights(Block):
+    """Convolution with a weight that has no exact form with fewer channels, which capture computes once: a low-rank
+    update, a division by the norms of rows, one by a product with fixed vectors."""
+
+    def __init__(self, state: State, *, how: str) -> None:
+        super().__init__(state)
+        c, self.how = state.channels, how
+        self.weight = nn.Parameter(torch.ones(c, c, 3, 3))
+        if how == "low_rank":
+            self.weight_a, self.weight_b = nn.Parameter(torch.ones(2, c * 9)), nn.Parameter(torch.ones(c, 2))
+        self.register_buffer("left", torch.linspace(0.1, 0.3, c))
+        self.register_buffer("right", torch.linspace(-0.2, 0.3, c * 9))
+        self.project = pointwise(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, flat = self.weight, self.weight.flatten(1)
+        if self.how == "low_rank":
+            weight = weight + (self.weight_b @ self.weight_a).view_as(weight)
+        elif self.how == "row_norm":
+            weight = weight / flat.norm(dim=1)[:, None, None, None]
+        else:
+            weight = weight / (1 + (self.left @ (flat @ self.right)).square())
+        return self.project(F.relu(F.conv2d(x, weight, padding=1)))
+
+
 @block("summed_weights", "image", groups=(1, 2), identity=(False, True))
 class SummedWeights(Block):
     """One convolution whose kernel is the sum of a 3 x 3, a padded 1 x 1 and, if asked, a scaled identity."""

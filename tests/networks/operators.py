@@ -1,7 +1,8 @@
 """One small network per operator and per way of calling it; test_rules.py compares masked with slim on each.
 
 A network is a convolution that makes 12 channels on 6 x 6 pixels, the function, and a linear layer on all it gives. An
-entry of `CASES` is a function, the shapes of its parameters, and whether channels of the convolution can be removed.
+entry of `CASES`, to which indexing.py adds, is a function, the shapes of its parameters, and whether channels of the
+convolution can be removed.
 """
 
 from __future__ import annotations
@@ -82,6 +83,25 @@ def enter_short_ones() -> None:
         "log_softmax_over_channels": lambda p, y: y.log_softmax(1),
         "softmax_over_space": lambda p, y: y * y.flatten(2).softmax(-1).unflatten(2, (SIDE, SIDE)),
         "normalize": lambda p, y: F.normalize(y, dim=1),
+        **{
+            f"{name}_over_{over}": (lambda p, y, f=f, k=k: both(y, f(y, k).to(y.dtype).reshape(y.shape[0], -1)))
+            for over, k in (("rows", 2), ("channels_again", 1))
+            for name, f in {
+                "prod": lambda y, k: (1 + y / 4).prod(k),
+                "any": lambda y, k: (y > 1).any(k),
+                "all": lambda y, k: (y > -1).all(k),
+                "any_of_several": lambda y, k: (y > 1).any((k, 3)),
+                "all_of_several": lambda y, k: (y > -1).all((k, 3)),
+                "nansum": lambda y, k: y.nansum(k),
+                "count_nonzero": lambda y, k: F.relu(y).count_nonzero(k),
+            }.items()
+        },
+        "extremes_of_everything": lambda p, y: (
+            y * y.max() + y.min() + (y > 1).any() * (y > -9).all() + (1 + y / 99).prod()
+        ),
+        "medians_over_space": lambda p, y: both(
+            y.flatten(2).median(2).values + y.flatten(2).nanmedian(2).values, y.flatten(2).kthvalue(3).values
+        ),
         "max_over_space": lambda p, y: both(y, y.flatten(2).max(2).values),
         # norms without parameters, or over several dimensions
         "layer_norm_over_all": lambda p, y: F.layer_norm(y, y.shape[1:]),

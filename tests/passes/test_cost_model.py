@@ -77,20 +77,23 @@ def test_macs_equal_an_independent_count_of_the_slim_graph(recipe: Recipe) -> No
     assert cost.evaluate(Plan(plan)).macs - unknown_to_the_counter == counted_macs(slimmed, *shape)
 
 
-def test_lstm_macs_by_hand() -> None:
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_recurrent_macs_by_hand(kind: type[nn.RNNBase], gates: int) -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lstm = nn.LSTM(8, 6, batch_first=True, bidirectional=True)
+            self.cell = kind(8, 6, num_layers=2, batch_first=True, bidirectional=True)
             self.head = nn.Linear(12, 5)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.lstm(x)[0].mean(1))
+            return self.head(self.cell(x)[0].mean(1))
 
     _, _, cost = analysed(Tokens(), 7, 8)
-    lstm, head = cost.evaluate(Plan()).layers
-    assert lstm.macs == 2 * 7 * 4 * 6 * (8 + 6)
+    cell, head = cost.evaluate(Plan()).layers
+    assert cell.macs == 2 * 7 * gates * 6 * (8 + 6) + 2 * 7 * gates * 6 * (12 + 6)
     assert head.macs == 12 * 5
+    with torch.device("meta"):  # on which every step is made of the products that it stands for
+        assert counted_macs(Tokens().eval(), 7, 8) == cell.macs + head.macs
 
 
 def test_expressions_agree_with_the_exact_and_the_differentiable_cost() -> None:

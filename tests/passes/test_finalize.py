@@ -38,6 +38,7 @@ KINDS = (
     "residual",
     "standardised",
     "summed_weights",
+    "computed_weights",
     "shared",
     "transposed_conv",
     "linear",

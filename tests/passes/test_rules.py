@@ -1,4 +1,4 @@
-"""Every operator with a rule: masked is slim, and the channels are free or pinned as tests/operators.py lists them.
+"""Every operator with a rule: masked is slim, channels are free or pinned as tests/networks/operators.py lists them.
 
 Every rule is called by some network there or in tests/models.py, or is listed with a reason.
 """
@@ -9,6 +9,7 @@ from random import Random
 
 import torch
 
+import tests.networks.indexing  # noqa: F401  # reason: enters its networks in CASES
 from sbs_fx.passes.channels.inference import RULES
 from sbs_fx.passes.oracles.slimming import compare_slim
 from sbs_fx.plan.errors import SbsError
@@ -24,10 +25,8 @@ UNCALLED = {
         "contiguous",
         "hardsigmoid",
         "lstm",
-        "max_pool2d",
         "silu",
         "upsample_bilinear2d",
-        "zeros",
         "zeros_like",
         "dropout",
     },

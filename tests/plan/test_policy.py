@@ -245,7 +245,7 @@ COUNTS = st.integers(0, 10**15)
 LAYERS = st.builds(
     LayerCost,
     name=NAMES,
-    kind=st.sampled_from(["conv", "linear", "matmul", "attention", "lstm"]),
+    kind=st.sampled_from(["conv", "linear", "matmul", "attention", "lstm", "gru", "rnn"]),
     macs=COUNTS,
     weight_bits=st.floats(0, 32),
     activation_bits=st.floats(0, 32),

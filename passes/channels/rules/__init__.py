@@ -4,10 +4,13 @@ folder."""
 from sbs_fx.passes.channels.rules import (
     contraction,
     convolution,
+    deformable,
     elementwise,
     gathering,
     normalisation,
+    ordering,
     pointwise,
+    recurrent,
     reshaping,
     spatial,
 )
@@ -15,10 +18,13 @@ from sbs_fx.passes.channels.rules import (
 __all__ = [
     "contraction",
     "convolution",
+    "deformable",
     "elementwise",
     "gathering",
     "normalisation",
+    "ordering",
     "pointwise",
+    "recurrent",
     "reshaping",
     "spatial",
 ]

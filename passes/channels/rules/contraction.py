@@ -1,4 +1,4 @@
-"""Operators that multiply and sum over a shared dimension: linear, matmul, einsum, attention, LSTM.
+"""Operators that multiply and sum over a shared dimension: linear, matmul, einsum, attention.
 
 The contracted types agree. Where neither operand is a masked parameter, silenced coordinates need not be zero (a bias,
 a sigmoid), so the contraction is recorded as a statistic, which ignores zeros.
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from sbs_fx.passes.channels import dims as d
-from sbs_fx.passes.channels.dims import Const, Dim
+from sbs_fx.passes.channels.dims import Dim
 from sbs_fx.passes.channels.facts import Facts, keeps
 from sbs_fx.passes.channels.inference import Dims, Inference, Term, rule
 from sbs_fx.passes.channels.rules.pointwise import broadcast
@@ -142,34 +142,3 @@ def _attention(t: Inference, node: fx.Node) -> Dims:
     outer = (*zip(result[:-1], sizes, strict=True), (k[-2], node.args[1].meta["val"].shape[-2]))
     t.layer(node, "attention", Term((*outer, extent(q[-1])), ((0,), (1,))), Term((*outer, extent(v[-1])), (None, (2,))))
     return result
-
-
-@rule(aten.lstm.input, facts=Facts())
-def _lstm(t: Inference, node: fx.Node) -> tuple[Dims, Dims, Dims]:
-    """Four gates x hidden in each parameter; both directions share the width of the initial state."""
-    x, states, parameters = t[node.args[0]], [t[s] for s in node.args[1]], node.args[2]
-    biased, layers, both = node.args[3], node.args[4], 2 if node.args[7] else 1
-    hidden = states[0][-1]
-    t.unify(node, hidden, states[1][-1])
-    t.pin(node, "layers and directions", states[0][0], states[1][0])
-    width = d.resolve(hidden).size
-    per = 4 if biased else 2
-    terms: list[Term] = []
-    source, steps = x[-1], tuple(zip(x[:-1], node.args[0].meta["val"].shape[:-1], strict=True))
-    for layer in range(layers):
-        for direction in range(both):
-            offset = (layer * both + direction) * per
-            block = parameters[offset : offset + per]
-            t.unify(node, t[block[0]][1], source)
-            t.unify(node, t[block[1]][1], hidden)
-            for parameter in block:
-                gates, rows = t.factor(node, t[parameter][0], width)
-                t.pin(node, "gates of a cell", gates)
-                t.unify(node, rows, hidden)
-            outer = (*steps, (Const(4), 4), extent(hidden))
-            terms.append(Term((*outer, extent(source)), ((0,) if layer == 0 else None, (2, offset))))
-            terms.append(Term((*outer, extent(hidden)), (None, (2, offset + 1))))
-        source = d.concatenate([d.resolve(hidden)] * both)
-    t.layer(node, "lstm", *terms)
-    state: Dims = (*states[0][:-1], d.resolve(hidden))
-    return (*x[:-1], d.resolve(source)), state, state

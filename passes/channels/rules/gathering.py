@@ -1,4 +1,4 @@
-"""Operators that put tensors together or take parts of them: concatenation, slices, indices, padding."""
+"""Operators that put tensors together or take parts of them: concatenation, slices, lookups, padding."""
 
 from __future__ import annotations
 
@@ -150,57 +150,11 @@ def _index_select(t: Inference, node: fx.Node) -> Dims:
     return (*x[:axis], index[0] if index else d.ONE, *x[axis + 1 :])
 
 
-@rule(aten.index_copy, facts=Facts(keeps(0, 3), moves=True))
-def _index_copy(t: Inference, node: fx.Node) -> Dims:
-    """Writes whole slices at places that a tensor names: slices and places go together, what is written to stays."""
-    x, source, axis = t[node.args[0]], t[node.args[3]], node.args[1] % len(t[node.args[0]])
-    for i, (a, b) in enumerate(zip(x, source, strict=True)):
-        if i != axis:
-            t.unify(node, a, b)
-    t.unify(node, t[node.args[2]][0], source[axis])
-    t.pin(node, "written to at places that a tensor names", x[axis])
-    t.statistic(node, [axis], 3, neutral=0.0)
-    return x
-
-
-@rule(aten.gather, aten.take_along_dim, facts=MOVES)
-def _gather(t: Inference, node: fx.Node) -> Dims:
-    t.pin(node, "indexed by a tensor", *t[node.args[0]], *t[node.args[2]])
-    return t.constant(node)
-
-
 @rule(aten.embedding, facts=MOVES)
 def _embedding(t: Inference, node: fx.Node) -> Dims:
     table = t[node.args[0]]
     t.pin(node, "indexed by a tensor", table[0])
     return (*t[node.args[1]], table[1])
-
-
-@rule(aten.flip, facts=MOVES)
-def _flip(t: Inference, node: fx.Node) -> Dims:
-    return _neighbours(t, node, node.args[1])
-
-
-@rule(aten.roll, facts=MOVES)
-def _roll(t: Inference, node: fx.Node) -> Dims:
-    return _neighbours(t, node, node.args[2])
-
-
-@rule(aten.cumsum, aten.cumprod, facts=Facts(keeps(0)))
-def _cumulative(t: Inference, node: fx.Node) -> Dims:
-    return _neighbours(t, node, [node.args[1]])
-
-
-def _neighbours(t: Inference, node: fx.Node, positions: Any) -> Dims:
-    """Reorders or accumulates along a dimension: over channels it runs at full width, in an adapter."""
-    x = t[node.args[0]]
-    live = [p % len(x) for p in positions if d.axes(x[p])]
-    if len(live) == 1:
-        t.adapter(node, live[0])
-        t.statistic(node, live, neutral=0.0)
-    else:
-        t.pin(node, "reorders several channel dimensions", *(x[p] for p in live))
-    return x
 
 
 state(Facts(keeps(0, 2)), aten.constant_pad_nd)  # the number that it pads with

@@ -143,6 +143,32 @@ def _variance_and_mean(t: Inference, node: fx.Node) -> tuple[Dims, Dims]:
     return dims, dims
 
 
+@rule(aten.nansum, facts=Facts(keeps(0), neutral=0.0))
+def _sum_of_numbers(t: Inference, node: fx.Node) -> Dims:
+    return _reduction(t, node, node.args[1], node.args[2])
+
+
+@rule(aten.count_nonzero, facts=Facts(always, neutral=0.0))
+def _count(t: Inference, node: fx.Node) -> Dims:
+    return _reduction(t, node, node.args[1], False)
+
+
+# Without a dimension, or over one or several of them.
+state(Facts(keeps(0), moves=True, neutral=-math.inf), aten.max.default)
+state(Facts(keeps(0), moves=True, neutral=math.inf), aten.min.default)
+state(Facts(keeps(0), neutral=1.0), aten.prod.default, aten.prod.dim_int)
+state(Facts(always, neutral=0.0), aten.any.default, aten.any.dim, aten.any.dims)
+state(Facts(always, neutral=1.0), aten.all.default, aten.all.dim, aten.all.dims)
+
+
+@rule(
+    *(aten.max.default, aten.min.default, aten.prod.default, aten.prod.dim_int),
+    *(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims),
+)
+def _over_some_or_all(t: Inference, node: fx.Node) -> Dims:
+    return _reduction(t, node, *(node.args[1:3] or (None, False)))
+
+
 state(Facts(keeps(0), moves=True, neutral=-math.inf), aten.amax)
 state(Facts(keeps(0), moves=True, neutral=math.inf), aten.amin)
 state(Facts(neutral=-math.inf), aten.logsumexp)
@@ -153,12 +179,28 @@ def _extreme(t: Inference, node: fx.Node) -> Dims:
     return _reduction(t, node, node.args[1], node.args[2])
 
 
-@rule(aten.max.dim, aten.min.dim, facts=Facts(keeps(0)))
+@rule(
+    *(aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim),
+    facts=Facts(keeps(0)),
+)
 def _extreme_with_index(t: Inference, node: fx.Node) -> tuple[Dims, Dims]:
     x = t[node.args[0]]
     t.pin(node, "returns an index", x[node.args[1]])
     dims = _reduced(t, node, node.args[1], node.args[2])
     return dims, dims
+
+
+@rule(aten.kthvalue.default, facts=Facts(keeps(0)))
+def _kth_value(t: Inference, node: fx.Node) -> tuple[Dims, Dims]:
+    t.pin(node, "counts ranks", t[node.args[0]][node.args[2]])
+    dims = _reduced(t, node, node.args[2], node.args[3])
+    return dims, dims
+
+
+@rule(aten.median.default, aten.nanmedian.default, facts=Facts(keeps(0), moves=True))
+def _median(t: Inference, node: fx.Node) -> Dims:
+    t.pin(node, "no number stays out of a median", *t[node.args[0]])
+    return ()
 
 
 state(Facts(always), aten.argmax, aten.argmin)

@@ -60,6 +60,7 @@ def _pointwise(t: Inference, node: fx.Node) -> Dims:
     aten.positive,
     aten.real,
     aten.imag,
+    aten.zero,
     aten.zeros_like,
     aten.ones_like,
     aten.empty_like,
@@ -103,7 +104,7 @@ def _prelu(t: Inference, node: fx.Node) -> Dims:
 # Sizes come first, or after a tensor; where a number fills the result, it has the number's sign.
 state(
     Facts(always),
-    *(aten.zeros, aten.ones, aten.new_zeros, aten.new_ones, aten.zeros_like, aten.ones_like),
+    *(aten.zeros, aten.ones, aten.new_zeros, aten.new_ones, aten.zero, aten.zeros_like, aten.ones_like),
     *(aten.rand, aten.rand_like, aten.bernoulli),
 )
 state(Facts(keeps(1)), aten.full, aten.full_like)

@@ -24,7 +24,11 @@ state(
     *(aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d),
 )
 state(replace(MOVES, codes="pick"), aten.max_pool2d, aten.upsample_nearest2d)
-state(Facts(keeps(0)), aten.max_pool2d_with_indices, aten.adaptive_max_pool1d, aten.adaptive_max_pool2d)
+state(
+    Facts(keeps(0)),
+    *(aten.max_pool2d_with_indices, aten.max_pool3d_with_indices),
+    *(aten.adaptive_max_pool1d, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d),
+)
 
 # Means, with weights that are not negative unless the divisor (argument 6) is.
 state(Facts(keeps(0, 6), codes="mean"), aten.avg_pool2d)
@@ -64,7 +68,6 @@ def _resampled(t: Inference, node: fx.Node, spatial: int, shape: tuple[int, ...]
     aten._upsample_nearest_exact2d,
     aten._upsample_bilinear2d_aa,
     aten._upsample_bicubic2d_aa,
-    aten.grid_sampler,
     aten.reflection_pad2d,
     aten.replication_pad2d,
 )
@@ -89,6 +92,8 @@ def _lines(t: Inference, node: fx.Node) -> Any:
 
 @rule(
     aten.max_pool3d,
+    aten.max_pool3d_with_indices,
+    aten.adaptive_max_pool3d,
     aten.avg_pool3d,
     aten.adaptive_avg_pool3d,
     aten.upsample_trilinear3d,
@@ -107,6 +112,29 @@ def _each(t: Inference, node: fx.Node, spatial: int) -> Any:
     if isinstance(value, torch.Tensor):
         return _resampled(t, node, spatial, t.shape(node))
     return tuple(_resampled(t, node, spatial, tuple(t.size(s) for s in v.shape)) for v in value)
+
+
+@rule(aten.grid_sampler)
+def _grid_sampler(t: Inference, node: fx.Node) -> Any:
+    t.pin(node, "places to sample at", *t[node.args[1]][1:])
+    return _each(t, node, len(t[node.args[0]]) - 2)
+
+
+@rule(aten.affine_grid_generator, facts=Facts())
+def _affine_grid(t: Inference, node: fx.Node) -> Dims:
+    """Places only: the number of channels among the sizes plays no part."""
+    t.pin(node, "coordinates of places", *t[node.args[0]][1:])
+    return t.constant(node)
+
+
+@rule(aten.max_unpool2d, aten.max_unpool3d, facts=MOVES)
+def _unpool(t: Inference, node: fx.Node) -> Dims:
+    """Values go to the places that a max pool took them from, each channel by itself."""
+    x, places = t[node.args[0]], t[node.args[1]]
+    spatial = 2 if node.target is aten.max_unpool2d.default else 3
+    for a, b in zip(x, places, strict=True):
+        t.unify(node, a, b)
+    return _resampled(t, node, spatial, t.shape(node))
 
 
 @rule(aten.im2col, facts=MOVES)

@@ -1,0 +1,80 @@
+"""Recurrent layers: one node for all steps, layers and directions. Without a rule `trace` would unroll them.
+
+Each parameter has gates x hidden rows; both directions share the width of the initial state. What a gate computes plays
+no part: a hidden coordinate reads the others through weights alone, whose columns go with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.dims import Const, Dim
+from sbs_fx.passes.channels.facts import Facts, always
+from sbs_fx.passes.channels.inference import Dims, Inference, Term, rule
+from sbs_fx.passes.channels.rules.contraction import extent
+
+aten = torch.ops.aten
+
+
+@rule(aten.lstm.input, facts=Facts())
+def _lstm(t: Inference, node: fx.Node) -> tuple[Dims, ...]:
+    return _recurrent(t, node, "lstm", 4, node.args[1])
+
+
+@rule(aten.gru.input, facts=Facts())
+def _gru(t: Inference, node: fx.Node) -> tuple[Dims, ...]:
+    return _recurrent(t, node, "gru", 3, [node.args[1]])
+
+
+@rule(aten.rnn_tanh.input, facts=Facts())
+def _rnn_tanh(t: Inference, node: fx.Node) -> tuple[Dims, ...]:
+    return _recurrent(t, node, "rnn", 1, [node.args[1]])
+
+
+@rule(aten.rnn_relu.input, facts=Facts(always))
+def _rnn_relu(t: Inference, node: fx.Node) -> tuple[Dims, ...]:
+    return _recurrent(t, node, "rnn", 1, [node.args[1]])
+
+
+def _recurrent(t: Inference, node: fx.Node, kind: str, gates: int, initial: Sequence[fx.Node]) -> tuple[Dims, ...]:
+    """The outputs of all steps, and as many last states as there are initial ones."""
+    x, states, parameters = t[node.args[0]], [t[s] for s in initial], node.args[2]
+    layers, both, per = node.args[4], 2 if node.args[7] else 1, 4 if node.args[3] else 2
+    if len(parameters) != layers * both * per:
+        t.pin(node, "projects its hidden state", *x, *(dim for p in (*initial, *parameters) for dim in t[p]))
+        return tuple(tuple(Const(t.size(s)) for s in v.shape) for v in node.meta["val"])
+    hidden = states[0][-1]
+    time = 1 if node.args[8] and len(x) == 3 else 0
+    t.pin(node, "steps follow each other", x[time])
+    for state in states:
+        t.unify(node, hidden, state[-1])
+        t.pin(node, "layers and directions", state[0])
+        if len(x) == 3:
+            t.unify(node, x[1 - time], state[1])
+    terms: list[Term] = []
+    source, steps = x[-1], tuple(zip(x[:-1], node.args[0].meta["val"].shape[:-1], strict=True))
+    for layer in range(layers):
+        for direction in range(both):
+            offset = (layer * both + direction) * per
+            block = parameters[offset : offset + per]
+            t.unify(node, t[block[0]][1], source)
+            t.unify(node, t[block[1]][1], hidden)
+            for parameter in block:
+                _unify_rows(t, node, t[parameter][0], hidden)
+            outer = (*steps, (Const(gates), gates), extent(hidden))
+            terms.append(Term((*outer, extent(source)), ((0,) if layer == 0 else None, (2, offset))))
+            terms.append(Term((*outer, extent(hidden)), (None, (2, offset + 1))))
+        source = d.concatenate([d.resolve(hidden)] * both)
+    t.layer(node, kind, *terms)
+    last = (*states[0][:-1], d.resolve(hidden))
+    return (*x[:-1], d.resolve(source)), *(last for _ in states)
+
+
+def _unify_rows(t: Inference, node: fx.Node, rows: Dim, hidden: Dim) -> None:
+    gates, row = t.factor(node, rows, d.resolve(hidden).size)
+    t.pin(node, "gates of a cell", gates)
+    t.unify(node, row, hidden)

@@ -1,0 +1,171 @@
+"""`Task`: what a model's outputs mean.
+
+In: outputs of a network, of the float model, or targets. Out: a loss, a distance, a metric. Holds: where nothing is
+said, logits of shape (batch, classes) are classification, and all else is matched to the float model's outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from sbs_fx.plan.errors import InputError
+
+Outputs = list[Tensor]  # (batch, ...) each
+
+
+def tensors_of(output: Any) -> Outputs:
+    """The floating tensors of a model's output, in order. Raises InputError if there is none."""
+    tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not tensors:
+        raise InputError(f"the model gives a {type(output).__name__} without a floating tensor: nothing to compare")
+    return tensors
+
+
+@dataclass(frozen=True)
+class Task:
+    """What outputs mean. `Task(loss=..., metric=...)` is one of your own: outputs are matched to the float model's.
+
+    Attributes:
+        name: "classification": logits (batch, classes). "segmentation": logits (batch, classes, *positions).
+            "matching": every output, by its squared difference from the float model's over that one's variance.
+            "embedding": the first output, by the angle to the float model's. "regression": as "matching", against
+            targets by the squared error.
+        outputs: output of the model -> the tensors that count; None: those that the name says.
+        loss: (tensors, targets) -> mean loss, a scalar; None: that of the name, or none.
+        metric: (tensors, targets) -> sum over the batch, the larger the better; None: that of the name, or none.
+    """
+
+    name: str = "matching"
+    outputs: Callable[[Any], Outputs] | None = None
+    loss: Callable[[Outputs, Any], Tensor] | None = None
+    metric: Callable[[Outputs, Any], float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise InputError(f"unknown task {self.name!r}; expected one of {', '.join(NAMES)}, or a Task of your own")
+
+    @property
+    def is_categorical(self) -> bool:
+        """Whether outputs are logits over dimension 1."""
+        return self.name in ("classification", "segmentation")
+
+    def tensors(self, output: Any) -> Outputs:
+        """The tensors that count. Raises InputError if the output is of another form."""
+        tensors = tensors_of(output) if self.outputs is None else list(self.outputs(output))
+        if self.name in ("classification", "segmentation", "embedding"):
+            tensors = tensors[:1]
+        if self.name == "classification" and tensors[0].ndim != 2 or self.is_categorical and tensors[0].ndim < 2:
+            raise InputError(
+                f"the model gives {tuple(tensors[0].shape)}; {self.name} needs logits of shape (batch, classes"
+                f"{', *positions' if self.name == 'segmentation' else ''}): name another task"
+            )
+        return [x.float() for x in tensors]
+
+    # -- against the float model -----------------------------------------------------------------------------------
+
+    def reference(self, output: Any) -> Outputs:
+        """What is kept of the float model's output: log-probabilities, unit vectors, or the values."""
+        tensors = self.tensors(output)
+        if self.is_categorical:
+            return [F.log_softmax(tensors[0], dim=1)]
+        if self.name == "embedding":
+            return [F.normalize(tensors[0].flatten(1), dim=1)]
+        return tensors
+
+    def divergence(self, output: Any, reference: Outputs) -> Tensor:
+        """Mean distance of an example from the float model's: nats of KL (a position, where there are several), 1 -
+        cos, or the squared difference over the variance."""
+        tensors = self.tensors(output)
+        if self.is_categorical:
+            (teacher,) = reference
+            divergence = F.kl_div(F.log_softmax(tensors[0], dim=1), teacher, reduction="batchmean", log_target=True)
+            return divergence / max(1, math.prod(teacher.shape[2:]))
+        if self.name == "embedding":
+            return (1 - (F.normalize(tensors[0].flatten(1), dim=1) * reference[0]).sum(1)).mean()
+        parts = [(x - y).square().mean() / _variance(y) for x, y in zip(tensors, reference, strict=True)]
+        return torch.stack(parts).mean()
+
+    def sampled(self, output: Any, generator: torch.Generator) -> Tensor:
+        """A scalar whose gradients, squared, are in the mean the curvature of the divergence: a log-likelihood at
+        targets drawn from the model's own predictions (the Fisher information), summed over examples."""
+        tensors = self.tensors(output)
+        if self.is_categorical:
+            logits = tensors[0].flatten(2).transpose(1, 2).flatten(0, 1) if tensors[0].ndim > 2 else tensors[0]
+            drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
+            positions = len(logits) / len(tensors[0])
+            return F.cross_entropy(logits, drawn.to(logits.device), reduction="sum") / math.sqrt(positions)
+        total = tensors[0].new_zeros(())
+        for x in tensors:
+            noise = torch.randn(x.shape, generator=generator).to(x.device)
+            share = math.sqrt(2 / len(tensors) / max(1, x[0].numel()))
+            total = total + share * (noise * x).sum() / _variance(x.detach()).sqrt()
+        return total
+
+    # -- against targets -------------------------------------------------------------------------------------------
+
+    def fits(self, output: Any, targets: Any) -> bool:
+        """Whether targets are of the form that the task reads."""
+        if targets is None or self.loss is None and self.name in ("matching", "embedding"):
+            return False
+        if self.loss is not None:
+            return True
+        (logits, *_) = self.tensors(output)
+        if not isinstance(targets, Tensor):
+            return False
+        if self.name == "regression":
+            return targets.shape == logits.shape
+        whole = targets.shape == (len(logits), *logits.shape[2:]) and not targets.is_floating_point()
+        return whole or targets.shape == logits.shape
+
+    def loss_of(self, output: Any, targets: Any, smoothing: float = 0.0) -> Tensor:
+        """Mean loss against targets. Whole numbers are classes (in segmentation one that there is not
+        counts nothing, such as 255); distributions and several labels at once have the shape of the logits."""
+        tensors = self.tensors(output)
+        if self.loss is not None:
+            return self.loss(tensors, targets)
+        if self.name == "regression":
+            return F.mse_loss(tensors[0], targets.float())
+        if targets.is_floating_point():
+            if bool((targets.sum(1) - 1).abs().max() > 1e-3):  # several labels an example
+                return F.binary_cross_entropy_with_logits(tensors[0], targets.float())
+            return F.cross_entropy(tensors[0], targets.float())
+        if self.name == "segmentation":
+            targets = torch.where((targets < 0) | (targets >= tensors[0].shape[1]), _IGNORED, targets)
+        return F.cross_entropy(tensors[0], targets, label_smoothing=smoothing, ignore_index=_IGNORED)
+
+
+_KEY, _IGNORED = "sbs_fx_task", -100
+NAMES = ("classification", "segmentation", "matching", "embedding", "regression")
+CLASSIFICATION = Task("classification")
+
+
+def set_task(graph: fx.GraphModule, task: Task | str | None) -> None:
+    """Say what a graph's outputs mean; copies of it, gated or slim, say the same. Raises InputError for no task."""
+    graph.meta[_KEY] = _inferred(graph) if task is None else Task(task) if isinstance(task, str) else task
+
+
+def task_of(module: nn.Module) -> Task:
+    """What was said of a graph; where nothing was, classification if its one output is (batch, classes), or if it is no
+    graph, else matching."""
+    meta = module.meta if isinstance(module, fx.GraphModule) else {}
+    return meta[_KEY] if _KEY in meta else _inferred(module)
+
+
+def _inferred(module: nn.Module) -> Task:
+    if not isinstance(module, fx.GraphModule):
+        return CLASSIFICATION
+    (output,) = module.graph.find_nodes(op="output")
+    values = [leaf.meta.get("val") for leaf in pytree.tree_leaves(output.args) if isinstance(leaf, fx.Node)]
+    return CLASSIFICATION if len(values) == 1 and (values[0] is None or values[0].ndim == 2) else Task()
+
+
+def _variance(x: Tensor) -> Tensor:
+    return x.float().var(correction=0).clamp_min(1e-12)
