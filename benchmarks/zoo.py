@@ -43,7 +43,7 @@ def main() -> int:
 
     kinds = {network.name: network.kind for network in networks}
     with _plain_process() as address:
-        tasks = [Task(name, address, options.plain) for name in waiting]
+        tasks = [Task(name, address, options.plain, options.quick) for name in waiting]
         results = run_tasks(check_network, tasks, jobs=options.jobs, timeout=options.timeout, preload=PRELOAD)
         for (name, *_), result in results:
             row: dict[str, Any] = result
@@ -126,6 +126,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=240, help="seconds a network may take")
     parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run")
     parser.add_argument("--retry", help="with --resume: but not those whose outcome holds this text, such as faulty")
+    parser.add_argument("--quick", action="store_true", help="without what needs a whole compression")
     parser.add_argument("--plain", action="store_true", help="pass tensors alone, nothing by name")
     parser.add_argument("--table", type=pathlib.Path, help="also write the table as markdown")
     return parser.parse_args()

@@ -84,9 +84,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping) and len(value) == len(parts):
         return {str(name): _plain(part) for name, part in zip(value, parts, strict=True)}
     keys = [key for key, _ in node.flatten_with_keys_fn(value)[0]] if node.flatten_with_keys_fn else []
-    named = [key.name for key in keys if isinstance(key, pytree.GetAttrKey)]
-    if named and len(named) == len(parts):
-        return {name: _plain(part) for name, part in zip(named, parts, strict=True)}
+    names = [key.name for key in keys if isinstance(key, pytree.GetAttrKey)]
+    if names and len(names) == len(keys):
+        return {name: _plain(part) for name, part in zip(names, parts, strict=True)}
     return tuple(_plain(part) for part in parts)
 
 

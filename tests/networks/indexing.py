@@ -104,6 +104,13 @@ def grid_of_channels(p: nn.ParameterDict, y: Tensor) -> Tensor:
     return F.grid_sample(y, F.conv2d(y, p["flow"]).permute(0, 2, 3, 1).tanh(), align_corners=False)
 
 
+@case(flow=(8, 12, 1, 1))
+def grid_of_heads(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    """Each head looks at places of its own; heads are folded into the batch."""
+    places = F.conv2d(y, p["flow"]).reshape(-1, 2, SIDE, SIDE).permute(0, 2, 3, 1).tanh()
+    return F.grid_sample(y.reshape(-1, 3, SIDE, SIDE), places, align_corners=False).reshape(y.shape[0], 12, SIDE, SIDE)
+
+
 @case(weight=(8, 12, 3, 3), offset=(18, 12, 1, 1), bias=(8,))
 def deformable(p: nn.ParameterDict, y: Tensor) -> Tensor:
     return deform_conv2d(y, F.conv2d(y, p["offset"])[:, :, :4, :4] / 9, p["weight"], p["bias"])

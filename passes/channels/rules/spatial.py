@@ -116,7 +116,9 @@ def _each(t: Inference, node: fx.Node, spatial: int) -> Any:
 
 @rule(aten.grid_sampler)
 def _grid_sampler(t: Inference, node: fx.Node) -> Any:
-    t.pin(node, "places to sample at", *t[node.args[1]][1:])
+    places = t[node.args[1]]
+    t.unify(node, t[node.args[0]][0], places[0])  # reason: attention heads may be folded into the batch
+    t.pin(node, "places to sample at", *places[1:])
     return _each(t, node, len(t[node.args[0]]) - 2)
 
 
