@@ -113,7 +113,8 @@ class Policy(Value):
     def plan(self) -> Plan:
         """What was decided."""
         kept = {name: tuple(kept) for name, kept in self.kept.items()}
-        return Plan(kept, self.weight_bits, self.activation_bits, self.nonzeros)
+        bits = {name: each if isinstance(each, int) else tuple(each) for name, each in self.weight_bits.items()}
+        return Plan(kept, bits, self.activation_bits, self.nonzeros)
 
     def changed(
         self,

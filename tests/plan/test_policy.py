@@ -62,6 +62,8 @@ def test_policy_json_policy(policy: Policy) -> None:
     again = Policy.from_json(policy.to_json())
     assert again == policy
     assert again.to_json() == policy.to_json()
+    assert again.plan == policy.plan
+    assert all(isinstance(bits, (int, tuple)) for bits in again.plan.weight_bits.values())  # as methods give them
     assert copy.deepcopy(policy) == policy
 
 
@@ -166,7 +168,7 @@ def test_files_of_the_first_format(grid: str | None) -> None:
 
 def test_a_policy_is_a_plan_with_an_identity() -> None:
     policy = example(nonzeros={"conv": 5})
-    plan = Plan({"stem": (0, 2, 3), "stage": (1,)}, {"conv": 8, "fc": [0, 2, 4]}, {"conv": 8, "relu": 4}, {"conv": 5})
+    plan = Plan({"stem": (0, 2, 3), "stage": (1,)}, {"conv": 8, "fc": (0, 2, 4)}, {"conv": 8, "relu": 4}, {"conv": 5})
     assert policy.plan == plan
     assert Policy.of(plan, "abc", {"stem": 4, "stage": 2}, "uniform", 0) == policy
     unnamed = Policy.of(Plan(), "abc", {"stem": 4}, "uniform", 0)
