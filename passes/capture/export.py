@@ -26,6 +26,7 @@ from sbs_fx.plan.errors import InputError, TraceError
 
 Dynamic = Iterable[str] | Mapping[str, Mapping[int, str]]
 BATCH = "batch"
+_SHAPES = ("size", "shape", "sizes", "repeats", "end", "output_size")
 _SIDES = {"height": -2, "width": -1}
 _SIZE = re.compile(r"L\['(\w+)'\](?:\[(\d+)\])?\.size\(\)\[(\d+)\]")
 
@@ -263,27 +264,27 @@ def _with_single(
 
 def _fixed(program: ExportedProgram, source: fx.Node, name: str, size: int) -> TraceError:
     """What is said of a dimension that the model fixes: where its size stands in the source."""
-    first = next(
-        (
-            node
-            for node in program.graph.nodes
-            if node.op == "call_function"
-            and any(isinstance(a, int) and a == size for a in pytree.tree_leaves(node.args))
-            and _depends(node, source)
-        ),
-        None,
-    )
+    first = next((n for n in program.graph.nodes if size in _shape_arguments(n) and _depends(n, source)), None)
     where = (
-        ""
+        "by a comparison, or by taking its size as a number, as int(x.shape[0]) and len(x) do"
         if first is None
         else f"{_where(first.meta.get('stack_trace'))} calls {_operator(first)} with the number {size}"
     )
     return TraceError(
-        f"the model takes a {name} of {size} alone, that of the example inputs: {where or 'its size is a constant'}; "
-        "write -1 or x.shape[...] where that size stands, or name the dimensions that may change with dynamic=",
+        f"the model takes a {name} of {size} alone, that of the example inputs: {where}; write -1 or x.shape[...] where "
+        "that size stands, or name the dimensions that may change with dynamic=",
         submodule=_module_of(first),
         reason=f"{name} is fixed to {size}",
     )
+
+
+def _shape_arguments(node: fx.Node) -> list[Any]:
+    """The numbers that an operator is given as a shape."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    names = [argument.name for argument in node.target._schema.arguments]
+    named = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return [x for name in _SHAPES if name in named for x in pytree.tree_leaves(named[name]) if isinstance(x, int)]
 
 
 def _depends(node: fx.Node, source: fx.Node) -> bool:
