@@ -314,7 +314,7 @@ class Places(Block):
     axis=("rows", "columns", "tokens"),
     bidirectional=(True, False),
     start=("zero", "learned"),
-    cell=("lstm", "gru", "tanh", "relu"),
+    cell=("lstm", "gru", "tanh", "relu", "projected"),
 )
 class Recurrent(Block):
     """Batch-first LSTM, GRU or plain cells along one axis, rows or columns being folded into the batch, then a linear
@@ -325,8 +325,9 @@ class Recurrent(Block):
         c, hidden = state.channels, state.channels // 2 + 1
         self.axis, self.directions, self.hidden = axis, 1 + bidirectional, hidden
         self.norm = nn.LayerNorm(c)
-        kind = {"lstm": nn.LSTM, "gru": nn.GRU}.get(cell, partial(nn.RNN, nonlinearity=cell))
-        self.cell = kind(c, hidden, batch_first=True, bidirectional=bidirectional)
+        kinds = {"lstm": nn.LSTM, "gru": nn.GRU, "projected": partial(nn.LSTM, proj_size=hidden)}
+        kind = kinds.get(cell, partial(nn.RNN, nonlinearity=cell))
+        self.cell = kind(c, hidden + 2 * (cell == "projected"), batch_first=True, bidirectional=bidirectional)
         self.project = nn.Linear(hidden * self.directions, c)
         self.token = nn.Parameter(torch.zeros(2, self.directions, 1, hidden)) if start == "learned" else None
 
@@ -339,6 +340,7 @@ class Recurrent(Block):
             y, _ = self.cell(sequence)
         else:
             first, second = (s.contiguous() for s in self.token.expand(-1, -1, sequence.shape[0], -1).unbind(0))
+            second = F.pad(second, (0, self.cell.hidden_size - self.hidden))
             y, _ = self.cell(sequence, (first, second) if isinstance(self.cell, nn.LSTM) else first)
         y = self.project(y).reshape(b, rows, length, c)
         return x + y.permute((0, 3, 2, 1) if self.axis == "columns" else (0, 3, 1, 2))

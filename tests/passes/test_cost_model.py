@@ -74,7 +74,10 @@ def test_macs_equal_an_independent_count_of_the_slim_graph(recipe: Recipe) -> No
     graph, groups, cost = analysed(recipe.build(), *shape)
     plan = random_plan(groups)
     slimmed = slim(graph, groups, plan)
-    unknown_to_the_counter = sum(x.macs for x in cost.evaluate(Plan(plan)).layers if x.kind == "lstm")
+    # reason: CPUs run an LSTM as one kernel, but one that projects its hidden state, a GRU and plain cells in steps
+    nodes = slimmed.graph.find_nodes(op="call_function", target=torch.ops.aten.lstm.input)
+    fused = tuple(f"({node.name})" for node in nodes if len(node.args[2]) % 4 == 0)
+    unknown_to_the_counter = sum(x.macs for x in cost.evaluate(Plan(plan)).layers if x.name.endswith(fused))
     assert cost.evaluate(Plan(plan)).macs - unknown_to_the_counter == counted_macs(slimmed, *shape)
 
 

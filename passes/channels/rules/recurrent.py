@@ -43,15 +43,15 @@ def _rnn_relu(t: Inference, node: fx.Node) -> tuple[Dims, ...]:
 def _recurrent(t: Inference, node: fx.Node, kind: str, gates: int, initial: Sequence[fx.Node]) -> tuple[Dims, ...]:
     """The outputs of all steps, and as many last states as there are initial ones."""
     x, states, parameters = t[node.args[0]], [t[s] for s in initial], node.args[2]
-    layers, both, per = node.args[4], 2 if node.args[7] else 1, 4 if node.args[3] else 2
-    if len(parameters) != layers * both * per:
-        t.pin(node, "projects its hidden state", *x, *(dim for p in (*initial, *parameters) for dim in t[p]))
-        return tuple(tuple(Const(t.size(s)) for s in v.shape) for v in node.meta["val"])
-    hidden = states[0][-1]
+    layers, both = node.args[4], 2 if node.args[7] else 1
+    per = len(parameters) // (layers * both)
+    hidden, cell = states[0][-1], states[-1][-1]
+    is_projected = per % 2 == 1  # the hidden state is the cell's, times the last parameter
+    if not is_projected:
+        t.unify(node, hidden, cell)
     time = 1 if node.args[8] and len(x) == 3 else 0
     t.pin(node, "steps follow each other", x[time])
     for state in states:
-        t.unify(node, hidden, state[-1])
         t.pin(node, "layers and directions", state[0])
         if len(x) == 3:
             t.unify(node, x[1 - time], state[1])
@@ -63,18 +63,21 @@ def _recurrent(t: Inference, node: fx.Node, kind: str, gates: int, initial: Sequ
             block = parameters[offset : offset + per]
             t.unify(node, t[block[0]][1], source)
             t.unify(node, t[block[1]][1], hidden)
-            for parameter in block:
-                _unify_rows(t, node, t[parameter][0], hidden)
-            outer = (*steps, (Const(gates), gates), extent(hidden))
+            for parameter in block[: per - is_projected]:
+                _unify_rows(t, node, t[parameter][0], cell)
+            outer = (*steps, (Const(gates), gates), extent(cell))
             terms.append(Term((*outer, extent(source)), ((0,) if layer == 0 else None, (2, offset))))
             terms.append(Term((*outer, extent(hidden)), (None, (2, offset + 1))))
+            if is_projected:
+                t.unify(node, t[block[-1]][0], hidden)
+                t.unify(node, t[block[-1]][1], cell)
+                terms.append(Term((*steps, extent(hidden), extent(cell)), (None, (2, offset + per - 1))))
         source = d.concatenate([d.resolve(hidden)] * both)
     t.layer(node, kind, *terms)
-    last = (*states[0][:-1], d.resolve(hidden))
-    return (*x[:-1], d.resolve(source)), *(last for _ in states)
+    return (*x[:-1], d.resolve(source)), *(tuple(d.resolve(dim) for dim in state) for state in states)
 
 
-def _unify_rows(t: Inference, node: fx.Node, rows: Dim, hidden: Dim) -> None:
-    gates, row = t.factor(node, rows, d.resolve(hidden).size)
+def _unify_rows(t: Inference, node: fx.Node, rows: Dim, cell: Dim) -> None:
+    gates, row = t.factor(node, rows, d.resolve(cell).size)
     t.pin(node, "gates of a cell", gates)
-    t.unify(node, row, hidden)
+    t.unify(node, row, cell)
