@@ -271,8 +271,8 @@ def _fixed(program: ExportedProgram, source: fx.Node, name: str, size: int) -> T
         else f"{_where(first.meta.get('stack_trace'))} calls {_operator(first)} with the number {size}"
     )
     return TraceError(
-        f"the model takes a {name} of {size} alone, that of the example inputs: {where}; write -1 or x.shape[...] where "
-        "that size stands, or name the dimensions that may change with dynamic=",
+        f"the model takes a {name} of {size} alone, that of the example inputs: {where}; write -1 or x.shape[...] "
+        "where that size stands, or name the dimensions that may change with dynamic=",
         submodule=_module_of(first),
         reason=f"{name} is fixed to {size}",
     )
