@@ -166,7 +166,7 @@ class BudgetRepair:
         while used(plan) > 1:
             ranked = self._downwards(plan)
             if not ranked:
-                raise self.problem.infeasible("search by gates", plan)
+                raise self.problem.infeasible("budget repair", plan)
             for move in ranked[: max(1, len(ranked) // 10)]:
                 plan = move.applied(plan)
                 if used(plan) <= 1:
