@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.inference import Inference
@@ -106,6 +106,10 @@ def _macs(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> int | None:
         return _FORMULAS[name](args, [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)])
     if overload._overloadpacket in flop_registry:
         return int(flop_registry[overload._overloadpacket](*args, **kwargs, out_val=out)) // 2
+    if overload is torch.ops.aten.einsum.default:  # reason: made of products of matrices, which torch counts one by one
+        with FlopCounterMode(display=False) as counter:
+            overload(*args, **kwargs)
+        return counter.get_total_flops() // 2
     namespace, _, operator = name.partition("::")
     return None if namespace != "aten" or operator.startswith(_UNCOUNTABLE) else 0
 

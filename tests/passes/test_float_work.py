@@ -89,6 +89,28 @@ def test_what_torch_counts_is_counted_so() -> None:
     assert cost_model(graph, groups).reference.macs == counter.get_total_flops() // 2
 
 
+@pytest.mark.parametrize("equation", ["b...c,dc->b...d", "bchw,dc,ed->behw", "bchw,dc"])
+def test_an_einsum_of_any_form_is_counted(equation: str) -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.a, self.b = nn.Conv2d(3, 6, 1), nn.Parameter(drawn(6, 6)), nn.Parameter(drawn(5, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            y = y.movedim(1, -1) if "..." in equation else y
+            return torch.einsum(equation, y, *[self.a, self.b][: equation.count(",")])
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+    net = Sums().eval()
+    graph = trace(net, X)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(X[:1])
+    assert cost_model(graph, channel_groups(graph)).reference.macs == counter.get_total_flops() // 2
+
+
 @pytest.fixture
 def formula() -> Iterator[None]:
     target = torch.ops.sbs_fx_tests.mixed
