@@ -6,10 +6,12 @@ dimension that was asked to change can; where torch fixes one, a `TraceError` na
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from typing import Any
 
 import sympy
@@ -119,10 +121,15 @@ def own_context() -> Iterator[None]:
 
 @contextmanager
 def quiet_torch() -> Iterator[None]:
-    """`own_context`, without gradients and warnings."""
-    with warnings.catch_warnings(), own_context(), torch.no_grad():
+    """`own_context`, without gradients and without what torch writes beside its errors."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()), own_context(), torch.no_grad():
         warnings.simplefilter("ignore")
-        yield
+        logging.disable(max(disabled, logging.WARNING))
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
 
 
 class _Call(nn.Module):
@@ -266,7 +273,7 @@ def _fixed(program: ExportedProgram, source: fx.Node, name: str, size: int) -> T
     """What is said of a dimension that the model fixes: where its size stands in the source."""
     first = next((n for n in program.graph.nodes if size in _shape_arguments(n) and _depends(n, source)), None)
     where = (
-        "by a comparison, or by taking its size as a number, as int(x.shape[0]) and len(x) do"
+        "by a comparison, by a cache of an earlier call, or by taking its size as a number, as int(...) and len(x) do"
         if first is None
         else f"{_where(first.meta.get('stack_trace'))} calls {_operator(first)} with the number {size}"
     )
@@ -322,11 +329,17 @@ def _trace_error(module: nn.Module, error: Exception) -> TraceError:
     submodule = _failing_submodule(error)
     text = re.sub(r"\n\s*The error above occurred when.*", "", str(error).strip(), flags=re.DOTALL)
     text = re.sub(r" ?For more information, run with TORCH_LOGS=\S+", "", text)
+    text = re.sub(r"(For extended logs|If you suspect|For more debugging|For C\+\+ stack).*", "", text)
+    remedy = (
+        "put torch.where or torch.cond where a branch depends on values"
+        if "DataDependent" in type(error).__name__
+        else "change that line of the model"
+    )
     reason = " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
     inside = f" (sub-module {submodule})" if submodule else ""
     return TraceError(
-        f"torch.export could not capture {type(module).__name__}{inside}: {type(error).__name__}: {reason}; change "
-        "that line of the model, or compress the part of the model that can be captured",
+        f"torch.export could not capture {type(module).__name__}{inside}: {type(error).__name__}: {reason}; {remedy}, "
+        "or compress the part of the model that can be captured",
         submodule=submodule,
         reason=reason,
     )
@@ -353,7 +366,13 @@ def _failing_submodule(error: BaseException) -> str:
     place, tb = "", error.__traceback__
     while tb is not None:
         owner = tb.tb_frame.f_locals.get("self")
-        if tb.tb_frame.f_code.co_name == "forward" and isinstance(owner, nn.Module) and not isinstance(owner, _Call):
+        own = not tb.tb_frame.f_code.co_filename.startswith(tuple(torch.__path__))
+        if (
+            tb.tb_frame.f_code.co_name == "forward"
+            and isinstance(owner, nn.Module)
+            and own
+            and type(owner) is not _Call
+        ):
             place = f"{type(owner).__name__} at {tb.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{tb.tb_lineno}"
         tb = tb.tb_next
     return place

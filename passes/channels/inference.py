@@ -225,6 +225,8 @@ class Inference:
 
     def layer(self, node: fx.Node, kind: str, *terms: Term, outputs: int = 0) -> None:
         """Record a node that multiplies. Its first operand counts as an activation whatever it is computed from."""
+        if any(operand(node, p).meta["val"].is_complex() for term in terms for p in term.operands if p is not None):
+            terms = tuple(Term(term.sizes, (None, None)) for term in terms)  # reason: complex numbers have no bits
         paths = dict.fromkeys(p for term in terms for p in term.operands if p is not None)
         first = next(iter(paths), None)
         inputs = tuple(p for p in paths if p == first or operand(node, p) in self.live)

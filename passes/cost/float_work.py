@@ -23,12 +23,8 @@ from sbs_fx.passes.channels.inference import Inference
 from sbs_fx.passes.cost.layers import LayerExpression, Product, symbol_values, traced_sizes
 
 KIND = "float"
+_EINSUM = torch.ops.aten.einsum.default
 _UNCOUNTABLE = ("linalg_", "_linalg_", "cholesky", "lu_", "ormqr", "geqrf", "triangular_solve")
-
-
-def _deformable(args: Sequence[Any], out: Sequence[Tensor]) -> int:
-    """Of the convolution; sampling counts as elementwise work. Arguments: input, weight (outputs, inputs, kh, kw)."""
-    return out[0].numel() * args[1][0].numel()
 
 
 def _bilinear(args: Sequence[Any], out: Sequence[Tensor]) -> int:
@@ -55,7 +51,6 @@ def _distances(args: Sequence[Any], out: Sequence[Tensor]) -> int:
 
 
 _FORMULAS: Mapping[str, Callable[[Sequence[Any], Sequence[Tensor]], int]] = {
-    "torchvision::deform_conv2d": _deformable,
     "aten::bilinear": _bilinear,
     "aten::grid_sampler": _sampled,
     "aten::grid_sampler_2d": _sampled,
@@ -75,8 +70,8 @@ def float_work(inference: Inference) -> tuple[tuple[LayerExpression, ...], dict[
     for node in inference.graph_module.graph.nodes:
         if node.op != "call_function" or node.name in inference.layers:
             continue
-        macs = _macs(node, sizes)
-        if macs is None and node.name in inference.unknown:
+        macs = _macs(node, sizes, node.name not in inference.unknown)
+        if macs is None:
             uncounted[node.name] = str(node.target)
         elif macs:
             # reason: what has a rule does as much for each coordinate of its result
@@ -88,11 +83,15 @@ def float_work(inference: Inference) -> tuple[tuple[LayerExpression, ...], dict[
     return tuple(layers), uncounted
 
 
-def _macs(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> int | None:
+def _macs(node: fx.Node, sizes: Mapping[sympy.Symbol, int], has_rule: bool) -> int | None:
     """Of one call; None if nobody knows."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return None
+        return 0 if has_rule else None
     name, overload = node.target._schema.name, node.target
+    counts = overload._overloadpacket in flop_registry or overload is _EINSUM
+    if name not in _FORMULAS and not counts:
+        namespace, _, operator = name.partition("::")
+        return None if not has_rule and (namespace != "aten" or operator.startswith(_UNCOUNTABLE)) else 0
 
     def concrete(value: Any) -> Any:
         value = value.meta.get("val") if isinstance(value, fx.Node) else value
@@ -100,18 +99,18 @@ def _macs(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> int | None:
             return torch.empty([_number(n, sizes) for n in value.shape], dtype=value.dtype, device="meta")
         return _number(value, sizes) if isinstance(value, torch.SymInt) else value
 
-    args, kwargs = pytree.tree_map_only((fx.Node, torch.SymInt), concrete, (list(node.args), dict(node.kwargs)))
-    out = pytree.tree_map(concrete, node.meta["val"])
+    try:
+        args, kwargs = pytree.tree_map_only((fx.Node, torch.SymInt), concrete, (list(node.args), dict(node.kwargs)))
+        out = pytree.tree_map(concrete, node.meta["val"])
+    except TypeError:  # a size that depends on values
+        return None
     if name in _FORMULAS:
         return _FORMULAS[name](args, [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)])
-    if overload._overloadpacket in flop_registry:
+    if overload is not _EINSUM:
         return int(flop_registry[overload._overloadpacket](*args, **kwargs, out_val=out)) // 2
-    if overload is torch.ops.aten.einsum.default:  # reason: made of products of matrices, which torch counts one by one
-        with FlopCounterMode(display=False) as counter:
-            overload(*args, **kwargs)
-        return counter.get_total_flops() // 2
-    namespace, _, operator = name.partition("::")
-    return None if namespace != "aten" or operator.startswith(_UNCOUNTABLE) else 0
+    with FlopCounterMode(display=False) as counter:  # reason: it is products of matrices, which torch counts one by one
+        overload(*args, **kwargs)
+    return counter.get_total_flops() // 2
 
 
 def _number(size: Any, sizes: Mapping[sympy.Symbol, int]) -> int:

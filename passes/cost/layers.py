@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -53,6 +53,20 @@ class LayerExpression:
     kind: str
     products: tuple[Product, ...]
     weights: Mapping[str, tuple[tuple[Dim, ...], int]]
+
+    @property
+    def symbols(self) -> set[sympy.Symbol]:
+        """Symbolic sizes in it."""
+        return {s for p in self.products if not isinstance(p.scale, int) for s in p.scale.free_symbols}
+
+    def without(self, symbols: Set[sympy.Symbol]) -> LayerExpression:
+        """The layer where these sizes are 0."""
+        scales = (sympy.sympify(p.scale).subs(dict.fromkeys(symbols, 0)) for p in self.products)
+        products = (
+            replace(p, scale=int(scale) if scale.is_Integer else scale)
+            for p, scale in zip(self.products, scales, strict=True)
+        )
+        return replace(self, products=tuple(products))
 
     def sizes(self, of_axis: Callable[[Axis], Any]) -> list[tuple[Any, Any, int]]:
         """Per weight: output channels, input channels of one group, and positions that it is applied at."""

@@ -76,6 +76,11 @@ class CostModel:
         self._traced_sizes = traced_sizes(inference)
         floats, self.uncounted = float_work(inference)
         layers = [layer_expression(inference, nodes, layer, symbols) for layer in inference.layers.values()]
+        for i, layer in enumerate(layers):
+            unknown = layer.symbols - symbols.keys()
+            if unknown:  # reason: how many rows there are depends on values, as behind a mask
+                self.uncounted[layer.node] = f"{layer.name}, whose number of rows depends on data,"
+                layers[i] = layer.without(unknown)
         place = {name: i for i, name in enumerate(nodes)}
         self.layers = tuple(sorted([*layers, *floats], key=lambda layer: place[layer.node]))
         self.weights, self.activations = quantized_tensors(groups)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
-from torchvision.ops import deform_conv2d
 
 import sbs_fx
 from sbs_fx.passes import channel_groups, cost_model, trace
@@ -34,7 +33,6 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.operator = nn.Conv2d(3, 16, 3, padding=1), operator
-        self.weight = nn.Parameter(torch.randn(8, 16, 3, 3))
         self.pairs = nn.Parameter(torch.randn(5, 16, 16))
         self.grid = nn.Parameter(torch.rand(1, 10, 12, 2) - 0.5)
 
@@ -43,12 +41,7 @@ class Net(nn.Module):
 
 
 X = torch.randn(2, 3, 8, 6)
-OFFSETS = torch.zeros(1, 18, 8, 6)
 COUNTED: dict[str, tuple[Callable[[Net, Tensor], Tensor], int]] = {
-    "deformable": (
-        lambda net, y: deform_conv2d(y, OFFSETS.expand(y.shape[0], -1, -1, -1), net.weight, padding=1),
-        8 * 16 * 9 * 8 * 6,
-    ),
     "grid": (lambda net, y: nn.functional.grid_sample(y, net.grid.expand(y.shape[0], -1, -1, -1)), 4 * 16 * 10 * 12),
     "fourier": (lambda net, y: torch.fft.rfft2(y).abs(), math.ceil(2.5 * 16 * 48 * math.log2(48))),
     "distances": (lambda net, y: torch.cdist(y.flatten(2), y.flatten(2)), 16 * 16 * 48),
@@ -134,3 +127,44 @@ def test_a_formula_of_ones_own_counts() -> None:
     cost = cost_model(graph, channel_groups(graph))
     assert not cost.uncounted
     assert cost.reference.macs == 16 * 3 * 9 * 48 + 16 * 48 * 16
+
+
+def test_rows_that_depend_on_data_are_uncounted() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            z, chosen = torch.zeros_like(y), y[..., 0] > 0
+            z[chosen] = self.second(y[chosen])
+            return z.mean(1)
+
+    net, x = Masked().eval(), torch.randn(2, 5, 8)
+    graph = trace(net, x)
+    assert torch.equal(graph(x), net(x))
+    with pytest.raises(BudgetError, match="nobody knows what second .* whose number of rows depends on data"):
+        sbs_fx.compress(net, x, budget=0.5)
+    result = sbs_fx.compress(net, x, budget=0.5, config=sbs_fx.Config(uncounted="ignore"))
+    assert torch.isfinite(result.model(torch.randn(3, 5, 8))).all()
+
+
+def test_complex_numbers_stay_as_they_are() -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(6, 3)
+            self.weight = nn.Parameter(torch.randn(8, 6, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            f = torch.fft.rfft2(self.conv(x))
+            f = torch.einsum("bixy,io->boxy", f, torch.view_as_complex(self.weight))
+            return self.head(torch.fft.irfft2(f, s=x.shape[-2:]).mean((2, 3)))
+
+    net = Spectral().eval()
+    graph = trace(net, X)
+    cost = cost_model(graph, channel_groups(graph))
+    assert cost.weights.keys() == {"conv", "head"}
+    assert cost.reference.macs > 3 * 8 * 9 * 48 + 8 * 6 * 8 * 4
+    assert sbs_fx.compress(net, X, budget=0.95).model(X).shape == (2, 3)

@@ -132,7 +132,9 @@ def test_gradients_are_slopes_and_finite_differences(recipe: Recipe, seed: int) 
     named: list[tuple[Any, str, torch.Tensor]] = [("channels", n, t) for n, t in kept.items()]
     named += [("weight", n, t) for n, t in weights.items()] + [("activation", n, t) for n, t in activations.items()]
     for measure in MEASURES:
-        assert float(soft[measure].detach()) == cost.price(plan)[measure]
+        # reason: which channels an operator at full width gathers is stored only where some of them go
+        adapters = cost._adapters(plan) if measure == "size" else 0
+        assert float(soft[measure].detach()) == cost.price(plan)[measure] - adapters
         slopes = cost.polynomials[measure].slopes(x)
         if not soft[measure].requires_grad:  # reason: a single layer has MACs, but none that could go
             assert not slopes[[cost.number[Variable(kind, name)] for kind, name, _ in named]].any()

@@ -128,11 +128,18 @@ def _unbind(t: Inference, node: fx.Node) -> tuple[Dims, ...]:
 
 @rule(aten.index.Tensor, aten._unsafe_index.Tensor, facts=MOVES)
 def _index(t: Inference, node: fx.Node) -> Dims:
-    """`table[index]`: indexed dimensions are pinned, the others pass."""
-    x, indices = t[node.args[0]], list(node.args[1])
-    indexed = [i for i, index in enumerate(indices) if index is not None]
-    for i in indexed:
-        t.pin(node, "indexed by a tensor", x[i], *t[indices[i]])
+    """`table[index]`: indexed dimensions are pinned, the others pass. A mask indexes as many dimensions as it has."""
+    x, indexed = t[node.args[0]], list[int]()
+    place = 0
+    for index in node.args[1]:
+        if index is None:
+            place += 1
+            continue
+        value = index.meta["val"]
+        taken = range(place, place + (value.ndim if value.dtype == torch.bool else 1))
+        t.pin(node, "indexed by a tensor", *(x[i] for i in taken), *t[index])
+        indexed += taken
+        place = taken.stop
     rest = [dim for i, dim in enumerate(x) if i not in indexed]
     contiguous = indexed == list(range(indexed[0], indexed[-1] + 1))
     shape = t.shape(node)
