@@ -6,7 +6,9 @@ In: an importable function and its tasks. Out: (task, result or the reason why t
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import multiprocessing
+import pathlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -115,3 +117,12 @@ def _serve(connection: Any, function: Callable[[Any], Any]) -> None:
             connection.send(function(connection.recv()))
     except (EOFError, OSError, KeyboardInterrupt):  # the parent is gone or wants no more
         return
+
+
+def read_rows(side: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Rows of an interrupted run; a line that was cut short is dropped."""
+    for line in side.read_text().splitlines() if side.exists() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue

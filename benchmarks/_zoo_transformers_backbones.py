@@ -8,22 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from _zoo_networks import Maker, add, images
+from _zoo_transformers_sizes import PYRAMID, STAGES, VIT
 from torch import nn
 
 _SIZE = images(3, 32, 32)
 _WIDE = images(3, 64, 64)
 _CLIP = images(4, 3, 32, 32)  # frames before colours
 
-_PLAIN: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
-_EAGER: dict[str, Any] = {**_PLAIN, "attn_implementation": "eager"}
-_STAGES: dict[str, Any] = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 24, 32, 40]}
+_EAGER: dict[str, Any] = {**VIT, "attn_implementation": "eager"}
 _WINDOWS: dict[str, Any] = {
     "image_size": 64,
     "patch_size": 4,
@@ -55,31 +47,31 @@ def enter(kind: str, name: str, model: str, config: str, options: dict[str, Any]
 
 
 _ROWS: tuple[tuple[str, str, str, dict[str, Any], Maker], ...] = (
-    ("vit", "ViTForImageClassification", "ViTConfig", _PLAIN, _SIZE),
+    ("vit", "ViTForImageClassification", "ViTConfig", VIT, _SIZE),
     ("vit_eager", "ViTForImageClassification", "ViTConfig", _EAGER, _SIZE),
-    ("deit", "DeiTForImageClassificationWithTeacher", "DeiTConfig", _PLAIN, _SIZE),
-    ("beit", "BeitForImageClassification", "BeitConfig", {**_PLAIN, "use_relative_position_bias": True}, _SIZE),
-    ("data2vec_vision", "Data2VecVisionForImageClassification", "Data2VecVisionConfig", _PLAIN, _SIZE),
-    ("dinov2", "Dinov2ForImageClassification", "Dinov2Config", {**_PLAIN, "mlp_ratio": 2}, _SIZE),
-    ("dinov2_swiglu", "Dinov2Model", "Dinov2Config", {**_PLAIN, "mlp_ratio": 2, "use_swiglu_ffn": True}, _SIZE),
-    ("dinov2_registers", "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", _PLAIN, _SIZE),
-    ("dinov3_vit", "DINOv3ViTModel", "DINOv3ViTConfig", {**_PLAIN, "num_register_tokens": 2}, _SIZE),
-    ("dinov3_gated", "DINOv3ViTModel", "DINOv3ViTConfig", {**_PLAIN, "use_gated_mlp": True}, _SIZE),
-    ("dinov3_convnext", "DINOv3ConvNextModel", "DINOv3ConvNextConfig", _STAGES, _SIZE),
-    ("vit_msn", "ViTMSNForImageClassification", "ViTMSNConfig", _PLAIN, _SIZE),
-    ("ijepa", "IJepaForImageClassification", "IJepaConfig", _PLAIN, _SIZE),
-    ("pixio", "PixioModel", "PixioConfig", _PLAIN, _SIZE),
-    ("convnext", "ConvNextForImageClassification", "ConvNextConfig", _STAGES, _WIDE),
-    ("convnextv2", "ConvNextV2ForImageClassification", "ConvNextV2Config", _STAGES, _WIDE),
-    ("resnet", "ResNetForImageClassification", "ResNetConfig", {**_STAGES, "embedding_size": 16}, _WIDE),
+    ("deit", "DeiTForImageClassificationWithTeacher", "DeiTConfig", VIT, _SIZE),
+    ("beit", "BeitForImageClassification", "BeitConfig", {**VIT, "use_relative_position_bias": True}, _SIZE),
+    ("data2vec_vision", "Data2VecVisionForImageClassification", "Data2VecVisionConfig", VIT, _SIZE),
+    ("dinov2", "Dinov2ForImageClassification", "Dinov2Config", {**VIT, "mlp_ratio": 2}, _SIZE),
+    ("dinov2_swiglu", "Dinov2Model", "Dinov2Config", {**VIT, "mlp_ratio": 2, "use_swiglu_ffn": True}, _SIZE),
+    ("dinov2_registers", "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", VIT, _SIZE),
+    ("dinov3_vit", "DINOv3ViTModel", "DINOv3ViTConfig", {**VIT, "num_register_tokens": 2}, _SIZE),
+    ("dinov3_gated", "DINOv3ViTModel", "DINOv3ViTConfig", {**VIT, "use_gated_mlp": True}, _SIZE),
+    ("dinov3_convnext", "DINOv3ConvNextModel", "DINOv3ConvNextConfig", STAGES, _SIZE),
+    ("vit_msn", "ViTMSNForImageClassification", "ViTMSNConfig", VIT, _SIZE),
+    ("ijepa", "IJepaForImageClassification", "IJepaConfig", VIT, _SIZE),
+    ("pixio", "PixioModel", "PixioConfig", VIT, _SIZE),
+    ("convnext", "ConvNextForImageClassification", "ConvNextConfig", STAGES, _WIDE),
+    ("convnextv2", "ConvNextV2ForImageClassification", "ConvNextV2Config", STAGES, _WIDE),
+    ("resnet", "ResNetForImageClassification", "ResNetConfig", {**STAGES, "embedding_size": 16}, _WIDE),
     (
         "regnet",
         "RegNetForImageClassification",
         "RegNetConfig",
-        {**_STAGES, "groups_width": 8, "embedding_size": 16},
+        {**STAGES, "groups_width": 8, "embedding_size": 16},
         _WIDE,
     ),
-    ("bit", "BitForImageClassification", "BitConfig", {**_STAGES, "embedding_size": 16, "num_groups": 4}, _WIDE),
+    ("bit", "BitForImageClassification", "BitConfig", {**STAGES, "embedding_size": 16, "num_groups": 4}, _WIDE),
     ("swin", "SwinForImageClassification", "SwinConfig", _WINDOWS, _WIDE),
     ("swinv2", "Swinv2ForImageClassification", "Swinv2Config", _WINDOWS, _WIDE),
     (
@@ -96,17 +88,14 @@ _ROWS: tuple[tuple[str, str, str, dict[str, Any], Maker], ...] = (
         },
         _WIDE,
     ),
-    ("poolformer", "PoolFormerForImageClassification", "PoolFormerConfig", {**_STAGES}, _WIDE),
+    ("poolformer", "PoolFormerForImageClassification", "PoolFormerConfig", {**STAGES}, _WIDE),
     (
         "pvt",
         "PvtForImageClassification",
         "PvtConfig",
         {
             "image_size": 64,
-            "depths": [1, 1, 1, 1],
-            "hidden_sizes": [16, 24, 32, 48],
-            "num_attention_heads": [1, 2, 4, 8],
-            "mlp_ratios": [2, 2, 2, 2],
+            **PYRAMID,
         },
         _WIDE,
     ),
@@ -115,10 +104,7 @@ _ROWS: tuple[tuple[str, str, str, dict[str, Any], Maker], ...] = (
         "PvtV2ForImageClassification",
         "PvtV2Config",
         {
-            "depths": [1, 1, 1, 1],
-            "hidden_sizes": [16, 24, 32, 48],
-            "num_attention_heads": [1, 2, 4, 8],
-            "mlp_ratios": [2, 2, 2, 2],
+            **PYRAMID,
         },
         _WIDE,
     ),
@@ -227,7 +213,7 @@ _ROWS: tuple[tuple[str, str, str, dict[str, Any], Maker], ...] = (
         "VitDetModel",
         "VitDetConfig",
         {
-            **_PLAIN,
+            **VIT,
             "pretrain_image_size": 32,
             "window_block_indices": [0],
             "window_size": 2,
@@ -235,13 +221,13 @@ _ROWS: tuple[tuple[str, str, str, dict[str, Any], Maker], ...] = (
         },
         _SIZE,
     ),
-    ("timesformer", "TimesformerForVideoClassification", "TimesformerConfig", {**_PLAIN, "num_frames": 4}, _CLIP),
-    ("videomae", "VideoMAEForVideoClassification", "VideoMAEConfig", {**_PLAIN, "num_frames": 4}, _CLIP),
+    ("timesformer", "TimesformerForVideoClassification", "TimesformerConfig", {**VIT, "num_frames": 4}, _CLIP),
+    ("videomae", "VideoMAEForVideoClassification", "VideoMAEConfig", {**VIT, "num_frames": 4}, _CLIP),
     (
         "vivit",
         "VivitForVideoClassification",
         "VivitConfig",
-        {**_PLAIN, "num_frames": 4, "tubelet_size": [2, 8, 8]},
+        {**VIT, "num_frames": 4, "tubelet_size": [2, 8, 8]},
         _CLIP,
     ),
     (
@@ -249,7 +235,7 @@ _ROWS: tuple[tuple[str, str, str, dict[str, Any], Maker], ...] = (
         "VJEPA2ForVideoClassification",
         "VJEPA2Config",
         {
-            **_PLAIN,
+            **VIT,
             "crop_size": 32,
             "frames_per_clip": 4,
             "pred_hidden_size": 32,

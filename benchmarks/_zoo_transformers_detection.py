@@ -7,24 +7,9 @@ from typing import Any
 
 from _zoo_networks import Maker, by_name, images, tokens, unit
 from _zoo_transformers_backbones import enter
+from _zoo_transformers_sizes import PYRAMID, STAGES, TEXT, VIT
 
-_VIT: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
-_TEXT: dict[str, Any] = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 16,
-}
-_RESNET: dict[str, Any] = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 24, 32, 40], "embedding_size": 16}
+_RESNET: dict[str, Any] = {**STAGES, "embedding_size": 16}
 _LAST = ("ResNetConfig", {**_RESNET, "out_features": ["stage4"]})
 _TWO_STAGES: dict[str, Any] = {"two_stage": True, "with_box_refine": True, "two_stage_num_proposals": 10}
 _LEVELS = ("ResNetConfig", {**_RESNET, "out_features": ["stage2", "stage3", "stage4"]})
@@ -163,17 +148,17 @@ _DETECTORS: tuple[_Row, ...] = (
         "yolos",
         "YolosForObjectDetection",
         "YolosConfig",
-        {**_VIT, "image_size": [32, 32], "num_detection_tokens": 5},
+        {**VIT, "image_size": [32, 32], "num_detection_tokens": 5},
         _SMALL,
     ),
     (
         "owlvit",
         "OwlViTForObjectDetection",
         "OwlViTConfig",
-        {"text_config": _TEXT, "vision_config": _VIT, "projection_dim": 32},
+        {"text_config": TEXT, "vision_config": VIT, "projection_dim": 32},
         by_name(input_ids=tokens(98, 8), pixel_values=images(3, 32, 32)),
     ),
-    ("lw_detr_vit", "VitDetBackbone", "VitDetConfig", {**_VIT, "pretrain_image_size": 32}, _SMALL),
+    ("lw_detr_vit", "VitDetBackbone", "VitDetConfig", {**VIT, "pretrain_image_size": 32}, _SMALL),
 )
 
 _MASK_FORMER: dict[str, Any] = {"backbone_config": _SWIN_LEVELS, "num_labels": 5}
@@ -212,7 +197,7 @@ _SEGMENTERS: tuple[_Row, ...] = (
         "eomt",
         "EomtForUniversalSegmentation",
         "EomtConfig",
-        {**_VIT, "num_hidden_layers": 3, "num_blocks": 1, "num_queries": 5, "num_upscale_blocks": 1, "mlp_ratio": 2},
+        {**VIT, "num_hidden_layers": 3, "num_blocks": 1, "num_queries": 5, "num_upscale_blocks": 1, "mlp_ratio": 2},
         _SMALL,
     ),
     (
@@ -220,11 +205,8 @@ _SEGMENTERS: tuple[_Row, ...] = (
         "SegformerForSemanticSegmentation",
         "SegformerConfig",
         {
-            "depths": [1, 1, 1, 1],
-            "hidden_sizes": [16, 24, 32, 48],
-            "num_attention_heads": [1, 2, 4, 8],
+            **PYRAMID,
             "decoder_hidden_size": 32,
-            "mlp_ratios": [2, 2, 2, 2],
         },
         _LARGE,
     ),
@@ -236,8 +218,7 @@ _SEGMENTERS: tuple[_Row, ...] = (
             "backbone_config": (
                 "ConvNextConfig",
                 {
-                    "depths": [1, 1, 1, 1],
-                    "hidden_sizes": [16, 24, 32, 40],
+                    **STAGES,
                     "out_features": ["stage1", "stage2", "stage3", "stage4"],
                 },
             ),
@@ -251,7 +232,7 @@ _SEGMENTERS: tuple[_Row, ...] = (
         "beit_segmentation",
         "BeitForSemanticSegmentation",
         "BeitConfig",
-        {**_VIT, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+        {**VIT, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
         _SMALL,
     ),
     (
@@ -279,7 +260,7 @@ _SEGMENTERS: tuple[_Row, ...] = (
         "data2vec_segmentation",
         "Data2VecVisionForSemanticSegmentation",
         "Data2VecVisionConfig",
-        {**_VIT, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+        {**VIT, "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
         _SMALL,
     ),
     (
@@ -287,8 +268,8 @@ _SEGMENTERS: tuple[_Row, ...] = (
         "CLIPSegForImageSegmentation",
         "CLIPSegConfig",
         {
-            "text_config": {**_TEXT, "eos_token_id": 98},
-            "vision_config": _VIT,
+            "text_config": {**TEXT, "eos_token_id": 98},
+            "vision_config": VIT,
             "projection_dim": 32,
             "reduce_dim": 16,
             "extract_layers": [0, 1],
@@ -302,7 +283,7 @@ _SEGMENTERS: tuple[_Row, ...] = (
         "SamVisionModel",
         "SamVisionConfig",
         {
-            **{k: v for k, v in _VIT.items() if k != "intermediate_size"},
+            **{k: v for k, v in VIT.items() if k != "intermediate_size"},
             "mlp_dim": 64,
             "window_size": 2,
             "global_attn_indexes": [1],
@@ -341,7 +322,7 @@ _SEGMENTERS: tuple[_Row, ...] = (
         "SamConfig",
         {
             "vision_config": {
-                **{k: v for k, v in _VIT.items() if k != "intermediate_size"},
+                **{k: v for k, v in VIT.items() if k != "intermediate_size"},
                 "mlp_dim": 64,
                 "window_size": 2,
                 "global_attn_indexes": [1],

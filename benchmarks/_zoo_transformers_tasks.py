@@ -7,23 +7,8 @@ from typing import Any
 
 from _zoo_networks import Maker, by_name, images, tokens, unit
 from _zoo_transformers_backbones import enter
+from _zoo_transformers_sizes import PYRAMID, TEXT, VIT
 
-_VIT: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
-_TEXT: dict[str, Any] = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 16,
-}
 _SMALL = by_name(pixel_values=images(3, 32, 32))
 _LARGE = by_name(pixel_values=images(3, 64, 64))
 _WORDS = by_name(input_ids=tokens(98, 8), pixel_values=images(3, 32, 32))
@@ -35,7 +20,7 @@ _DPT: dict[str, Any] = {"fusion_hidden_size": 16, "neck_hidden_sizes": [16, 16, 
 _DINO = (
     "Dinov2Config",
     {
-        **_VIT,
+        **VIT,
         "num_hidden_layers": 4,
         "mlp_ratio": 2,
         "out_indices": [1, 2, 3, 4],
@@ -47,14 +32,14 @@ _DENSE: tuple[_Row, ...] = (
         "dpt_depth",
         "DPTForDepthEstimation",
         "DPTConfig",
-        {**_VIT, **_DPT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "is_hybrid": False},
+        {**VIT, **_DPT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "is_hybrid": False},
         _SMALL,
     ),
     (
         "dpt_segmentation",
         "DPTForSemanticSegmentation",
         "DPTConfig",
-        {**_VIT, **_DPT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "is_hybrid": False},
+        {**VIT, **_DPT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "is_hybrid": False},
         _SMALL,
     ),
     (
@@ -69,11 +54,8 @@ _DENSE: tuple[_Row, ...] = (
         "GLPNForDepthEstimation",
         "GLPNConfig",
         {
-            "depths": [1, 1, 1, 1],
-            "hidden_sizes": [16, 24, 32, 48],
-            "num_attention_heads": [1, 2, 4, 8],
+            **PYRAMID,
             "decoder_hidden_size": 16,
-            "mlp_ratios": [2, 2, 2, 2],
         },
         _LARGE,
     ),
@@ -92,7 +74,7 @@ _DENSE: tuple[_Row, ...] = (
             "backbone_config": (
                 "BeitConfig",
                 {
-                    **_VIT,
+                    **VIT,
                     "num_hidden_layers": 4,
                     "out_indices": [1, 2, 3, 4],
                     "reshape_hidden_states": False,
@@ -110,7 +92,7 @@ _DENSE: tuple[_Row, ...] = (
             "backbone_config": (
                 "VitPoseBackboneConfig",
                 {
-                    **_VIT,
+                    **VIT,
                     "image_size": [64, 48],
                     "patch_size": [16, 16],
                     "mlp_ratio": 2,
@@ -129,7 +111,7 @@ _DENSE: tuple[_Row, ...] = (
             "backbone_config": (
                 "VitDetConfig",
                 {
-                    **_VIT,
+                    **VIT,
                     "num_channels": 4,
                     "patch_size": 16,
                     "image_size": 64,
@@ -174,7 +156,7 @@ _DENSE: tuple[_Row, ...] = (
         "vit_mae",
         "ViTMAEModel",
         "ViTMAEConfig",
-        {**_VIT, "mask_ratio": 0.5},
+        {**VIT, "mask_ratio": 0.5},
         by_name(pixel_values=images(3, 32, 32), noise=unit(16)),
     ),
 )
@@ -189,21 +171,21 @@ _TROCR: dict[str, Any] = {
     "cross_attention_hidden_size": 32,
     "use_cache": False,
 }
-_CLIP: dict[str, Any] = {"text_config": {**_TEXT, "eos_token_id": 98}, "vision_config": _VIT, "projection_dim": 32}
+_CLIP: dict[str, Any] = {"text_config": {**TEXT, "eos_token_id": 98}, "vision_config": VIT, "projection_dim": 32}
 _PAIRS: tuple[_Row, ...] = (
     ("clip", "CLIPModel", "CLIPConfig", _CLIP, _WORDS),
-    ("clip_vision", "CLIPVisionModelWithProjection", "CLIPVisionConfig", {**_VIT, "projection_dim": 16}, _SMALL),
-    ("siglip", "SiglipModel", "SiglipConfig", {"text_config": _TEXT, "vision_config": _VIT}, _WORDS),
-    ("siglip_vision", "SiglipVisionModel", "SiglipVisionConfig", _VIT, _SMALL),
+    ("clip_vision", "CLIPVisionModelWithProjection", "CLIPVisionConfig", {**VIT, "projection_dim": 16}, _SMALL),
+    ("siglip", "SiglipModel", "SiglipConfig", {"text_config": TEXT, "vision_config": VIT}, _WORDS),
+    ("siglip_vision", "SiglipVisionModel", "SiglipVisionConfig", VIT, _SMALL),
     ("chinese_clip", "ChineseCLIPModel", "ChineseCLIPConfig", _CLIP, _WORDS),
     (
         "groupvit",
         "GroupViTModel",
         "GroupViTConfig",
         {
-            "text_config": {**_TEXT, "eos_token_id": 98},
+            "text_config": {**TEXT, "eos_token_id": 98},
             "vision_config": {
-                **_VIT,
+                **VIT,
                 "depths": [1, 1, 1],
                 "num_group_tokens": [8, 4, 0],
                 "num_output_groups": [8, 4, 4],
@@ -218,19 +200,19 @@ _PAIRS: tuple[_Row, ...] = (
         "BlipForImageTextRetrieval",
         "BlipConfig",
         {
-            "text_config": {**_TEXT, "encoder_hidden_size": 32},
-            "vision_config": _VIT,
+            "text_config": {**TEXT, "encoder_hidden_size": 32},
+            "vision_config": VIT,
             "image_text_hidden_size": 16,
         },
         _WORDS,
     ),
-    ("vilt", "ViltForQuestionAnswering", "ViltConfig", {**_VIT, "vocab_size": 99, "num_labels": 3}, _WORDS),
+    ("vilt", "ViltForQuestionAnswering", "ViltConfig", {**VIT, "vocab_size": 99, "num_labels": 3}, _WORDS),
     (
         "layoutlmv3",
         "LayoutLMv3ForTokenClassification",
         "LayoutLMv3Config",
         {
-            **_TEXT,
+            **TEXT,
             "input_size": 32,
             "patch_size": 8,
             "coordinate_size": 4,
@@ -253,9 +235,9 @@ _PAIRS: tuple[_Row, ...] = (
         "XCLIPModel",
         "XCLIPConfig",
         {
-            "text_config": {**_TEXT, "eos_token_id": 98},
+            "text_config": {**TEXT, "eos_token_id": 98},
             "vision_config": {
-                **_VIT,
+                **VIT,
                 "num_frames": 4,
                 "mit_hidden_size": 32,
                 "mit_intermediate_size": 32,
@@ -266,12 +248,12 @@ _PAIRS: tuple[_Row, ...] = (
         },
         by_name(input_ids=tokens(98, 8), pixel_values=images(4, 3, 32, 32)),
     ),
-    ("flava_image", "FlavaImageModel", "FlavaImageConfig", _VIT, _SMALL),
+    ("flava_image", "FlavaImageModel", "FlavaImageConfig", VIT, _SMALL),
     (
         "trocr",
         "VisionEncoderDecoderModel",
         "VisionEncoderDecoderConfig",
-        {"encoder": {**_VIT, "model_type": "vit"}, "decoder": {**_TROCR, "model_type": "trocr"}},
+        {"encoder": {**VIT, "model_type": "vit"}, "decoder": {**_TROCR, "model_type": "trocr"}},
         by_name(pixel_values=images(3, 32, 32), decoder_input_ids=tokens(98, 8)),
     ),
 )

@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from _coverage_models import Task, all_models, smallest_models
-from _coverage_workers import Failed, run_tasks
+from _coverage_workers import Failed, read_rows, run_tasks
 
 # reason: glibc would keep large blocks that were freed, more or fewer by chance; what a model needs is what is measured
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 18))  # for the processes that start from now on
@@ -28,7 +28,8 @@ def main() -> int:
     tasks = _tasks(options)
     side = options.out.with_suffix(".jsonl")
     side.parent.mkdir(parents=True, exist_ok=True)
-    rows = _read_rows(side) if options.resume else {}
+    # reason: a model that failed is tried again
+    rows = {row["model"]: row for row in read_rows(side) if row["outcome"] == "ok"} if options.resume else {}
     if not options.resume:
         side.write_text("")
     waiting = [task for task in tasks if task.model not in rows]
@@ -77,19 +78,6 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
 
 def _failure(task: Task, reason: Failed) -> dict[str, Any]:
     return {"family": task.family, "model": task.model, "outcome": str(reason), "seconds": {}}
-
-
-def _read_rows(side: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Rows of an interrupted run by model; a line that was cut short is dropped, a model that failed is tried again."""
-    rows = {}
-    for line in side.read_text().splitlines() if side.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["outcome"] == "ok":
-            rows[row["model"]] = row
-    return rows
 
 
 def _options() -> argparse.Namespace:

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from _coverage_workers import Failed, run_tasks
+from _coverage_workers import Failed, read_rows, run_tasks
 from _zoo_networks import Network, all_networks, is_installed
 
 PRELOAD = ("_zoo_check", "torchvision", "transformers.modeling_utils", "segmentation_models_pytorch")  # if installed
@@ -34,7 +34,8 @@ def main() -> int:
     networks = _networks(options)
     side = options.out.with_suffix(".jsonl")
     side.parent.mkdir(parents=True, exist_ok=True)
-    rows = _read_rows(side, options.retry) if options.resume else {}
+    rows = {row["model"]: row for row in read_rows(side)} if options.resume else {}
+    rows = {name: row for name, row in rows.items() if options.retry is None or options.retry not in row["outcome"]}
     if not options.resume:
         side.write_text("")
     waiting = [network.name for network in networks if network.name not in rows]
@@ -102,19 +103,6 @@ def _networks(options: argparse.Namespace) -> list[Network]:
     for package in sorted({network.package for network in missing}):
         print(f"{sum(n.package == package for n in missing)} networks are left out: {package} is not installed")
     return [network for network in chosen if network not in missing]
-
-
-def _read_rows(side: pathlib.Path, retry: str | None) -> dict[str, dict[str, Any]]:
-    """Rows of an interrupted run by name, the last of each; a line that was cut short is dropped, as is what is to be
-    tried again."""
-    rows = {}
-    for line in side.read_text().splitlines() if side.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows[row["model"]] = row
-    return {name: row for name, row in rows.items() if retry is None or retry not in row["outcome"]}
 
 
 def _options() -> argparse.Namespace:

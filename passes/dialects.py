@@ -3,7 +3,7 @@
 In: a graph of ours. Out: its dialect, a frozen value under one key of its metadata, or an error of `verify` that names
 the node where the graph is not what its dialect promises.
 
-    traced        ATen operators on floats, or others that have a rule: `trace`, `slim`
+    traced        operators on floats, those of other libraries too: `trace`, `slim`
     searchable    gates on weights, activations and channel groups, masked statistics: `insert_gates`
     gated         gates on weights and activations alone: `insert_gates` with channels=False
     static        codes and scales in place of gates: `finalize`, `integer_joins`, `integer_grid`, `load_pt2`

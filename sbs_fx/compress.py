@@ -115,15 +115,15 @@ def compress(
     job = Job(config, data, validation, progress, observer)
     traced = _traced(model, example_inputs, dynamic, task, job)
     job.prepare(traced.graph, prepare)
-    entry = _of_several(traced, entry, method, job)
-    priced = _priced(traced, job, budget)
-    problem = Problem.of(priced.cost, budget, priced.inputs, config, config.seed)
+    _check_inputs(traced, job)
+    entry = _of_several(traced, entry, method)
+    problem = Problem.of(_priced(traced, job, budget), budget, traced.inputs, config, config.seed)
     identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.limits}
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
         job.stage("search", 0.35)
         searched = _searched(problem, entry, job)
         result = _realised(
-            priced, searched, problem.policy(searched.plan, entry.name), job, reconstructs=entry.reconstructs
+            traced, problem.cost, searched, problem.policy(searched.plan, entry.name), job, entry.reconstructs
         )
         if not budget.is_satisfied_by(result.cost):
             raise GraphError(
@@ -165,36 +165,27 @@ def apply(
     limits = None if budget is None else Budget.of(budget)
     traced = _traced(model, example_inputs, dynamic, task, job)
     job.prepare(traced.graph, prepare)
-    _of_several(traced, None, policy.method, job)
-    priced = _priced(traced, job, limits)
-    _check_policy(priced.cost, policy)
-    if limits is not None and not limits.is_satisfied_by(cost := priced.cost.evaluate(policy.plan)):
+    _check_inputs(traced, job)
+    cost = _priced(traced, job, limits)
+    _check_policy(cost, policy)
+    if limits is not None and not limits.is_satisfied_by(total := cost.evaluate(policy.plan)):
         raise BudgetError(
-            f"this policy costs {limits.shares(cost)} of the float model; expected at most {limits.limits}"
+            f"this policy costs {limits.shares(total)} of the float model; expected at most {limits.limits}"
         )
     entry = methods().get(policy.method)
     tensors: Mapping[str, torch.Tensor] = {}
     if entry is not None and entry.restore is not None:
-        groups = priced.cost.groups
-        space = Space(groups, priced.cost)
-        problem = Problem(groups.inference.graph_module, groups, priced.cost, {}, space, priced.inputs, policy.seed)
+        space = Space(cost.groups, cost)
+        problem = Problem(traced.graph, cost.groups, cost, {}, space, traced.inputs, policy.seed)
         tensors = entry.restore(problem, policy.plan, config.of(entry))
     restored = SearchResult(policy.plan, tensors)
-    return _realised(priced, restored, policy, job, reconstructs=entry is not None and entry.reconstructs)
+    return _realised(traced, cost, restored, policy, job, entry is not None and entry.reconstructs)
 
 
 class _Traced(NamedTuple):
     """A float model as a graph; `metadata` has mean and std of images, if the model says so."""
 
     graph: fx.GraphModule
-    inputs: tuple[torch.Tensor, ...]
-    metadata: dict[str, Any]
-
-
-class _Priced(NamedTuple):
-    """A traced float model with its price."""
-
-    cost: CostModel
     inputs: tuple[torch.Tensor, ...]
     metadata: dict[str, Any]
 
@@ -213,7 +204,7 @@ def _traced(
     return _Traced(graph, inputs, {key: list(card[key]) for key in ("mean", "std") if key in card})
 
 
-def _priced(traced: _Traced, job: Job, budget: Budget | None) -> _Priced:
+def _priced(traced: _Traced, job: Job, budget: Budget | None) -> CostModel:
     graph = traced.graph
     job.stage("channel groups", 0.3)
     groups = channel_groups(graph, keep_outputs=job.config.keep_outputs)
@@ -228,18 +219,20 @@ def _priced(traced: _Traced, job: Job, budget: Budget | None) -> _Priced:
     if "latency" in limits:
         job.stage("latency", 0.32)
         cost = cost_model(graph, groups, latency_model(graph, groups, cost, traced.inputs, job.config.latency))
-    return _Priced(cost, traced.inputs, traced.metadata)
+    return cost
 
 
-def _of_several(traced: _Traced, entry: Method | None, asked: str, job: Job) -> Any:
-    """The method for a model of several input tensors, which searches by data and training do not read."""
-    if len(traced.inputs) == 1 or job.data is None:
-        return entry
-    if job.config.epochs:
+def _check_inputs(traced: _Traced, job: Job) -> None:
+    """Raises InputError for what only models of one input tensor can have."""
+    if len(traced.inputs) > 1 and job.data is not None and job.config.epochs:
         raise InputError(
             f"fine-tuning reads one input tensor, the model takes {len(traced.inputs)}; give Config(epochs=0)"
         )
-    if entry is None or not entry.needs_data:
+
+
+def _of_several(traced: _Traced, entry: Method, asked: str) -> Method:
+    """The method for a model of several input tensors, which searches by data do not read."""
+    if len(traced.inputs) == 1 or not entry.needs_data:
         return entry
     if asked == "auto":
         return chosen(asked, False, False)
@@ -267,10 +260,12 @@ def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:
     return result
 
 
-def _realised(priced: _Priced, searched: SearchResult, policy: Policy, job: Job, *, reconstructs: bool) -> Result:
+def _realised(
+    traced: _Traced, cost: CostModel, searched: SearchResult, policy: Policy, job: Job, reconstructs: bool
+) -> Result:
     """Slim, gate, calibrate, maybe fine-tune or reconstruct, finalise."""
-    cost, plan, config, data = priced.cost, searched.plan, job.config, job.data
-    groups, graph = cost.groups, cost.groups.inference.graph_module
+    plan, config, data = searched.plan, job.config, job.data
+    groups, graph = cost.groups, traced.graph
     _check_policy(cost, policy)
     job.stage("slim", 0.4)
     gated = insert_gates(slim(with_tensors(graph, searched.tensors), groups, plan.kept), groups, channels=False)
@@ -279,24 +274,24 @@ def _realised(priced: _Priced, searched: SearchResult, policy: Policy, job: Job,
     if rounds:
         job.stage("calibrate", 0.5)
         batches = config.calibration_batches
-        calibrate(gated, data, inputs=priced.inputs, method=config.ranges, max_batches=batches)
+        calibrate(gated, data, inputs=traced.inputs, method=config.ranges, max_batches=batches)
     if config.epochs and data is not None:
         job.stage("fine-tune", 0.6)
         tune(gated, graph, job, frozen_masks=bool(plan.nonzeros))
     elif reconstructs and rounds and data is not None:
         job.stage("reconstruct", 0.6)
         options: dict[str, Any] = {"settings": config.reconstruction, "seed": config.seed}
-        reconstruct(gated, graph, data, inputs=priced.inputs, groups=groups, kept=plan.kept, **options)
+        reconstruct(gated, graph, data, inputs=traced.inputs, groups=groups, kept=plan.kept, **options)
     job.stage("finalise", 0.9)
     static = finalize(gated, nonzeros=plan.nonzeros)
     if rounds:
-        static = _integer(static, priced.inputs, job)
+        static = _integer(static, traced.inputs, job)
     total = cost.evaluate(plan)
     uncounted = [f"not in the cost, as nobody knows it: {_listed(cost.uncounted)}"] if cost.uncounted else []
     report = Report.of(groups, cost, policy, total, (*searched.notes, *uncounted))
     job.close()
     guarded(static)
-    return Result(static, policy, total, report, gated, priced.inputs, job.seconds, priced.metadata)
+    return Result(static, policy, total, report, gated, traced.inputs, job.seconds, traced.metadata)
 
 
 def _listed(operators: Mapping[str, str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +9,11 @@ from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from tests.oracles.benchmarks import BENCHMARKS, rows_of
 
 
 def _run(out: Path, *arguments: str) -> list[dict[str, object]]:
-    command = [sys.executable, str(BENCHMARKS / "coverage.py"), "--out", str(out), "--jobs", "1", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert out.exists(), done.stderr
-    return json.loads(out.read_text())
+    return rows_of("coverage.py", out, "--jobs", "1", *arguments)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +9,14 @@ from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from tests.oracles.benchmarks import BENCHMARKS, rows_of
+
 NAMES = ("conv1d_classifier", "two_towers")
 COLUMNS = ("build", "trace", "price", "slim", "budget", "static", "file", "unchanged")
 
 
 def _run(out: Path, *arguments: str) -> list[dict[str, object]]:
-    command = [sys.executable, str(BENCHMARKS / "zoo.py"), "--out", str(out), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert out.exists(), done.stderr
-    return json.loads(out.read_text())
+    return rows_of("zoo.py", out, *arguments)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 from sbs_fx.passes.capture.functional import decompositions, make_functional
 from sbs_fx.passes.capture.inputs import InputSpec, TensorSpec, is_guard
 from sbs_fx.passes.capture.signature import Signature
+from sbs_fx.passes.graph import attribute, copy_with
 from sbs_fx.plan.errors import InputError, TraceError
 
 Dynamic = Iterable[str] | Mapping[str, Mapping[int, str]]
@@ -76,13 +78,13 @@ def exported(
         batch = Dim(BATCH, min=1)
         try:
             program = _program(called, signature, tensors, [dict.fromkeys(d, batch) for d in dims])
-            return _graph(program, module, signature), _plain_spec(signature, tensors, dims)
+            return _graph(program, signature), InputSpec(_tensor_specs(signature, tensors, dims), signature=signature)
         except Exception as first:  # whatever torch raises; the second form may be able to
             error = first
     try:
         program = _program(called, signature, tensors, [dict.fromkeys(d, Dim.AUTO) for d in dims])
         spec = _spec_of(program, signature, tensors, dims)
-        graph = _graph(program, module, signature)
+        graph = _graph(program, signature)
     except TraceError:
         raise
     except Exception as second:
@@ -145,26 +147,16 @@ class _Call(nn.Module):
         return self.module(*args, **kwargs)
 
 
-def _graph(program: ExportedProgram, module: nn.Module, signature: Signature) -> fx.GraphModule:
+def _graph(program: ExportedProgram, signature: Signature) -> fx.GraphModule:
     graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
     if signature.plain:
         return graph_module
-    owner = graph_module.get_submodule("module") if "module" in graph_module._modules else nn.Module()
-    root = nn.Module()
-    root.__dict__ = {**root.__dict__, **{k: dict(owner.__dict__[k]) for k in ("_parameters", "_buffers", "_modules")}}
-    for name, value in vars(graph_module).items():
-        if isinstance(value, Tensor):  # constants that a forward closes over
-            setattr(root, name, value)
-    for name, value in graph_module._buffers.items():
-        root.register_buffer(name, value)
-    for name, value in vars(owner).items():
-        if isinstance(value, Tensor):
-            setattr(root, name, value)
+    tensors = {}
     for node in graph_module.graph.nodes:
         if node.op == "get_attr":
-            node.target = str(node.target).removeprefix("module.")
-            node.name = node.name.removeprefix("module_")
+            value, node.target = attribute(graph_module, str(node.target)), str(node.target).removeprefix("module.")
+            tensors[node.target], node.name = value, node.name.removeprefix("module_")
         stack = node.meta.get("nn_module_stack")
         if stack:
             inner = [(key, value) for key, value in stack.items() if key != "L__self__"]
@@ -175,7 +167,7 @@ def _graph(program: ExportedProgram, module: nn.Module, signature: Signature) ->
         node.target = node.name = name
     info = graph_module.graph._codegen.pytree_info  # type: ignore[attr-defined]
     names = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
-    result = fx.GraphModule(root, graph_module.graph)
+    result = copy_with(graph_module, tensors)
     result.graph._codegen = _PyTreeCodeGen(_PyTreeInfo(names, info.in_spec, info.out_spec))
     result.recompile()
     return result
@@ -184,10 +176,10 @@ def _graph(program: ExportedProgram, module: nn.Module, signature: Signature) ->
 # -- what torch assumed ------------------------------------------------------------------------------------------------
 
 
-def _plain_spec(signature: Signature, tensors: Sequence[Tensor], dims: Sequence[Mapping[int, str]]) -> InputSpec:
-    return InputSpec(
-        tuple(_tensor_spec(*each) for each in zip(signature.names, tensors, dims, strict=True)), {}, (), signature
-    )
+def _tensor_specs(
+    signature: Signature, tensors: Sequence[Tensor], dims: Sequence[Mapping[int, str]]
+) -> tuple[TensorSpec, ...]:
+    return tuple(_tensor_spec(*each) for each in zip(signature.names, tensors, dims, strict=True))
 
 
 def _tensor_spec(name: str, x: Tensor, dims: Mapping[int, str]) -> TensorSpec:
@@ -226,8 +218,9 @@ def _spec_of(
         return str(shapes[place].get(int(match[3]), tensors[place].shape[int(match[3])]))
 
     guards = dict.fromkeys(_SIZE.sub(name_of, guard).replace("torch.sym_", "") for guard in program._guards_code)
-    tensors_ = tuple(_tensor_spec(*each) for each in zip(signature.names, tensors, shapes, strict=True))
-    return InputSpec(tensors_, ranges, tuple(g for g in guards if is_guard(g)), signature)
+    return InputSpec(
+        _tensor_specs(signature, tensors, shapes), ranges, tuple(g for g in guards if is_guard(g)), signature
+    )
 
 
 def _bounds(program: ExportedProgram, symbol: Any) -> tuple[int, int | None]:
@@ -249,9 +242,7 @@ def _with_single(
     batches = [name for t in spec.tensors for name in t.shape if isinstance(name, str) and name.startswith(BATCH)]
     if not batches or any(spec.ranges[name][0] != 2 for name in batches):
         return spec
-    single = InputSpec(
-        spec.tensors, {**spec.ranges, **{n: (1, spec.ranges[n][1]) for n in batches}}, spec.guards, signature
-    )
+    single = replace(spec, ranges={**spec.ranges, **{name: (1, spec.ranges[name][1]) for name in batches}})
     ones = [x[:1] if of_tensor.get(0) == BATCH else x for x, of_tensor in zip(tensors, dims, strict=True)]
     args, kwargs = signature.call(ones)
     try:

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.passes.capture.signature import Signature
+from sbs_fx.passes.capture.signature import Signature, by_name
 from sbs_fx.plan.errors import InputError
 
 _KEY = "sbs_fx_inputs"
@@ -77,25 +77,31 @@ class InputSpec:
     def _check_size(
         self, spec: TensorSpec, place: int, allowed: int | str, size: int, sizes: dict[str, int], x: Tensor
     ) -> None:
-        where = f"{spec.name!r} has size {size} in dimension {place}, shape {tuple(x.shape)}"
         if not isinstance(allowed, str):
-            if size != allowed:
-                named = {i: n for i, n in enumerate(spec.shape) if isinstance(n, str)}
-                asked = named | {place: {1: "width", 2: "height"}.get(x.ndim - place, f"dimension_{place}")}
-                raise InputError(
-                    f"{where}; the graph was made for {allowed} there ({spec}). Give inputs of that size, or compress "
-                    f"the model with dynamic={ {spec.name: asked}!r} for a size that may change"
+            problem = None if size == allowed else self._of_another_size(spec, place, allowed)
+        else:
+            least, most = self.ranges.get(allowed, (1, None))
+            problem = None
+            if size < least or most is not None and size > most:
+                upper = " or more" if most is None else f" to {most}"
+                problem = f"; the graph takes a {allowed} of {least}{upper} ({spec})"
+            elif sizes.setdefault(allowed, size) != size:
+                problem = (
+                    f", where another input's {allowed} is {sizes[allowed]}; the graph was made for one {allowed}. "
+                    f'If {spec.name!r} has none, compress with dynamic={{"{spec.name}": {{}}}}'
                 )
-            return
-        least, most = self.ranges.get(allowed, (1, None))
-        if size < least or most is not None and size > most:
-            upper = "" if most is None else f" to {most}"
-            raise InputError(f"{where}; the graph takes a {allowed} of {least}{upper or ' or more'} ({spec})")
-        if sizes.setdefault(allowed, size) != size:
-            raise InputError(
-                f"{where}, where another input's {allowed} is {sizes[allowed]}; the graph was made for one {allowed}. "
-                f'If {spec.name!r} has none, compress with dynamic={{"{spec.name}": {{}}}}'
-            )
+        if problem is not None:
+            where = f"{spec.name!r} has size {size} in dimension {place}, shape {tuple(x.shape)}"
+            raise InputError(where + problem)
+
+    @staticmethod
+    def _of_another_size(spec: TensorSpec, place: int, allowed: int) -> str:
+        named = {i: n for i, n in enumerate(spec.shape) if isinstance(n, str)}
+        side = {1: "width", 2: "height"}.get(len(spec.shape) - place, f"dimension_{place}")
+        return (
+            f"; the graph was made for {allowed} there ({spec}). Give inputs of that size, or compress the model with "
+            f"dynamic={ {spec.name: named | {place: side}}!r} for a size that may change"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {"tensors": [asdict(t) for t in self.tensors], "ranges": dict(self.ranges), "guards": [*self.guards]}
@@ -155,24 +161,15 @@ def guarded(graph_module: fx.GraphModule) -> fx.GraphModule:
     if spec is None:
         return graph_module
 
+    names = [tensor.name for tensor in spec.tensors]
+
     def check(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if torch.compiler.is_compiling():  # reason: compilers and exporters have guards of their own
             return args, kwargs
-        tensors = _tensors(spec, args, kwargs)
+        signature = spec.signature
+        tensors = by_name(names, args, kwargs) if signature is None else signature.tensors(args, kwargs)
         spec.check(tensors)
         return tensors, {}
 
     graph_module.register_forward_pre_hook(check, with_kwargs=True)
     return graph_module
-
-
-def _tensors(spec: InputSpec, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    if spec.signature is not None:
-        return spec.signature.tensors(args, kwargs)
-    names = [t.name for t in spec.tensors]
-    named = dict(zip(names, args, strict=False)) | dict(kwargs)
-    if len(args) + len(kwargs) != len(names) or named.keys() != set(names):
-        raise InputError(
-            f"the graph takes ({', '.join(names)}); it was called with {len(args)} arguments and {list(kwargs)}"
-        )
-    return tuple(named[name] for name in names)

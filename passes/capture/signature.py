@@ -83,11 +83,16 @@ class Signature:
                         "again with that among the example inputs"
                     )
             return tuple(leaf for i, leaf in enumerate(leaves) if i not in self.constants)
-        named = dict(zip(self.names, args, strict=False)) | dict(kwargs)
-        if len(args) + len(kwargs) == len(self.names) and named.keys() == set(self.names):
-            return tuple(named[name] for name in self.names)
-        given = ", ".join([*(type(x).__name__ for x in args), *(f"{k}={type(v).__name__}" for k, v in kwargs.items())])
-        raise InputError(f"the graph takes ({', '.join(self.names)}); it was called with ({given})")
+        return by_name(self.names, args, kwargs)
+
+
+def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Arguments in the order of these names, given by place or by name. Raises InputError for others."""
+    named = dict(zip(names, args, strict=False)) | dict(kwargs)
+    if len(args) + len(kwargs) == len(names) and named.keys() == set(names):
+        return tuple(named[name] for name in names)
+    given = ", ".join([*(type(x).__name__ for x in args), *(f"{k}={type(v).__name__}" for k, v in kwargs.items())])
+    raise InputError(f"the graph takes ({', '.join(names)}); it was called with ({given})")
 
 
 def call_of(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,9 +1,10 @@
-"""Multiply-accumulates of operators that are no layers, such as those without a rule, which stay in float.
+"""What multiplies in a graph: its layers, and operators that are none, such as those without a rule, in float.
 
 In: inference over a graph. Out: one `LayerExpression` an operator that multiplies, and the operators of which nobody
-can say what they cost. Counts are torch's own where it has a formula (`torch.utils.flop_counter`, two operations a
-multiply-accumulate; another package registers one with `register_flop_formula`), those of the table here elsewhere;
-other ATen operators multiply nothing by matrices and count as 0, as elementwise ones do. One example (batch 1).
+can say what they cost. Counts of what is no layer are torch's own where it has a formula (`torch.utils.flop_counter`,
+two operations a multiply-accumulate; another package registers one with `register_flop_formula`), those of the table
+here elsewhere; other ATen operators multiply nothing by matrices and count as 0, as elementwise ones do. One example
+(batch 1).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.inference import Inference
-from sbs_fx.passes.cost.layers import LayerExpression, Product, symbol_values, traced_sizes
+from sbs_fx.passes.cost.layers import LayerExpression, Product, layer_expression, symbol_values, traced_sizes
 
 KIND = "float"
 _EINSUM = torch.ops.aten.einsum.default
@@ -63,12 +64,22 @@ _FORMULAS: Mapping[str, Callable[[Sequence[Any], Sequence[Tensor]], int]] = {
 }
 
 
-def float_work(inference: Inference) -> tuple[tuple[LayerExpression, ...], dict[str, str]]:
-    """The operators beside layers that multiply, and node -> operator of those that cannot be counted."""
-    sizes = {s: 1 if v is None else v for s, v in symbol_values(inference).items()} | traced_sizes(inference)
+def all_layers(inference: Inference) -> tuple[tuple[LayerExpression, ...], dict[str, str]]:
+    """What multiplies, in graph order, and node -> operator of what cannot be counted."""
+    symbols = symbol_values(inference)
+    sizes = {s: 1 if v is None else v for s, v in symbols.items()} | traced_sizes(inference)
+    nodes = {node.name: node for node in inference.graph_module.graph.nodes}
     layers, uncounted = [], {}
-    for node in inference.graph_module.graph.nodes:
-        if node.op != "call_function" or node.name in inference.layers:
+    for node in nodes.values():
+        if node.name in inference.layers:
+            layer = layer_expression(inference, nodes, inference.layers[node.name], symbols)
+            unknown = layer.symbols - symbols.keys()
+            if unknown:  # reason: how many rows there are depends on values, as behind a mask
+                uncounted[node.name] = f"{layer.name}, whose number of rows depends on data,"
+                layer = layer.without(unknown)
+            layers.append(layer)
+            continue
+        if node.op != "call_function":
             continue
         macs = _macs(node, sizes, node.name not in inference.unknown)
         if macs is None:

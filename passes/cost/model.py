@@ -23,13 +23,11 @@ from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis
 from sbs_fx.passes.channels.groups import ChannelGroups, quantized_tensors
 from sbs_fx.passes.channels.slim import slim_bits
-from sbs_fx.passes.cost.float_work import float_work
+from sbs_fx.passes.cost.float_work import all_layers
 from sbs_fx.passes.cost.layers import (
     LayerExpression,
     end_layers,
-    layer_expression,
     stored_tensors,
-    symbol_values,
     traced_sizes,
 )
 from sbs_fx.passes.cost.polynomial import Array, Polynomial, Together, Variable
@@ -72,17 +70,8 @@ class CostModel:
         self.groups, self.timing = groups, timing
         inference = groups.inference
         nodes = {n.name: n for n in inference.graph_module.graph.nodes}
-        symbols = symbol_values(inference)
         self._traced_sizes = traced_sizes(inference)
-        floats, self.uncounted = float_work(inference)
-        layers = [layer_expression(inference, nodes, layer, symbols) for layer in inference.layers.values()]
-        for i, layer in enumerate(layers):
-            unknown = layer.symbols - symbols.keys()
-            if unknown:  # reason: how many rows there are depends on values, as behind a mask
-                self.uncounted[layer.node] = f"{layer.name}, whose number of rows depends on data,"
-                layers[i] = layer.without(unknown)
-        place = {name: i for i, name in enumerate(nodes)}
-        self.layers = tuple(sorted([*layers, *floats], key=lambda layer: place[layer.node]))
+        self.layers, self.uncounted = all_layers(inference)
         self.weights, self.activations = quantized_tensors(groups)
         self._stored, self._others = stored_tensors(inference, nodes, self.weights)
         self._adapted = [tensor for tensor in self._others if tensor.adapted]

@@ -31,10 +31,9 @@ def prepared(data: Iterable[Any] | None, names: Sequence[str], prepare: Prepare 
 
 class _Prepared:
     def __init__(self, data: Iterable[Any], names: Sequence[str], prepare: Prepare | None) -> None:
-        try:
-            iter(data)
-        except TypeError as error:
-            raise DataError(f"data is a {type(data).__name__}; expected an iterable of (images, labels)") from error
+        # reason: asked for an iterator, a loader starts its workers and draws from the random state
+        if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+            raise DataError(f"data is a {type(data).__name__}; expected an iterable of (images, labels)")
         self.data, self.names, self.prepare = data, tuple(names), prepare
 
     def __iter__(self) -> Iterator[Any]:

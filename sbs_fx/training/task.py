@@ -1,6 +1,6 @@
 """`Task`: what a model's outputs mean.
 
-In: outputs of a network, of the float model, or targets. Out: a loss, a distance, a metric. Holds: where nothing is
+In: outputs of a network, of the float model, or targets. Out: a loss, or a distance. Holds: where nothing is
 said, logits of shape (batch, classes) are classification, and all else is matched to the float model's outputs.
 """
 
@@ -31,7 +31,7 @@ def tensors_of(output: Any) -> Outputs:
 
 @dataclass(frozen=True)
 class Task:
-    """What outputs mean. `Task(loss=..., metric=...)` is one of your own: outputs are matched to the float model's.
+    """What outputs mean. `Task(loss=...)` is one of your own: outputs are matched to the float model's.
 
     Attributes:
         name: "classification": logits (batch, classes). "segmentation": logits (batch, classes, *positions).
@@ -40,13 +40,11 @@ class Task:
             targets by the squared error.
         outputs: output of the model -> the tensors that count; None: those that the name says.
         loss: (tensors, targets) -> mean loss, a scalar; None: that of the name, or none.
-        metric: (tensors, targets) -> sum over the batch, the larger the better; None: that of the name, or none.
     """
 
     name: str = "matching"
     outputs: Callable[[Any], Outputs] | None = None
     loss: Callable[[Outputs, Any], Tensor] | None = None
-    metric: Callable[[Outputs, Any], float] | None = None
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
