@@ -203,7 +203,7 @@ def _resident(key: str) -> int:
 def _saved_bytes(step: Step) -> int:
     """Bytes that autograd holds after the forward pass, weights and images apart; memory shared is counted once."""
     state = {t.untyped_storage().data_ptr() for t in (*step.network.parameters(), *step.network.buffers())}
-    state.add(step.example.images.untyped_storage().data_ptr())
+    state.add(step.example.inputs[0].untyped_storage().data_ptr())
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

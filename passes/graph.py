@@ -1,4 +1,4 @@
-"""Copies of graphs: with other tensors, or on another device.
+"""Tensors and inputs of graphs, and copies: with other tensors, or on another device.
 
 In: any graph of ours. Out: a copy that shares nothing with it but what is said. Holds: nodes keep their names and
 metadata; the structure of inputs and outputs stays.
@@ -18,6 +18,11 @@ def attribute(graph_module: torch.nn.Module, name: str) -> torch.Tensor:
     """The parameter or buffer of that dotted name."""
     owner, _, leaf = name.rpartition(".")
     return getattr(graph_module.get_submodule(owner), leaf)
+
+
+def input_count(module: torch.nn.Module) -> int:
+    """How many tensors a graph takes; 1 for any other module."""
+    return len(module.graph.find_nodes(op="placeholder")) if isinstance(module, fx.GraphModule) else 1
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:

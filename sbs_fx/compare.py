@@ -22,8 +22,11 @@ from torch import nn
 
 from sbs_fx.compress import Data, Job, Progress, compress, tune
 from sbs_fx.config import Config
+from sbs_fx.data.prepared import Prepare
 from sbs_fx.models import create_model
 from sbs_fx.passes import finalize
+from sbs_fx.passes.capture.export import Dynamic
+from sbs_fx.passes.capture.signature import Inputs
 from sbs_fx.plan import Budget, current_versions, write_atomic
 from sbs_fx.plan.errors import Interrupted, SbsError
 from sbs_fx.plan.files import prepare_directory
@@ -31,7 +34,9 @@ from sbs_fx.report.comparison import Comparison, Point
 from sbs_fx.result import Result
 from sbs_fx.search.registry import METHODS
 from sbs_fx.training import Checkpoints, evaluate
+from sbs_fx.training.metrics import metric_name
 from sbs_fx.training.progress import Observer
+from sbs_fx.training.task import CLASSIFICATION, Task
 
 
 def compare(
@@ -40,7 +45,10 @@ def compare(
     budget: Budget | float | str | Sequence[Budget | float | str] = 0.05,
     *,
     methods: Sequence[str] = ("uniform", "sbs"),
-    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    example_inputs: Inputs | None = None,
+    dynamic: Dynamic | None = None,
+    task: Task | str | None = None,
+    prepare: Prepare | None = None,
     validation: Data | None = None,
     epochs: int = 0,
     config: Config | None = None,
@@ -51,11 +59,11 @@ def compare(
     """Compress a model by each method at each budget, and measure what comes out.
 
     Args:
-        model: as for `compress`. data: (images, labels), iterable more than once: what methods calibrate, search and
-            fine-tune on.
+        model, example_inputs, dynamic, task, prepare: as for `compress`. data: (images, targets), iterable more than
+            once: what methods calibrate, search and fine-tune on.
         budget: one, or several for a curve.
         methods: names as for `compress`.
-        validation: held-out (images, labels) that accuracy is measured on; None: `data` itself.
+        validation: held-out (images, targets) that the task's metric is measured on; None: `data` itself.
         epochs: of fine-tuning, after the accuracy without it was measured; 0: none.
         config: settings of all methods; its `epochs` are not used.
         output_dir: where each point is written, and read again if it is there already with the same settings, model and
@@ -73,13 +81,20 @@ def compare(
     module = create_model(model) if isinstance(model, str) else model
     judged = data if validation is None else validation
     directory = None if output_dir is None else prepare_directory(output_dir)
-    trial = _Trial(module, example_inputs, data, judged, epochs, config, observer)
-    weights = _digest(module)
-    comparison = Comparison(float_accuracy=evaluate(module, judged), held_out=validation is not None, epochs=epochs)
+    call: dict[str, Any] = {"example_inputs": example_inputs, "dynamic": dynamic, "task": task, "prepare": prepare}
+    trial = _Trial(module, call, data, judged, epochs, config, observer)
+    weights, of_task = _digest(module), trial.task
+    comparison = Comparison(
+        float_accuracy=trial.accuracy(module),
+        metric=metric_name(of_task),
+        held_out=validation is not None,
+        epochs=epochs,
+    )
     for limit, method in itertools.product(limits, methods):
         settings = {
             "weights": weights,
             "method": method,
+            "task": of_task.name,
             "budget": limit.limits,
             "epochs": epochs,
             "config": config.model_dump(mode="json"),
@@ -104,18 +119,31 @@ class _Trial:
     """What all points of a comparison share."""
 
     module: nn.Module
-    example_inputs: torch.Tensor | Sequence[torch.Tensor] | None
+    call: dict[str, Any]  # what `compress` is called with
     data: Data
     judged: Data
     epochs: int
     config: Config
     observer: Observer | None
 
+    @property
+    def task(self) -> Task:
+        task = self.call["task"]
+        return CLASSIFICATION if task is None else Task(task) if isinstance(task, str) else task
+
+    def accuracy(self, module: nn.Module) -> float:
+        """The task's metric; where it is none of targets, how far the model agrees with the float one."""
+        return evaluate(module, self.judged, task=self.task, prepare=self.call["prepare"], reference=self.reference)
+
+    @property
+    def reference(self) -> nn.Module | None:
+        return self.module if self.task.name in ("matching", "embedding", "detection") else None
+
     def point(self, method: str, limit: Budget, place: str | None, settings: dict[str, Any]) -> Point:
         try:
             result = compress(
                 self.module,
-                self.example_inputs,
+                **self.call,
                 budget=limit,
                 data=self.data,
                 method=method,
@@ -131,7 +159,7 @@ class _Trial:
         return Point(
             method=method,
             budget=limit.limits,
-            accuracy=evaluate(result.model, self.judged),
+            accuracy=self.accuracy(result.model),
             tuned_accuracy=self._tuned(result, place, settings) if self.epochs else None,
             seconds=result.seconds["search"],
             bops=cost.bops,
@@ -148,9 +176,10 @@ class _Trial:
                 checkpoints = stack.enter_context(Checkpoints(os.path.join(place, "fine-tuning"), settings))
             config = self.config.model_copy(update={"epochs": self.epochs})
             job = Job(config, self.data, observer=self.observer)
+            job.prepare(result.gated, self.call["prepare"])
             job.checkpoints = checkpoints
             tune(result.gated, self.module, job, frozen_masks=bool(result.policy.nonzeros))
-        return evaluate(finalize(result.gated), self.judged)
+        return self.accuracy(finalize(result.gated))
 
 
 # -- points on disk ----------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from sbs_fx.passes.channels.slim import slim_bits
 from sbs_fx.passes.graph import with_tensors
 from sbs_fx.plan import Budget, Plan, Policy, current_versions
 from sbs_fx.plan.bits import FLOAT_BITS
-from sbs_fx.plan.errors import BudgetError, GraphError, InputError, MethodError, WeightsError
+from sbs_fx.plan.errors import BudgetError, GraphError, WeightsError
 from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report import Report
 from sbs_fx.result import Result
@@ -115,8 +115,6 @@ def compress(
     job = Job(config, data, validation, progress, observer)
     traced = _traced(model, example_inputs, dynamic, task, job)
     job.prepare(traced.graph, prepare)
-    _check_inputs(traced, job)
-    entry = _of_several(traced, entry, method)
     problem = Problem.of(_priced(traced, job, budget), budget, traced.inputs, config, config.seed)
     identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.limits}
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
@@ -165,7 +163,6 @@ def apply(
     limits = None if budget is None else Budget.of(budget)
     traced = _traced(model, example_inputs, dynamic, task, job)
     job.prepare(traced.graph, prepare)
-    _check_inputs(traced, job)
     cost = _priced(traced, job, limits)
     _check_policy(cost, policy)
     if limits is not None and not limits.is_satisfied_by(total := cost.evaluate(policy.plan)):
@@ -220,27 +217,6 @@ def _priced(traced: _Traced, job: Job, budget: Budget | None) -> CostModel:
         job.stage("latency", 0.32)
         cost = cost_model(graph, groups, latency_model(graph, groups, cost, traced.inputs, job.config.latency))
     return cost
-
-
-def _check_inputs(traced: _Traced, job: Job) -> None:
-    """Raises InputError for what only models of one input tensor can have."""
-    if len(traced.inputs) > 1 and job.data is not None and job.config.epochs:
-        raise InputError(
-            f"fine-tuning reads one input tensor, the model takes {len(traced.inputs)}; give Config(epochs=0)"
-        )
-
-
-def _of_several(traced: _Traced, entry: Method, asked: str) -> Method:
-    """The method for a model of several input tensors, which searches by data do not read."""
-    if len(traced.inputs) == 1 or not entry.needs_data:
-        return entry
-    if asked == "auto":
-        return chosen(asked, False, False)
-    without = tuple(other.name for other in methods().values() if not other.needs_data)
-    raise MethodError(
-        f"method {asked!r} reads one input tensor a batch, the model takes {len(traced.inputs)}; use one of {without}",
-        known=without,
-    )
 
 
 def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from sbs_fx.data.batches import Tensors
 from sbs_fx.passes import weight_gates
 from sbs_fx.passes.folding import CONVOLUTIONS
 from sbs_fx.passes.gates.masked import silence
@@ -30,7 +31,7 @@ _LEAST_ROWS = 4096
 _BLOCK = 64  # columns whose error is passed on within the block first
 
 
-def input_moments(network: fx.GraphModule, batches: Iterable[Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+def input_moments(network: fx.GraphModule, batches: Iterable[Tensors], names: Iterable[str]) -> dict[str, Tensor]:
     """Weight name -> E[x x^T] of the columns (groups, columns, columns) that the weight is multiplied with, for weights
     of a convolution (1d or 2d) or a linear alone; other weights are left out.
 
@@ -40,9 +41,9 @@ def input_moments(network: fx.GraphModule, batches: Iterable[Tensor], names: Ite
     moments = _Moments(network, set(names))
     batches = list(batches)
     with mode(network, training=False), torch.no_grad():
-        for x in batches:
-            moments.share = len(x) / sum(len(b) for b in batches)
-            moments.run(x)
+        for inputs in batches:
+            moments.share = len(inputs[0]) / sum(len(b[0]) for b in batches)
+            moments.run(*inputs)
     return moments.sums
 
 

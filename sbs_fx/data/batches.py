@@ -6,7 +6,7 @@ be wrong with data surfaces as a `DataError` that names the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +14,16 @@ from torch import Tensor
 
 from sbs_fx.plan.errors import DataError
 
+Tensors = tuple[Tensor, ...]  # of a model, by place
+
 
 class Batch(NamedTuple):
-    """One batch as a model takes it. `labels`: what lies behind the images, if it is a tensor of as many rows: int64
-    (batch,) for classes; None if there is none. They are checked where they are read (`check_labels`)."""
+    """One batch as a model takes it. `targets`: what lies behind the images, None if nothing does; what makes a tensor
+    is one, whole numbers int64. They are checked where they are read (`check_labels`, `Task.readable`)."""
 
     number: int
-    inputs: tuple[Tensor, ...]
-    labels: Tensor | None
+    inputs: Tensors
+    targets: Any
 
 
 def read_batches(data: Iterable[Any], *, inputs: int = 1, max_batches: int | None = None) -> Iterator[Batch]:
@@ -68,7 +70,7 @@ def start_epoch(data: Iterable[Any], epoch: int) -> None:
 
 
 def _parts(item: Any, inputs: int, index: int) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Inputs and labels of one item, by its form."""
+    """Tensors and labels of one item, by its form."""
     parts = tuple(item) if isinstance(item, (tuple, list)) else (item,)
     if parts and isinstance(parts[0], (tuple, list)):
         parts = (*parts[0], *parts[1:])
@@ -80,22 +82,45 @@ def _parts(item: Any, inputs: int, index: int) -> tuple[tuple[Tensor, ...], Tens
         )
     if any(x.ndim == 0 or len(x) == 0 for x in tensors):
         raise DataError(f"batch {index} is {_form(item)}; expected at least one image in each batch")
-    return tensors, _labels(parts[inputs], len(tensors[0]), index) if len(parts) > inputs else None
+    return tensors, _targets(parts[inputs], len(tensors[0]), index) if len(parts) > inputs else None
 
 
-def _labels(value: Any, images: int, index: int) -> Tensor | None:
-    """A tensor with a row for each image of what lies behind them; None for what is none, such as file names and boxes.
-    Raises DataError for another number of classes."""
+def _targets(value: Any, images: int, index: int) -> Any:
+    """A tensor if it makes one; else what it is, such as file names and boxes. Raises DataError for another number of
+    classes."""
     try:
-        labels = torch.as_tensor(value)
+        targets = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
-        return None
-    whole = not labels.is_floating_point() and not labels.is_complex()
-    if labels.shape[:1] != (images,):
-        if whole and labels.ndim == 1:
-            raise DataError(f"batch {index} has {images} images and {len(labels)} labels; expected one an image")
-        return None
-    return labels.to(torch.int64) if whole else labels
+        return value
+    if targets.is_floating_point() or targets.is_complex():
+        return targets
+    if targets.ndim == 1 and len(targets) != images:
+        raise DataError(f"batch {index} has {images} images and {len(targets)} labels; expected one an image")
+    return targets.to(torch.int64)
+
+
+def has_rows(targets: Any, images: int) -> bool:
+    """Whether targets are a tensor with a row for each image."""
+    return isinstance(targets, Tensor) and targets.shape[:1] == (images,)
+
+
+def split_inputs(inputs: Tensors, size: int) -> list[Tensors]:
+    """Parts of `size` examples each, the last maybe of fewer; a tensor that has no row an example is whole in each."""
+    count = len(inputs[0])
+    return [
+        tuple(x[start : start + size] if x.shape[:1] == (count,) else x for x in inputs)
+        for start in range(0, count, size)
+    ]
+
+
+def joined_inputs(batches: Sequence[Tensors]) -> Tensors:
+    """Several batches as one: the inverse of `split_inputs`."""
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        in_rows = all(x.shape[:1] == batch[0].shape[:1] for x, batch in zip(parts, batches, strict=True))
+        return torch.cat(list(parts)) if in_rows else parts[0]
+
+    return tuple(join(parts) for parts in zip(*batches, strict=True))
 
 
 def _form(item: Any) -> str:
@@ -106,9 +131,9 @@ def _form(item: Any) -> str:
     return f"a {type(item).__name__}"
 
 
-def check_labels(labels: Tensor | None, classes: int | None, index: int) -> Tensor:
+def check_labels(labels: Any, classes: int | None, index: int) -> Tensor:
     """The labels of batch `index`, all of them in [0, classes). Raises DataError if missing or out of range."""
-    if labels is None:
+    if not isinstance(labels, Tensor):
         raise DataError(f"batch {index} has no labels; expected (images, labels)")
     if labels.is_floating_point() or labels.is_complex() or labels.ndim != 1:
         raise DataError(

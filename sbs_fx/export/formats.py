@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 
 from sbs_fx.export.registry import BACKENDS, TARGETS, backend
 from sbs_fx.export.runtime import Runner, check
+from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.plan.errors import BackendError, FileError
 
 
@@ -70,7 +72,7 @@ def export(
         if isinstance(error, FileError):
             raise
         raise FileError(f"cannot write {path!r}: {error.strerror or error}") from error
-    return runner
+    return replace(runner, inputs=inputs_of(static))
 
 
 def runner(static: fx.GraphModule, example_inputs: Sequence[Tensor], name: str, *, threads: int = 0) -> Runner:
@@ -85,7 +87,7 @@ def runner(static: fx.GraphModule, example_inputs: Sequence[Tensor], name: str, 
     """
     ready = BACKENDS[name].run(static, example_inputs, threads)
     check(ready, static, example_inputs)
-    return ready
+    return replace(ready, inputs=inputs_of(static))
 
 
 @backend("eager", profiles=False)

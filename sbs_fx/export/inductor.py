@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from sbs_fx.export.program import exported_program, quiet
 from sbs_fx.export.registry import backend, target
-from sbs_fx.export.runtime import PROFILED, Kernels, Runner, check_shapes, layer_names, least, require
+from sbs_fx.export.runtime import PROFILED, Kernels, Runner, layer_names, least, require
 from sbs_fx.plan.errors import BackendError
 
 # reason: importing it registers the patterns by which the compiler finds integer layers
@@ -56,7 +56,6 @@ class Compiled:
         with torch.no_grad():
             if shapes in self._seen:
                 return self._compiled(*inputs)
-            check_shapes(self.static, inputs)
             with _freezing(self._count):
                 result = self._compiled(*inputs)
             self._seen.add(shapes)

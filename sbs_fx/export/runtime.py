@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.passes.capture.inputs import InputSpec
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.folding import CONVOLUTIONS, TRANSPOSED
 from sbs_fx.plan.errors import BackendError
@@ -59,14 +60,19 @@ class Runner:
     Attributes:
         name: of the backend. run: takes and gives what the graph does, on the CPU. kernels: None if it cannot tell.
         profile: inputs -> seconds of one call by layer, and by other operators under names of their own.
+        inputs: what each call is checked against.
     """
 
     name: str
     run: Callable[..., Any]
     kernels: Kernels | None = None
     profile: Callable[..., Mapping[str, float]] | None = None
+    inputs: InputSpec | None = None
 
     def __call__(self, *inputs: Tensor) -> Any:
+        """Raises InputError for inputs that the graph was not made for."""
+        if self.inputs is not None:
+            self.inputs.check(inputs)
         return self.run(*inputs)
 
 
@@ -136,20 +142,6 @@ def flat(result: Any) -> list[Tensor]:
         return [result]
     parts = result.values() if isinstance(result, dict) else result
     return [tensor for part in parts if part is not None for tensor in flat(part)]
-
-
-def check_shapes(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
-    """Refuse inputs of another shape than the graph was made for. Raises BackendError."""
-    nodes = graph_module.graph.find_nodes(op="placeholder")
-    for node, x in zip(nodes, inputs, strict=True):
-        value = node.meta.get("val")
-        if value is None:
-            continue
-        sizes = [int(s) if isinstance(s, int) else None for s in value.shape]
-        fits = len(sizes) == x.ndim and all(w is None or w == s for w, s in zip(sizes, x.shape, strict=True))
-        if not fits:
-            shape = ", ".join("any" if w is None else str(w) for w in sizes)
-            raise BackendError(f"got an input of shape {tuple(x.shape)}; the graph was made for ({shape})")
 
 
 def has_vnni() -> bool | None:

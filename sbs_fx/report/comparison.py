@@ -20,7 +20,7 @@ class Point(BaseModel):
     Attributes:
         budget: share of the float model by measure.
         outcome: "ok", or the error; then everything below is None.
-        accuracy, tuned_accuracy: top-1 in percent of the static graph, before and after fine-tuning (None: none).
+        accuracy, tuned_accuracy: the metric in percent of the static graph, before and after fine-tuning (None: none).
         seconds: until the policy was there, a search's training included.
         bops: bit operations. bops_ratio, size_ratio: how many times less than float. macs_share: of MACs left.
     """
@@ -48,13 +48,15 @@ class Comparison(BaseModel):
     """Points of one model.
 
     Attributes:
-        float_accuracy: top-1 in percent. held_out: whether accuracies are of images that methods did not see.
+        float_accuracy: the metric in percent. metric: its name.
+        held_out: whether accuracies are of images that methods did not see.
         epochs: of fine-tuning behind `tuned_accuracy`.
     """
 
     model_config = ConfigDict(frozen=True)
 
     float_accuracy: float
+    metric: str = "top-1"
     held_out: bool
     epochs: int
     points: tuple[Point, ...] = ()
@@ -90,7 +92,7 @@ class Comparison(BaseModel):
         heads = [
             "method",
             "budget",
-            "top-1",
+            self.metric,
             f"after {self.epochs} epochs",
             "BOPs",
             "size",
@@ -140,7 +142,7 @@ class Comparison(BaseModel):
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", label=method)
         axes.axhline(self.float_accuracy, color="black", lw=1, ls=":", label="float")
-        axes.set(xscale="log", xlabel="bit operations of one image", ylabel="top-1 accuracy, %")
+        axes.set(xscale="log", xlabel="bit operations of one image", ylabel=f"{self.metric}, %")
         axes.legend(frameon=False)
         figure.savefig(path, dpi=150)
 

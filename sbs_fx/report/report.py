@@ -53,7 +53,7 @@ class Report(ReportData):
         )
 
     def with_accuracy(self, *accuracy: float) -> Self:
-        """The same report with top-1 accuracy in percent: (before, after), or that of the float model alone."""
+        """The same report with the metric in percent: (before, after), or that of the float model alone."""
         return self.model_copy(update={"accuracy": accuracy})
 
     def to_json(self) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.calibration.rounding import weight_parameters
+from sbs_fx.data.batches import Tensors
 from sbs_fx.passes import activation_gates, channel_gates, weight_gates
 from sbs_fx.passes.gates.insertion import BatchNorm
 from sbs_fx.plan import Plan
@@ -37,7 +38,7 @@ class Predictor:
         network: searchable; its gates and weights change with every plan.
         ranges: of each gate at each bitwidth.
         forms: weight name -> bits -> the parameter as that many bits have it; what is not there is rounded by its gate.
-        images: one batch. teacher: the float graph.
+        inputs: one batch, the images first. teacher: the float graph.
 
     Attributes:
         passes: how many plans were predicted so far.
@@ -48,27 +49,32 @@ class Predictor:
         network: fx.GraphModule,
         ranges: Ranges,
         forms: Mapping[str, Mapping[int, Tensor]],
-        images: Tensor,
+        inputs: Tensors,
         teacher: fx.GraphModule,
     ) -> None:
         self.network, self.ranges, self.forms = network, ranges, forms
         self.passes, self.task = 0, task_of(network)
         self.parameters = {n: p for n, p in weight_parameters(network).items() if n in forms}
         self.originals = {n: p.detach().clone() for n, p in self.parameters.items()}
-        self.images = images.to(device_of(network))
+        self.inputs = tuple(x.to(device_of(network)) for x in inputs)
         self.norms = [m for m in network.modules() if isinstance(m, BatchNorm)]
         self.float_moments: dict[BatchNorm, tuple[Tensor, Tensor]] = {}
         with mode(teacher, training=False), torch.no_grad():
-            self.teacher = self.task.reference(teacher(self.images))
+            self.teacher = self.task.reference(teacher(*self.inputs))
         with self._hooks(self._record):
             self._divergence()
+
+    @property
+    def images(self) -> int:
+        """How many there are in the batch."""
+        return len(self.inputs[0])
 
     @torch.no_grad()
     def __call__(self, plan: Plan, *, dynamic: bool = True) -> float:
         """`dynamic` False: with the float model's statistics."""
         self._apply(plan)
         self.passes += 1
-        if dynamic and len(self.images) >= _FEW:
+        if dynamic and self.images >= _FEW:
             with self._hooks(self._moved):
                 loss = self._divergence()
         else:
@@ -78,7 +84,7 @@ class Predictor:
     @torch.no_grad()
     def _divergence(self) -> float:
         with mode(self.network, training=False):
-            return float(self.task.divergence(self.network(self.images), self.teacher))
+            return float(self.task.divergence(self.network(*self.inputs), self.teacher))
 
     @contextmanager
     def _hooks(self, hook: Callable[[Any, Any], Any]) -> Iterator[None]:

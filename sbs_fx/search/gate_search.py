@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from sbs_fx.data.batches import Tensors
 from sbs_fx.passes import activation_gates, channel_gates, weight_gates
 from sbs_fx.passes.channels.importance import group_importance
 from sbs_fx.plan import Plan, Value
@@ -136,8 +137,8 @@ class GateSearch(TrainingStage):
         return self.starts_warm and self.search.warm_start and self.search.lam is None
 
     @torch.no_grad()
-    def start_at(self, plan: Plan, images: Tensor) -> None:
-        """Put every threshold beside its gate's norm on these images, on the side that the plan asks for; of a group's
+    def start_at(self, plan: Plan, inputs: Tensors) -> None:
+        """Put every threshold beside its gate's norm on these inputs, on the side that the plan asks for; of a group's
         blocks the largest stay, as many as the plan keeps."""
         self.start = plan
         self._decide_channels()
@@ -150,7 +151,7 @@ class GateSearch(TrainingStage):
             count = max(1, round(len(plan.kept[name]) / channel.block))
             following = norms[count] if count < len(norms) else 0.5 * norms[-1]
             channel.threshold.copy_((norms[count - 1] + following) / 2)
-        self.network(images)
+        self.network(*inputs)
         for kind, of_kind in self.searched.items():
             for name, gate in of_kind.items():
                 bits = plan.value(kind, name)

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from sbs_fx.data.batches import Tensors, read_batches
 from sbs_fx.passes import activation_gates, channel_gates, weight_gates
 from sbs_fx.passes.gates.insertion import BatchNorm
+from sbs_fx.passes.graph import input_count
 from sbs_fx.plan import Plan
 from sbs_fx.plan.plan import Kind
 from sbs_fx.search.problem import Problem
@@ -25,7 +27,7 @@ from sbs_fx.search.space import Choice
 from sbs_fx.training.evaluation import device_of, mode
 from sbs_fx.training.task import Outputs, task_of
 
-Batch = tuple[Tensor, Outputs]  # images, and what the task keeps of the float model's output
+Batch = tuple[Tensors, Outputs]  # inputs, and what the task keeps of the float model's output
 
 _GATES: Mapping[Kind, Any] = {"weight": weight_gates, "activation": activation_gates, "channels": channel_gates}
 _KEPT = 2 << 30  # bytes of values that are kept between judgements
@@ -86,14 +88,14 @@ class Harm:
             for module in self.norms:
                 module.train()
                 module.momentum = 0.0
-            for index, (images, teacher) in enumerate(self.batches):
+            for index, (inputs, teacher) in enumerate(self.batches):
                 run = fx.Interpreter(self.network, garbage_collect_values=False)
                 if partial and move is not None:
                     run.env = dict(self._values[index])
                     for node in self._reached_by(move):
                         run.env[node] = run.run_node(node)
                 else:
-                    run.run(images)
+                    run.run(*inputs)
                     kept.append(run.env)
                 total += float(self.task.divergence(run.env[self._output], teacher))
         for module, momentum in self.norms.items():
@@ -120,14 +122,14 @@ class Harm:
         return self._reached[key]
 
 
-def judged_on(teacher: nn.Module, data: Iterable[tuple[int, tuple[Tensor, ...], Tensor | None]]) -> list[Batch]:
-    """Batches as `Harm` takes them."""
+def judged_on(teacher: fx.GraphModule, data: Iterable[Any], count: int | None = None) -> list[Batch]:
+    """The first `count` batches as `Harm` takes them."""
     device = device_of(teacher)
     batches = []
     with mode(teacher, training=False), torch.no_grad():
-        for _, (images,), _ in data:
-            images = images.to(device)
-            batches.append((images, task_of(teacher).reference(teacher(images))))
+        for _, inputs, _ in read_batches(data, inputs=input_count(teacher), max_batches=count):
+            inputs = tuple(x.to(device) for x in inputs)
+            batches.append((inputs, task_of(teacher).reference(teacher(*inputs))))
     return batches
 
 

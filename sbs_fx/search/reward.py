@@ -20,7 +20,8 @@ from sbs_fx.calibration.norm_shift import NormShift
 from sbs_fx.data.batches import check_labels, read_batches, start_epoch
 from sbs_fx.passes import apply_bits, channel_gates, insert_gates, weight_gates
 from sbs_fx.search.channel_bits import BitsByChannel, ChannelBits
-from sbs_fx.training.evaluation import logits_of, mode
+from sbs_fx.training.evaluation import mode
+from sbs_fx.training.task import CLASSIFICATION
 
 _LIKELIHOOD = 0.1  # weight of the log-likelihood beside accuracy, both as numbers near 1
 
@@ -47,8 +48,10 @@ class Reward:
         self.network = insert_gates(problem.graph, problem.groups)
         start_epoch(data, 0)
         device = problem.inputs[0].device
-        read = list(read_batches(data, max_batches=norm_batches + reward_batches))
-        batches = [(b.inputs[0].to(device), check_labels(b.labels, None, b.number).to(device)) for b in read]
+        read = read_batches(data, inputs=len(problem.inputs), max_batches=norm_batches + reward_batches)
+        batches = [
+            (tuple(x.to(device) for x in b.inputs), check_labels(b.targets, None, b.number).to(device)) for b in read
+        ]
         self.norm_batches = batches[:norm_batches]
         self.batches = batches[norm_batches:] or batches
         self.names = [n for n, _ in problem.graph.named_buffers()]
@@ -87,8 +90,8 @@ class Reward:
         right = loss = 0.0
         total = 0
         with mode(self.network, training=False):
-            for images, labels in self.batches:
-                logits = logits_of(self.network(images)).float()
+            for inputs, labels in self.batches:
+                (logits,) = CLASSIFICATION.tensors(self.network(*inputs))
                 check_labels(labels.cpu(), logits.shape[1], 0)
                 right += float((logits.argmax(1) == labels).sum())
                 loss += float(F.cross_entropy(logits, labels, reduction="sum"))

@@ -67,7 +67,7 @@ class GateTraining:
 
     def __init__(self, problem: Problem, run: Run, stage: type[GateSearch] = GateSearch, name: str = "search") -> None:
         if task_of(problem.graph).name == "classification":
-            check_training_data(run.data)
+            check_training_data(run.data, len(problem.inputs))
         self.problem, self.run, space = problem, run, problem.space
         self.search: Search = run.settings or Search()
         self.network = insert_gates(
@@ -81,7 +81,7 @@ class GateTraining:
         self.stage = stage(self.network, problem, self.search, steps=steps, name=name)
         calibrate(self.network, run.data, inputs=problem.inputs)
         start_epoch(run.data, 0)
-        self.batches = judged_on(problem.graph, read_batches(run.data, max_batches=self.search.repair_batches))
+        self.batches = judged_on(problem.graph, run.data, self.search.repair_batches)
 
     def result(self) -> SearchResult:
         run, stage, network = self.run, self.stage, self.network
@@ -177,12 +177,14 @@ def _even(problem: Problem) -> Plan | None:
     return even if 1 < problem.used(even) <= _MOST_OVER and problem.fits(least) else None
 
 
-def check_training_data(data: Iterable[Any]) -> None:
+def check_training_data(data: Iterable[Any], inputs: int = 1) -> None:
     """Refuse data that nothing can be learned from. Raises DataError."""
     seen: set[int] = set()
-    for index, _, labels in read_batches(data, max_batches=8):
+    for index, _, labels in read_batches(data, inputs=inputs, max_batches=8):
         if labels is None:
             raise DataError(f"batch {index} has no labels; a search that trains needs (images, labels)")
+        if isinstance(labels, torch.Tensor) and labels.ndim == 2:  # a value for each class
+            labels = labels.argmax(1)
         seen |= set(torch.unique(check_labels(labels, None, index)).tolist())
     if len(seen) < 2:
         raise DataError(f"the first batches hold the label {seen} alone; expected several classes, in mixed order")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from sbs_fx.data.batches import check_labels
+from sbs_fx.data.batches import Tensors, check_labels
 from sbs_fx.passes import ChannelGroups, activation_gates, weight_gates
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis, Dim
@@ -51,7 +51,7 @@ class Sensitivity:
 def sensitivity(
     network: fx.GraphModule,
     groups: ChannelGroups,
-    data: Iterable[tuple[Tensor, Tensor | None]],
+    data: Iterable[tuple[Tensors, Tensor | None]],
     forms: Mapping[Kind, Mapping[str, Forms]],
     prunable: Iterable[str] = (),
     seed: int = 0,
@@ -59,7 +59,7 @@ def sensitivity(
     """Estimate by one forward and one backward pass over the data.
 
     Args:
-        network: from `insert_gates` on the graph of `groups`, all gates open. data: (images, labels or None); without
+        network: from `insert_gates` on the graph of `groups`, all gates open. data: (inputs, labels or None); without
             labels, and in tasks other than classification, targets are drawn from the model's own predictions, which
             makes H the Fisher information itself.
         forms: of weights and of activations by name, what is to be judged. prunable: names of groups.
@@ -72,10 +72,10 @@ def sensitivity(
     images = 0
     labelled = True
     with mode(network, training=False):
-        for index, (x, labels) in enumerate(data):
-            recorder.begin(len(x))
-            output = recorder.run(x.detach().requires_grad_())
-            labelled = labelled and task.name == "classification" and labels is not None
+        for index, (inputs, labels) in enumerate(data):
+            recorder.begin(len(inputs[0]))
+            output = recorder.run(*(x.detach().requires_grad_(x.is_floating_point()) for x in inputs))
+            labelled = labelled and task.name == "classification" and labels is not None and labels.ndim == 1
             if labelled:
                 (logits,) = task.tensors(output)
                 labels = check_labels(labels, logits.shape[1], index)
@@ -86,7 +86,7 @@ def sensitivity(
                 raise DataError(f"the loss of the float model is {float(loss)} after {images} images; check the data")
             loss.backward()
             recorder.end()
-            images += len(x)
+            images += len(inputs[0])
     return Sensitivity(
         {
             kind: {n: {b: 0.5 * s / images for b, s in table.items()} for n, table in sums.items()}
@@ -185,7 +185,13 @@ class _Recorder(fx.Interpreter):
 
     def _add(self, kind: Kind, name: str, bits: int, products: Tensor) -> None:
         # reason: batches of windows or tokens keep the image as the slowest index
-        self.sums[kind][name][bits] += float(products.reshape(self.images, -1).sum(1).double().square().sum())
+        images = self._images(products)
+        squares = products.reshape(images, -1).sum(1).double().square()
+        self.sums[kind][name][bits] += float(squares.sum()) * (images / self.images)
+
+    def _images(self, x: Tensor) -> int:
+        """How many images a tensor tells apart: all, or one where it comes from an input that is the same for all."""
+        return self.images if x.numel() % self.images == 0 else 1
 
     def _channels(self, source: str, grad: Tensor, x: Tensor, rows_of: dict[str, Tensor]) -> None:
         """What goes with a channel is all that layers read of it, less its mean, which biases take over."""
@@ -198,7 +204,9 @@ class _Recorder(fx.Interpreter):
                 values, slopes = (_by_image(t, i, self.images) for t in (x, grad))
             others = [k for k in range(values.ndim) if k != place]
             products = -slopes * (values - values.mean(others, keepdim=True))
-            rows = products.movedim(place, -1).reshape(self.images, -1, values.shape[place]).sum(1).cpu()
+            images = self._images(products.select(place, 0))
+            rows = products.movedim(place, -1).reshape(images, -1, values.shape[place]).sum(1).cpu()
+            rows = rows * (images / self.images)
             for axis, part in _along(own, rows):
                 if axis in self.axes:
                     rows_of[self.axes[axis]] += part

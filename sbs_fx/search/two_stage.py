@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from sbs_fx.calibration.rounding import compensated, input_moments, weight_parameters
-from sbs_fx.data.batches import read_batches, start_epoch
+from sbs_fx.data.batches import Tensors, has_rows, joined_inputs, read_batches, split_inputs, start_epoch
 from sbs_fx.passes import activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.plan import Plan, Value
 from sbs_fx.plan.bits import FLOAT_BITS
@@ -101,7 +101,7 @@ def two_stage(problem: Problem, run: Run) -> SearchResult:
         activation_bits=dict.fromkeys(start.activation_bits, FLOAT_BITS),
     )
     floor = predictor(opened)
-    passes = int(search.effort / (macs * len(predictor.images)))
+    passes = int(search.effort / (macs * predictor.images))
     decisions = _measured(decisions, opened, floor, predictor, min(search.measured, passes // 4))
     allocator = Allocator(problem, search.time_limit)
     scored = [(predictor(candidate.plan), candidate) for candidate in allocator.candidates(decisions)]
@@ -128,16 +128,17 @@ def evidence_of(problem: Problem, run: Run, search: TwoStage) -> tuple[Sensitivi
     """All that is learned from the data: estimates for all that is free, and what predicts the loss of any plan.
     Raises: as `two_stage`."""
     device, space = problem.inputs[0].device, problem.space
-    batches = [(x.to(device), labels) for x, labels in _read(run.data, search.images)]
-    images = [x for x, _ in batches]
+    read = _read(run.data, search.images, len(problem.inputs))
+    batches = [(tuple(x.to(device) for x in inputs), targets) for inputs, targets in read]
+    images = [inputs for inputs, _ in batches]
     prunable = [n for n in problem.groups if space.may_be_pruned(n)]
     network = insert_gates(problem.graph, problem.groups, channels=space.settings.prune)
     names = list(weight_gates(network)), list(activation_gates(network))
     gates = gates_by_bits(network, space, images, problem.inputs, run.ranges, len(images))
     apply_bits(network, *(dict.fromkeys(each, FLOAT_BITS) for each in names))
     ranges = {key: gate.range.detach() for key, gate in gates.items()}
-    judged = torch.cat(images)[: search.judged]
-    rounded = _rounded(network, judged.split(len(images[0])), gates)
+    judged = split_inputs(joined_inputs(images), search.judged)[0]
+    rounded = _rounded(network, split_inputs(judged, len(images[0][0])), gates)
     forms: dict[Kind, dict[str, Any]] = {
         kind: {n: {b: gates[kind, n, b] for b in space.values(kind, n)} for n in space.free(kind)}
         for kind in KINDS_OF_BITS
@@ -148,15 +149,17 @@ def evidence_of(problem: Problem, run: Run, search: TwoStage) -> tuple[Sensitivi
     return evidence, Predictor(network, ranges, rounded, judged, problem.graph)
 
 
-def _read(data: Iterable[Any], count: int) -> list[tuple[Tensor, Tensor | None]]:
-    """The first `count` images, in batches of at most `_BATCH` and `_ELEMENTS`."""
+def _read(data: Iterable[Any], count: int, tensors: int) -> list[tuple[Tensors, Tensor | None]]:
+    """The first `count` images, in batches of at most `_BATCH` and `_ELEMENTS`, each of that many tensors."""
     start_epoch(data, 0)
-    batches: list[tuple[Tensor, Tensor | None]] = []
-    for _, (images,), labels in read_batches(data):
-        size = max(1, min(_BATCH, _ELEMENTS // images[0].numel()))
-        parts = images[:count].split(size)
-        batches += zip(parts, [None] * len(parts) if labels is None else labels[:count].split(size), strict=True)
-        count -= min(count, len(images))
+    batches: list[tuple[Tensors, Tensor | None]] = []
+    for _, inputs, targets in read_batches(data, inputs=tensors):
+        images = len(inputs[0])
+        size = max(1, min(_BATCH, _ELEMENTS // inputs[0][0].numel()))
+        parts = split_inputs(split_inputs(inputs, count)[0], size)
+        labels = targets[:count].split(size) if has_rows(targets, images) else [None] * len(parts)
+        batches += zip(parts, labels, strict=True)
+        count -= min(count, images)
         if not count:
             break
     return batches
@@ -171,7 +174,7 @@ def _levels(counts: Sequence[int], levels: int) -> tuple[int, ...]:
 
 
 def _rounded(
-    network: fx.GraphModule, images: Iterable[Tensor], gates: dict[tuple[Kind, str, int], SuperBitQuantizer]
+    network: fx.GraphModule, images: Iterable[Tensors], gates: dict[tuple[Kind, str, int], SuperBitQuantizer]
 ) -> dict[str, dict[int, Tensor]]:
     """Weight name -> bits -> the parameter, rounded in closed form where the layer allows it."""
     parameters = weight_parameters(network)

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from sbs_fx.data.batches import Batch, read_batches, start_epoch
 from sbs_fx.passes.gates.insertion import BatchNorm
+from sbs_fx.passes.graph import input_count
 from sbs_fx.plan.errors import DataError, InputError, Interrupted, TrainingError
 from sbs_fx.training.checkpoints import Checkpoints
 from sbs_fx.training.evaluation import device_of, evaluate, mode
@@ -80,9 +81,9 @@ def train(
 ) -> None:
     """Train the network of a stage, in place.
 
-    The loss is cross-entropy; with a teacher, the divergence KL(teacher || graph) of the class probabilities is added,
-    and takes its place where the data has no labels. Gradients go through rounding as if it were not there
-    (`sbs_fx.quantizer.superbit`).
+    The loss is that of the graph's task (for logits cross-entropy); with a teacher, the divergence from it is added
+    (for logits KL(teacher || graph)), and takes its place where the data has no targets. Gradients go through rounding
+    as if it were not there (`sbs_fx.quantizer.superbit`).
 
     Args:
         data: yields (images, labels), iterable once an epoch; `set_epoch(number)` is called on it if it has that.
@@ -105,7 +106,7 @@ def train(
     if settings.patience is not None and validation is None:
         raise InputError(f"patience {settings.patience} needs validation data; give it, or leave patience out")
     try:
-        with random_state_kept(device_of(stage.network)), _in_eval_mode(teacher), torch.enable_grad():
+        with random_state_kept(device_of(stage.network)), mode(teacher, training=False), torch.enable_grad():
             _Loop(stage, data, epochs, lr, settings, teacher, validation, seed, checkpoints, progress).run()
     finally:
         stage.network.eval()
@@ -151,7 +152,7 @@ class _Loop:
         self.ema = ModelEmaV3(self.network, decay=settings.ema) if settings.ema else None
         self.length = len(data) if isinstance(data, Sized) else None  # batches in an epoch, once known
         self.step = self.first_epoch = self.skip = 0
-        self.best, self.best_state, self.stale = -1.0, dict[str, Tensor](), 0
+        self.best, self.best_state, self.stale = -math.inf, dict[str, Tensor](), 0
         self.finished = False
         self.pending: list[_Step] = []
 
@@ -203,7 +204,7 @@ class _Loop:
     def _batches(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch that are still to come, each read and used under a seed of its own."""
         start_epoch(self.data, epoch)
-        iterator = read_batches(self.data)
+        iterator = read_batches(self.data, inputs=input_count(self.network))
         index = 0
         while True:
             seed_everything(self.seed, epoch, index, 0)
@@ -227,7 +228,7 @@ class _Loop:
                 sharpen(self.network, self.optimizers.weights, self.settings.sharpness, lambda: self._loss(example)[0])
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"out of memory at step {self.step} with {len(example.images)} images; the largest knobs are the batch "
+                f"out of memory at step {self.step} with {example.images} images; the largest knobs are the batch "
                 "size, precision='bf16', distillation=0 (no teacher) and ema=0",
                 step=self.step,
                 batch=batch.number,
@@ -237,11 +238,9 @@ class _Loop:
         self.stage.before_update(self.step)
         # reason: looked at before the update on a CPU, where it costs nothing, so that weights are still sound
         mean = self.processes.mean(loss.detach())
-        self.pending.append(
-            _Step(epoch, self.step, batch.number, mean, right, len(example.images), self.optimizers.rate)
-        )
+        self.pending.append(_Step(epoch, self.step, batch.number, mean, right, example.images, self.optimizers.rate))
         if self.device.type == "cpu":
-            self._check(example.images)
+            self._check(example)
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.optimizers.weights, self.settings.clip)
         self.optimizers.update()
@@ -267,11 +266,11 @@ class _Loop:
 
     # -- reports, ends and checkpoints ---------------------------------------------------------------------------------
 
-    def _check(self, images: Tensor | None = None) -> None:
+    def _check(self, example: Example | None = None) -> None:
         """Refuse a loss that is not finite."""
         for at in self.pending:
             if not bool(torch.isfinite(at.loss)):
-                if images is not None and not bool(torch.isfinite(images).all()):
+                if example is not None and not all(bool(torch.isfinite(x).all()) for x in example.inputs):
                     raise DataError(f"NaN or Inf in batch {at.batch} (step {at.step}); drop or mend that batch")
                 raise self._unsound(f"the loss is {at.loss.item()}", at.step, at.batch)
 
@@ -406,7 +405,3 @@ class _Loop:
             yield event
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-def _in_eval_mode(module: nn.Module | None) -> AbstractContextManager[None]:
-    return nullcontext() if module is None else mode(module, training=False)

@@ -10,6 +10,7 @@ from torch import nn
 
 from sbs_fx.data.batches import read_batches
 from sbs_fx.passes.gates.insertion import BatchNorm
+from sbs_fx.passes.graph import input_count
 from sbs_fx.training.evaluation import device_of, mode
 
 
@@ -20,9 +21,9 @@ def estimate_norms(network: nn.Module, data: Iterable[Any], batches: int) -> Non
     with mode(network, training=False), torch.no_grad():
         for module in momenta:
             module.train()
-        for index, (images,), _ in read_batches(data, max_batches=batches):
+        for index, inputs, _ in read_batches(data, inputs=input_count(network), max_batches=batches):
             for module in momenta:
                 module.momentum = 1 / (index + 1)
-            network(images.to(device))
+            network(*(x.to(device) for x in inputs))
     for module, momentum in momenta.items():
         module.momentum = momentum

@@ -6,7 +6,7 @@ process. Holds: a batch means the same images however many processes there are, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from sbs_fx.data.batches import Tensors
 from sbs_fx.plan.errors import DataError
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
@@ -35,14 +36,23 @@ class Processes:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, index: int, *tensors: Any) -> list[Any]:
-        """This process's part of each tensor (or None) of batch `index`; what does not divide evenly is left out."""
+    def share(self, index: int, inputs: Tensors, *others: Any) -> tuple[Any, ...]:
+        """This process's part of inputs and others (lists, tensors, None, or dicts of these) of batch `index`, as many
+        rows as the first input has; what does not divide evenly is left out."""
         if self.count == 1:
-            return list(tensors)
-        size = min(len(t) for t in tensors if t is not None) // self.count
+            return inputs, *others
+        images = len(inputs[0])
+        size = images // self.count
         if not size:
             raise DataError(f"batch {index} holds fewer images than there are processes ({self.count})")
-        return [None if t is None else t[self.rank * size : (self.rank + 1) * size] for t in tensors]
+
+        def part(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: part(each) for name, each in value.items()}
+            rows = isinstance(value, (Tensor, Sequence)) and not isinstance(value, str) and len(value) == images
+            return value[self.rank * size : (self.rank + 1) * size] if rows else value
+
+        return tuple(part(x) for x in inputs), *(part(x) for x in others)
 
     def start_equal(self, network: nn.Module) -> None:
         """The first process's tensors everywhere; activation gates decide over all processes from now on."""

@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from sbs_fx.plan.errors import InputError
+from sbs_fx.data.batches import has_rows
+from sbs_fx.plan.errors import DataError, InputError, SbsError
 
 Outputs = list[Tensor]  # (batch, ...) each
 
@@ -37,14 +38,21 @@ class Task:
         name: "classification": logits (batch, classes). "segmentation": logits (batch, classes, *positions).
             "matching": every output, by its squared difference from the float model's over that one's variance.
             "embedding": the first output, by the angle to the float model's. "regression": as "matching", against
-            targets by the squared error.
+            targets by the squared error. "detection": as "matching"; targets are read by a loss of your own.
         outputs: output of the model -> the tensors that count; None: those that the name says.
         loss: (tensors, targets) -> mean loss, a scalar; None: that of the name, or none.
+        metric: makes what measures predictions against targets: `update(predictions, targets)` a batch, `compute()` in
+            the end, the more the better, as the metrics of torchmetrics do; None: that of the name
+            (`sbs_fx.training.metrics`), in percent.
+        predictions: output of the model -> what the metric reads: in detection a dict an image, with "boxes" (n, 4) as
+            (left, top, right, bottom), "scores" (n,) and "labels" (n,); None: the tensors, or the tensor if it is one.
     """
 
     name: str = "matching"
     outputs: Callable[[Any], Outputs] | None = None
     loss: Callable[[Outputs, Any], Tensor] | None = None
+    metric: Callable[[], Any] | None = None
+    predictions: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -109,39 +117,51 @@ class Task:
 
     # -- against targets -------------------------------------------------------------------------------------------
 
+    def readable(self, targets: Any, images: int) -> Any:
+        """The targets, or None where the task's own loss reads no such thing: file names, boxes beside images."""
+        return targets if self.loss is not None or has_rows(targets, images) else None
+
     def fits(self, output: Any, targets: Any) -> bool:
-        """Whether targets are of the form that the task reads."""
-        if targets is None or self.loss is None and self.name in ("matching", "embedding"):
+        """Whether targets are of the form that the task's loss reads."""
+        if targets is None or self.loss is None and self.name in ("matching", "embedding", "detection"):
             return False
         if self.loss is not None:
             return True
         (logits, *_) = self.tensors(output)
-        if not isinstance(targets, Tensor):
-            return False
         if self.name == "regression":
             return targets.shape == logits.shape
         whole = targets.shape == (len(logits), *logits.shape[2:]) and not targets.is_floating_point()
         return whole or targets.shape == logits.shape
 
-    def loss_of(self, output: Any, targets: Any, smoothing: float = 0.0) -> Tensor:
-        """Mean loss against targets. Whole numbers are classes (in segmentation one that there is not
-        counts nothing, such as 255); distributions and several labels at once have the shape of the logits."""
+    def loss_of(self, output: Any, targets: Any, smoothing: float = 0.0, batch: int = 0) -> Tensor:
+        """Mean loss against targets of batch `batch`. Whole numbers are classes (in segmentation one that there is not
+        counts nothing, such as 255); distributions and several labels at once have the shape of the logits. Raises
+        DataError where a loss of one's own cannot read them."""
         tensors = self.tensors(output)
         if self.loss is not None:
-            return self.loss(tensors, targets)
+            return own("loss", batch, self.loss, tensors, targets)
         if self.name == "regression":
             return F.mse_loss(tensors[0], targets.float())
-        if targets.is_floating_point():
-            if bool((targets.sum(1) - 1).abs().max() > 1e-3):  # several labels an example
+        if targets.shape == tensors[0].shape:
+            if has_several_labels(targets):
                 return F.binary_cross_entropy_with_logits(tensors[0], targets.float())
             return F.cross_entropy(tensors[0], targets.float())
         if self.name == "segmentation":
-            targets = torch.where((targets < 0) | (targets >= tensors[0].shape[1]), _IGNORED, targets)
-        return F.cross_entropy(tensors[0], targets, label_smoothing=smoothing, ignore_index=_IGNORED)
+            targets = counted(targets, tensors[0].shape[1])
+        return F.cross_entropy(tensors[0], targets, label_smoothing=smoothing, ignore_index=IGNORED)
+
+    # -- how good it is --------------------------------------------------------------------------------------------
+
+    def predicted(self, output: Any) -> Any:
+        """What the metric reads."""
+        if self.predictions is not None:
+            return self.predictions(output)
+        tensors = self.tensors(output)
+        return tensors[0] if len(tensors) == 1 else tensors
 
 
-_KEY, _IGNORED = "sbs_fx_task", -100
-NAMES = ("classification", "segmentation", "matching", "embedding", "regression")
+_KEY, IGNORED = "sbs_fx_task", -100
+NAMES = ("classification", "segmentation", "detection", "matching", "embedding", "regression")
 CLASSIFICATION = Task("classification")
 
 
@@ -163,6 +183,29 @@ def _inferred(module: nn.Module) -> Task:
     (output,) = module.graph.find_nodes(op="output")
     values = [leaf.meta.get("val") for leaf in pytree.tree_leaves(output.args) if isinstance(leaf, fx.Node)]
     return CLASSIFICATION if len(values) == 1 and (values[0] is None or values[0].ndim == 2) else Task()
+
+
+def has_several_labels(targets: Tensor) -> bool:
+    """Whether rows (batch, classes, ...) are several labels at once rather than distributions."""
+    return bool((targets.sum(1) - 1).abs().max() > 1e-3)
+
+
+def counted(targets: Tensor, classes: int) -> Tensor:
+    """Targets with `IGNORED` for classes that there are not."""
+    return torch.where((targets < 0) | (targets >= classes), IGNORED, targets)
+
+
+def own(what: str, batch: int, function: Callable[..., Any], *args: Any) -> Any:
+    """A function of the user's; what it raises is said with the batch."""
+    try:
+        return function(*args)
+    except SbsError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the task's {what} raised {type(error).__name__} at batch {batch}: {error}; mend it, or the targets that "
+            "the data or `prepare` gives"
+        ) from error
 
 
 def _variance(x: Tensor) -> Tensor:

@@ -250,9 +250,9 @@ def test_forms_of_batches() -> None:
     ):
         (batch,) = read_batches([item], inputs=inputs)
         assert len(batch.inputs) == inputs
-        assert (batch.labels is not None) == labelled
+        assert (batch.targets is not None) == labelled
         if labelled:
-            assert torch.equal(batch.labels, y)
+            assert torch.equal(batch.targets, y)
 
 
 def test_no_more_batches_are_asked_for_than_used() -> None:
@@ -282,9 +282,9 @@ def test_batches_of_another_form(data: Any, message: str) -> None:
 @pytest.mark.parametrize("labels", [torch.zeros(2, 3), torch.zeros(2), torch.zeros(2, 3, dtype=torch.int64)])
 def test_labels_are_checked_where_they_are_read(labels: torch.Tensor) -> None:
     (batch,) = read_batches([(torch.zeros(2, 3), labels)])
-    assert torch.equal(batch.labels, labels)
+    assert torch.equal(batch.targets, labels)
     with pytest.raises(DataError, match="labels of batch 0 have dtype .* expected whole numbers, one an image"):
-        check_labels(batch.labels, None, 0)
+        check_labels(batch.targets, None, 0)
 
 
 @dataclass
@@ -317,7 +317,7 @@ IMAGES, CLASSES = torch.arange(6.0).reshape(2, 3), torch.tensor([1, 0])
 def test_batches_with_names(batch: Any, labelled: bool) -> None:
     data = prepared([batch, batch], ["anchor"])
     assert len(data) == 2
-    for inputs, labels in [(b.inputs, b.labels) for b in read_batches(data)]:
+    for inputs, labels in [(b.inputs, b.targets) for b in read_batches(data)]:
         assert torch.equal(inputs[0], IMAGES)
         assert torch.equal(labels, CLASSES) if labelled else labels is None
 

@@ -24,7 +24,7 @@ from sbs_fx.export.runtime import flat, layer_names
 from sbs_fx.passes import finalize, integer_grid, integer_joins
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, weight_gates
-from sbs_fx.plan.errors import BackendError, FileError
+from sbs_fx.plan.errors import BackendError, FileError, InputError
 from tests.networks.small import Residual
 from tests.oracles.gated import gate
 
@@ -177,6 +177,10 @@ def test_a_file_computes_what_the_graph_does_at_any_batch_size(
         want, have = small.model(images), flat(found(images))[0]
         assert have.shape == want.shape
         assert float((want - have).norm()) <= 0.2 * float(want.norm())
+    with pytest.raises(InputError, match=r"has size 32 in dimension 2, .*; the graph was made for 64 there"):
+        found(torch.randn(2, 3, 32, 64))
+    with pytest.raises(InputError, match="has 3 dimensions"):
+        found(torch.randn(3, 64, 64))
     expected = {f"model{SUFFIX[format]}"} | ({"model.bin"} if format == "openvino" else set())
     assert set(os.listdir(tmp_path)) == expected
 
@@ -287,7 +291,7 @@ def test_bad_exports_are_one_error(small: sbs_fx.Result, format: str, name: str,
 
 def test_images_of_another_size_are_refused(small: sbs_fx.Result) -> None:
     compiled = small.compiled()
-    with pytest.raises(BackendError, match="made for"):
+    with pytest.raises(InputError, match="made for 64 there"):
         compiled(torch.randn(2, 3, 32, 32))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import sbs_fx
 from sbs_fx.passes import trace
 from sbs_fx.passes.capture.inputs import InputSpec, evaluated, inputs_of
-from sbs_fx.plan.errors import InputError, MethodError, TraceError
+from sbs_fx.plan.errors import InputError, TraceError
 
 
 @dataclass
@@ -287,8 +287,4 @@ def test_data_of_models_with_several_inputs() -> None:
     data = [{"inputs_2": x(4), "inputs_1": x(4) + 1, "inputs_0": x(4), "labels": torch.zeros(4).long()}] * 2
     for method in ("auto", "uniform", "opq"):
         result = sbs_fx.compress(model.eval(), inputs(2), budget=0.3, data=data, method=method)
-        assert result.policy.method == ("opq" if method == "auto" else method)
-    with pytest.raises(MethodError, match="'two_stage' reads one input tensor a batch, the model takes 3; use one of"):
-        sbs_fx.compress(model, inputs(2), budget=0.3, data=data, method="two_stage")
-    with pytest.raises(InputError, match="fine-tuning reads one input tensor"):
-        sbs_fx.compress(model, inputs(2), budget=0.3, data=data, config=sbs_fx.Config(epochs=1))
+        assert result.policy.method == ("two_stage" if method == "auto" else method)

@@ -221,8 +221,8 @@ def test_losses_around_a_plan_are_differences_from_its_own() -> None:
 
 def test_as_many_images_are_read_as_asked_for() -> None:
     data = [(torch.full((6, 3, 4, 4), float(i)), torch.full((6,), i)) for i in range(3)]
-    batches = _read(data, 8)
-    assert torch.cat([x for x, _ in batches])[:, 0, 0, 0].tolist() == [0.0] * 6 + [1.0] * 2
+    batches = _read(data, 8, 1)
+    assert torch.cat([x for (x,), _ in batches])[:, 0, 0, 0].tolist() == [0.0] * 6 + [1.0] * 2
     assert torch.cat([y for _, y in batches if y is not None]).tolist() == [0] * 6 + [1] * 2
 
 
@@ -265,7 +265,7 @@ def test_repair_ends_within_the_limits(cost: CostModel, share: float) -> None:
 def test_the_way_back_is_the_opposite_of_the_way(cost: CostModel) -> None:
     given = problem(cost)
     gated = insert_gates(given.graph, given.groups, candidates=given.space.values)
-    harm = Harm(gated, judged_on(given.graph, [(0, (IMAGES,), None)]), {})
+    harm = Harm(gated, judged_on(given.graph, [IMAGES]), {})
     plan, move = given.space.plan(8, 8), Move("weight", "first", 2)
     worse = harm(plan, move)
     assert worse != 0

@@ -199,7 +199,7 @@ def test_estimates_are_those_of_per_sample_gradients(trained: CostModel) -> None
     rounded = {n: {2: (lambda x, top=top: x.clamp(max=top / 2))} for n, top in tops.items()}
     apply_bits(network_, dict.fromkeys(cost.weights, 32), dict.fromkeys(cost.activations, 32))
     both = {"weight": forms, "activation": rounded}
-    got = sensitivity(network_, groups, [(images, labels)], both, prunable=list(groups))
+    got = sensitivity(network_, groups, [((images,), labels)], both, prunable=list(groups))
 
     module = dict(graph.named_parameters())
     wanted_w = dict.fromkeys(forms, 0.0)
@@ -333,7 +333,7 @@ def test_predicted_loss_is_that_of_moved_statistics(trained: CostModel) -> None:
         dict.fromkeys(cost.activations, 32),
     )
     plan = open_.with_value("channels", "0.weight:0", range(8))
-    predictor = Predictor(gated, {}, {}, images, graph)
+    predictor = Predictor(gated, {}, {}, (images,), graph)
     before = {n: t.clone() for n, t in gated.state_dict().items() if "running" in n}
     assert predictor(open_) == pytest.approx(0, abs=1e-6)
     static, dynamic = predictor(plan, dynamic=False), predictor(plan)

@@ -64,7 +64,7 @@ def test_the_average_of_weights_is_the_result(gated: fx.GraphModule) -> None:
 def test_sharpened_gradient_is_that_at_the_worst_point(gated: fx.GraphModule) -> None:
     images, labels = next(iter(digits(32)))
     objective = Objective(gated, None, Training(), Processes())
-    example = Example(0, images, labels, labels)
+    example = Example(0, (images,), labels, labels)
     weights = [p for n, p in gated.named_parameters() if "gates" not in n]
 
     def gradients() -> list[Tensor]:
@@ -100,14 +100,14 @@ def test_smoothing_and_mixing_change_the_targets(gated: fx.GraphModule) -> None:
             target = torch.full((32, 10), smoothing / 10)
             target[torch.arange(32), labels] += 1 - smoothing
             expected = -(target * logits.log_softmax(1)).sum(1).mean()
-            assert torch.allclose(objective(Example(0, images, labels, labels))[0], expected, atol=1e-5)
+            assert torch.allclose(objective(Example(0, (images,), labels, labels))[0], expected, atol=1e-5)
         mixing = Objective(gated, None, Training(mixup=1.0), Processes())
         from sbs_fx.data.batches import Batch
 
         example = mixing.place(Batch(0, (images,), labels))
         assert example.targets is not None
         assert torch.allclose(example.targets.sum(1), torch.ones(32))
-        assert not torch.equal(example.images, images)
+        assert not torch.equal(example.inputs[0], images)
         assert float(mixing(example)[0]) > 0
 
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.calibration.calibrate import calibrate
-from sbs_fx.data.batches import read_batches
 from sbs_fx.passes import activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.passes.graph import with_tensors
 from sbs_fx.plan import Plan
@@ -139,7 +138,7 @@ def multi_path(problem: Problem, run: Run) -> SearchResult:
     if not problem.space.settings.quantise:
         raise InputError("quantise=False with one path a bitwidth, which prunes nothing: choose another method")
     search: Search = run.settings or Search()
-    check_training_data(run.data)
+    check_training_data(run.data, len(problem.inputs))
     problem = problem.within(prune=False)
     space, groups = problem.space, problem.groups
     network = insert_gates(problem.graph, groups, channels=False, candidates=space.values)
@@ -160,7 +159,7 @@ def multi_path(problem: Problem, run: Run) -> SearchResult:
     plan = stage.plan()
     single = insert_gates(with_tensors(problem.graph, stage.tensors(problem.graph, plan)), groups, channels=False)
     apply_bits(single, plan.weight_bits, plan.activation_bits)
-    batches = judged_on(problem.graph, read_batches(run.data, max_batches=search.repair_batches))
+    batches = judged_on(problem.graph, run.data, search.repair_batches)
     ranges = ranges_by_bits(single, space, run.data, problem.inputs)
     decided = BudgetRepair(problem, Harm(single, batches, ranges), {})(plan)
     return SearchResult(decided, stage.tensors(problem.graph, decided))
