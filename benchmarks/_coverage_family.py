@@ -21,6 +21,7 @@ import torch
 from _coverage_graph import count_error, describe_groups, first_line, random_plan, timed, to_meta
 from _coverage_models import Task
 from _coverage_weights import randomise
+from _unchanged import difference, state
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -86,8 +87,11 @@ def expect(row: dict[str, Any], holds: bool, problem: str) -> None:
 
 def _product(row: dict[str, Any], model: torch.nn.Module, images: torch.Tensor) -> None:
     """What a user does: compress without data, save, load, run. Peak memory is that of all this but the run."""
+    before = state(model)
     with timed(row, "compress"):
         result = compress(model, images[:2], budget=BUDGET, method="uniform")
+    row["changed"] = difference(before, state(model))
+    expect(row, not row["changed"], f"the float model is not as it was: {row['changed']}")
     row["stages"] = {name: round(seconds, 3) for name, seconds in result.seconds.items()}
     row["bops_share"] = BUDGET.shares(result.cost)["bops"]
     row["method"] = result.policy.method

@@ -12,7 +12,6 @@ import copy
 import math
 import os
 import pathlib
-import random
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ import torch
 from _coverage_family import compare_codes, equal
 from _coverage_graph import random_plan, to_meta
 from _coverage_weights import randomise
+from _unchanged import difference, state
 from _zoo_networks import Inputs, Maker, Network, PlainCall, all_networks, called, tensors_in
 from _zoo_plain import ask
 from torch import Tensor, fx, nn
@@ -40,14 +40,12 @@ from sbs_fx.plan.errors import InfeasibleBudget, SbsError
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 from tests.oracles.agreement import cast
-from tests.oracles.state import state_of
 
 COLUMNS = ("build", "trace", "size", "price", "slim", "budget", "static", "file", "unchanged")
 EXAMPLE_BATCH, OTHER_BATCH = 2, 3
 BUDGET = 0.10  # of BOPs
 SLIM_TOLERANCE = 1e-10  # of float64
 TIES_OF_SMALL = 2  # codes that may differ by rounding where there are too few for a share to say anything
-LISTED = 3_000_000  # parameters up to which the state of a model is compared as lists of numbers
 PLAIN_SECONDS = 120
 
 
@@ -303,47 +301,17 @@ def _compare_outputs(graph: fx.GraphModule, model: nn.Module, inputs: Inputs, wh
             raise Wrong(f"trace is not bitwise at output {i}, {where}: off by {error:.1e}")
 
 
-def _state(model: nn.Module) -> dict[str, Any]:
-    if sum(p.numel() for p in model.parameters()) <= LISTED:
-        return state_of(model)
-    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    parts = {name: (part.training, {k: id(v) for k, v in vars(part).items()}) for name, part in model.named_modules()}
-    parts = {name: (mode, sorted(kept)) for name, (mode, kept) in parts.items()}
-    generators = (torch.get_rng_state().tolist(), random.getstate())
-    return {"tensors": tensors, "modules": parts, "random": generators}
-
-
 @contextmanager
 def _unchanged(row: dict[str, Any], model: nn.Module) -> Iterator[None]:
     """Into the column "unchanged": whether the model is as it was before the inside, also if that raises."""
-    before = _state(model)
+    before = state(model)
     try:
         yield
     finally:
         if row.get("unchanged", "ok") == "ok":
             with _column(row, "unchanged"):
-                _compare_states(before, _state(model))
-
-
-def _compare_states(before: dict[str, Any], after: dict[str, Any]) -> None:
-    for key, value in before.items():
-        if isinstance(value, dict):
-            for name in {*value, *after[key]}:
-                a, b = value.get(name), after[key].get(name)
-                same = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else repr(a) == repr(b)
-                if not same:
-                    raise Wrong(f"{key} {name!r} changed{_where(a, b)}")
-        elif value != after[key]:
-            raise Wrong(f"{key} changed")
-
-
-def _where(a: Any, b: Any) -> str:
-    """The first attribute of a module or class that differs."""
-    if not (isinstance(a, tuple) and isinstance(b, tuple) and isinstance(a[-1], list) and isinstance(b[-1], list)):
-        return ""
-    left, right = dict(a[-1]), dict(b[-1])
-    keys = [k for k in {*left, *right} if repr(left.get(k)) != repr(right.get(k))]
-    return f": {keys[0]}: {str(left.get(keys[0]))[:80]} -> {str(right.get(keys[0]))[:80]}" if keys else ""
+                if changed := difference(before, state(model)):
+                    raise Wrong(changed)
 
 
 @contextmanager

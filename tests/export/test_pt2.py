@@ -13,6 +13,7 @@ import pickletools
 import random
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sbs_fx.export import load, load_pt2, pt2, save_pt2
-from sbs_fx.export.packing import PLANES, pack, pack_planes, split_codes, unpack
+from sbs_fx.export.packing import PLANES, _moved, pack, pack_planes, split_codes, unpack
 from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, trace
 from sbs_fx.passes.dialects import Static, StoredWeight, set_dialect, static_of
 from sbs_fx.passes.graph import with_tensors
@@ -107,6 +108,12 @@ def test_packing_is_exact_and_tight(drawn: tuple[Tensor, StoredWeight]) -> None:
         bits = value.numel() + per_channel[0] * stored.nonzeros
     held = {name: buffer for name, buffer in packed.named_buffers() if "order" not in name}
     assert sum(b.numel() for b in held.values()) == math.ceil(bits / 8)
+
+
+def test_the_first_dimension_goes_where_it_was() -> None:
+    for axis in range(4):
+        x = torch.empty(5, 6, 7, 8)
+        assert x.movedim(axis, 0).permute(_moved(4, axis)).shape == x.shape
 
 
 def test_planes_of_two_four_and_eight_codes_a_byte() -> None:
@@ -352,8 +359,40 @@ def test_an_altered_archive_with_right_checksums(file: Path, tmp_path: Path) -> 
             load_pt2(write(tmp_path / "model.pt2", changed))
         with pytest.raises(FileError, match="cut, changed"):
             load_pt2(write(tmp_path / "model.pt2", {n: d for n, d in whole.items() if n != name}))
+        renamed = {f"{n}x" if n == name else n: d for n, d in whole.items()}  # in the same order, of the same contents
+        with pytest.raises(FileError, match="cut, changed"):
+            load_pt2(write(tmp_path / "model.pt2", renamed))
     with pytest.raises(FileError, match="cut, changed"):
         load_pt2(write(tmp_path / "model.pt2", {**whole, "archive/more": b""}))
+    with zipfile.ZipFile(write(tmp_path / "model.pt2", whole), "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr("archive/" + pt2.INFORMATION, whole["archive/" + pt2.INFORMATION])
+    with pytest.raises(FileError, match="a member twice"):
+        load_pt2(tmp_path / "model.pt2")
+    information = json.loads(whole["archive/" + pt2.INFORMATION])
+    information["content"] = information["content"].replace('"exact": false', '"exact": true')
+    with pytest.raises(FileError, match="holds other data than was written"):
+        load_pt2(
+            write(tmp_path / "model.pt2", {**whole, "archive/" + pt2.INFORMATION: json.dumps(information).encode()})
+        )
+
+
+def sealed(whole: dict[str, bytes], text: str) -> dict[str, bytes]:
+    """With a digest that is right."""
+    rest = {n.removeprefix("archive/"): d for n, d in whole.items() if not n.endswith(pt2.INFORMATION)}
+    digests = {n: hashlib.sha256(d).digest() for n, d in rest.items()}
+    outer = {"sha256": pt2._digest(digests, text), "content": text}
+    return {**whole, "archive/" + pt2.INFORMATION: json.dumps(outer).encode()}
+
+
+def test_a_file_of_another_format_is_refused(file: Path, tmp_path: Path) -> None:
+    whole = members(file)
+    text = json.loads(whole["archive/" + pt2.INFORMATION])["content"]
+    load_pt2(write(tmp_path / "model.pt2", sealed(whole, text)))
+    for format in (pt2.FORMAT - 1, pt2.FORMAT + 1):
+        other = json.dumps({**json.loads(text), "format": format})
+        with pytest.raises(FileError, match=f"has format {format}, this version reads {pt2.FORMAT}; save"):
+            load_pt2(write(tmp_path / "model.pt2", sealed(whole, other)))
 
 
 @pytest.mark.parametrize("where", ["sample_inputs", "weights"])
@@ -368,11 +407,8 @@ def test_a_pickle_is_refused_before_it_is_read(file: Path, tmp_path: Path, where
         (name,) = (n for n in whole if "sample_inputs" in n)
         whole[name] = b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."
     text = json.loads(whole["archive/" + pt2.INFORMATION])["content"]
-    rest = {n.removeprefix("archive/"): d for n, d in whole.items() if not n.endswith(pt2.INFORMATION)}
-    digests = {n: hashlib.sha256(d).digest() for n, d in rest.items()}
-    outer = {"sha256": pt2._digest(digests, text), "content": text}
-    with pytest.raises(FileError, match="pickle"):
-        load_pt2(write(tmp_path / "model.pt2", {**whole, "archive/" + pt2.INFORMATION: json.dumps(outer).encode()}))
+    with pytest.raises(FileError, match="holds pickles"):
+        load_pt2(write(tmp_path / "model.pt2", sealed(whole, text)))
 
 
 def test_files_that_are_none_of_ours(tmp_path: Path) -> None:

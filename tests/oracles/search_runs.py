@@ -1,6 +1,6 @@
 """A small search that tests run in processes of their own: killed and begun again, interrupted, or spread over two.
 
-`python -m tests.oracles.search_runs kill DIR COUNT` forks a child for each run, so that torch is imported once;
+`python -m tests.oracles.search_runs kill DIR COUNT SEED` forks a child for each run, so that torch is imported once;
 it prints JSON.
 `torchrun ... -m tests.oracles.search_runs spread DIR` is one run over all processes. Both write `state.safetensors`.
 """
@@ -111,7 +111,7 @@ def _same(first: Path, second: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-def kill(directory: Path, count: int) -> dict[str, Any]:
+def kill(directory: Path, count: int, seed: int) -> dict[str, Any]:
     """One undisturbed run, `count` runs killed at a random moment and begun again, one stopped by SIGINT."""
     whole = directory / "whole"
     whole.mkdir()
@@ -121,7 +121,7 @@ def kill(directory: Path, count: int) -> dict[str, Any]:
         times.append(time.monotonic())
     assert _wait(child) == 0
     steps, seconds = len(times), (times[-1] - times[0]) / (len(times) - 1)
-    draw = random.Random(0)
+    draw = random.Random(seed)
     outcomes, interrupted = [], []
     for index in range(count + 1):
         place = directory / str(index)
@@ -151,6 +151,6 @@ def spread(directory: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "kill":
-        sys.stdout.write(json.dumps(kill(Path(sys.argv[2]), int(sys.argv[3]))) + "\n")
+        sys.stdout.write(json.dumps(kill(Path(sys.argv[2]), *map(int, sys.argv[3:]))) + "\n")
     else:
         spread(Path(sys.argv[2]))

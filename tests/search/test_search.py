@@ -276,15 +276,16 @@ def test_data_that_cannot_be_searched_on(cost: CostModel, data: Any, message: st
 # Going on
 
 
-def test_killed_and_interrupted_runs_end_bit_identical(tmp_path: Path) -> None:
-    """SIGKILL at 20 random moments, and SIGINT once; the same call again ends as a run that was never stopped."""
-    command = [sys.executable, "-m", "tests.oracles.search_runs", "kill", str(tmp_path), "20"]
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_and_interrupted_runs_end_bit_identical(seed: int, tmp_path: Path) -> None:
+    """SIGKILL at 10 random moments, and SIGINT once; the same call again ends as a run that was never stopped."""
+    command = [sys.executable, "-m", "tests.oracles.search_runs", "kill", str(tmp_path), "10", str(seed)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = json.loads(done.stdout.splitlines()[-1])
-    assert [tuple(o[2:]) for o in outcomes["killed"]] == [(0, True)] * 20
-    assert sum(code < 0 for code, *_ in outcomes["killed"]) >= 15  # a few may have ended before
-    assert sum(kept for _, kept, *_ in outcomes["killed"]) >= 10
+    assert [tuple(o[2:]) for o in outcomes["killed"]] == [(0, True)] * 10
+    assert sum(code < 0 for code, *_ in outcomes["killed"]) >= 7  # a few may have ended before
+    assert sum(kept for _, kept, *_ in outcomes["killed"]) >= 4
     assert outcomes["interrupted"] == [INTERRUPTED, True, 0, True]
     assert "The same command again goes on from there" in done.stderr
 
