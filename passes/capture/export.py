@@ -329,8 +329,7 @@ def _trace_error(module: nn.Module, error: Exception) -> TraceError:
     reason = " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
     inside = f" (sub-module {submodule})" if submodule else ""
     return TraceError(
-        f"torch.export could not capture {type(module).__name__}{inside}: {type(error).__name__}: {reason}; {remedy}, "
-        "or compress the part of the model that can be captured",
+        f"torch.export could not capture {type(module).__name__}{inside}: {type(error).__name__}: {reason}; {remedy}",
         submodule=submodule,
         reason=reason,
     )
