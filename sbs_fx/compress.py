@@ -38,6 +38,8 @@ from sbs_fx.passes import (
 from sbs_fx.passes.capture.export import Dynamic, own_context
 from sbs_fx.passes.capture.inputs import guarded
 from sbs_fx.passes.capture.models import unwrapped
+from sbs_fx.passes.capture.part import Part
+from sbs_fx.passes.capture.part_search import naming_parts
 from sbs_fx.passes.capture.signature import Inputs, Signature
 from sbs_fx.passes.channels.slim import slim_bits
 from sbs_fx.passes.graph import with_tensors
@@ -66,6 +68,7 @@ def compress(
     model: Model,
     example_inputs: Inputs | None = None,
     *,
+    part: str | None = None,
     dynamic: Dynamic | None = None,
     task: Task | str | None = None,
     budget: Budget | float | str = 0.05,
@@ -87,6 +90,9 @@ def compress(
         model: a module that `torch.export` can capture, an `ExportedProgram`, or a timm model name. It is not changed.
         example_inputs: a tensor of shape (batch of 2 or more, ...), a tuple of positional arguments or a dict of
             keyword arguments; see `sbs_fx.passes.trace`. Default: images as the model's `pretrained_cfg` has them.
+        part: path of a sub-module to compress in place of the whole, such as "backbone" where what follows depends on
+            data. Inputs and data are still the whole's, whose forward must call the part once; labels are not used, and
+            the part's outputs are matched to the float part's unless `task` says otherwise. See `with_part`.
         dynamic: dimensions that may change, such as ("batch", "height", "width"); default: the batch. See `trace`.
         task: what the outputs mean: "classification", "segmentation", "embedding", "regression", "matching" or a `Task`
             of your own; default: classification where the one output is (batch, classes), else every output is matched
@@ -112,7 +118,7 @@ def compress(
     budget = Budget.of(budget)
     if output_dir is not None:
         prepare_directory(output_dir)
-    job = Job(config, data, validation, progress, observer)
+    job = Job(config, data, validation, progress, observer, part)
     traced = _traced(model, example_inputs, dynamic, task, job)
     job.prepare(traced.graph, prepare)
     problem = Problem.of(_priced(traced, job, budget), budget, traced.inputs, config, config.seed)
@@ -140,6 +146,7 @@ def apply(
     policy: Policy,
     example_inputs: Inputs | None = None,
     *,
+    part: str | None = None,
     dynamic: Dynamic | None = None,
     task: Task | str | None = None,
     budget: Budget | float | str | None = None,
@@ -159,7 +166,7 @@ def apply(
         PolicyMismatch: the policy belongs to another model; names what differs. BudgetError: it costs more than that.
     """
     config = config or Config()
-    job = Job(config, data, validation, progress, observer)
+    job = Job(config, data, validation, progress, observer, part)
     limits = None if budget is None else Budget.of(budget)
     traced = _traced(model, example_inputs, dynamic, task, job)
     job.prepare(traced.graph, prepare)
@@ -191,10 +198,15 @@ def _traced(
     model: Model, example_inputs: Inputs | None, dynamic: Dynamic | None, task: Task | str | None, job: Job
 ) -> _Traced:
     job.stage("trace", 0.0)
-    module = unwrapped(create_model(model) if isinstance(model, str) else model)
+    given: Any = create_model(model) if isinstance(model, str) else model
+    if job.path is not None:
+        job.part = Part(given, job.path, derive_inputs(given) if example_inputs is None else example_inputs)
+        given, example_inputs, task = job.part.module, job.part.call, task or "matching"
+    module = unwrapped(given)
     _check_weights(module)
     called = derive_inputs(module) if example_inputs is None else example_inputs
-    graph = trace(module, called, dynamic=dynamic)
+    with naming_parts(module, called, dynamic, job.part):
+        graph = trace(module, called, dynamic=dynamic)
     set_task(graph, task)
     card = input_config(module)
     _, inputs = Signature.of(module, called)
@@ -264,7 +276,8 @@ def _realised(
         static = _integer(static, traced.inputs, job)
     total = cost.evaluate(plan)
     uncounted = [f"not in the cost, as nobody knows it: {_listed(cost.uncounted)}"] if cost.uncounted else []
-    report = Report.of(groups, cost, policy, total, (*searched.notes, *uncounted))
+    of_part = [] if job.part is None else [str(job.part)]
+    report = Report.of(groups, cost, policy, total, (*of_part, *searched.notes, *uncounted))
     job.close()
     guarded(static)
     return Result(static, policy, total, report, gated, traced.inputs, job.seconds, traced.metadata)
@@ -351,18 +364,23 @@ class Job:
         validation: Data | None = None,
         progress: Progress | None = None,
         observer: Observer | None = None,
+        path: str | None = None,
     ) -> None:
         self.config, self.data, self.validation = config, data, validation
         self.progress, self.observer = progress, observer
+        self.path = path
+        self.part: Part | None = None
         self.checkpoints: Checkpoints | None = None
         self._current: str | None = None
         self._since = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
-    def prepare(self, graph: fx.GraphModule, function: Prepare | None) -> None:
+    def prepare(self, graph: fx.GraphModule, prepare: Prepare | None) -> None:
         """Read the data by the names of the tensors that a graph takes."""
+        if self.part is not None:
+            self.data, prepare = self.part.data(self.data, prepare, self.validation), None
         names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
-        self.data, self.validation = (prepared(data, names, function) for data in (self.data, self.validation))
+        self.data, self.validation = (prepared(data, names, prepare) for data in (self.data, self.validation))
 
     def stage(self, name: str, done: float) -> None:
         self.close()

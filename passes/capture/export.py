@@ -24,15 +24,14 @@ from torch.utils import _pytree as pytree
 
 from sbs_fx.passes.capture.functional import decompositions, make_functional
 from sbs_fx.passes.capture.inputs import InputSpec, TensorSpec, is_guard
+from sbs_fx.passes.capture.refusals import SIZE, fixed_size, raise_as_input_error, trace_error
 from sbs_fx.passes.capture.signature import Signature
 from sbs_fx.passes.graph import attribute, copy_with
 from sbs_fx.plan.errors import InputError, TraceError
 
 Dynamic = Iterable[str] | Mapping[str, Mapping[int, str]]
 BATCH = "batch"
-_SHAPES = ("size", "shape", "sizes", "repeats", "end", "output_size")
 _SIDES = {"height": -2, "width": -1}
-_SIZE = re.compile(r"L\['(\w+)'\](?:\[(\d+)\])?\.size\(\)\[(\d+)\]")
 
 
 def dynamic_dims(signature: Signature, tensors: Sequence[Tensor], dynamic: Dynamic | None) -> list[dict[int, str]]:
@@ -83,13 +82,13 @@ def exported(
             error = first
     try:
         program = _program(called, signature, tensors, [dict.fromkeys(d, Dim.AUTO) for d in dims])
-        spec = _spec_of(program, signature, tensors, dims)
+        spec = _spec_of(program, module, signature, tensors, dims)
         graph = _graph(program, signature)
     except TraceError:
         raise
     except Exception as second:
-        _raise_as_input_error(module, signature, tensors)
-        raise _trace_error(module, error or second) from (error or second)
+        raise_as_input_error(module, signature, tensors)
+        raise trace_error(module, error or second) from (error or second)
     return graph, _with_single(graph, module, signature, tensors, dims, spec)
 
 
@@ -187,7 +186,11 @@ def _tensor_spec(name: str, x: Tensor, dims: Mapping[int, str]) -> TensorSpec:
 
 
 def _spec_of(
-    program: ExportedProgram, signature: Signature, tensors: Sequence[Tensor], dims: Sequence[Mapping[int, str]]
+    program: ExportedProgram,
+    module: nn.Module,
+    signature: Signature,
+    tensors: Sequence[Tensor],
+    dims: Sequence[Mapping[int, str]],
 ) -> InputSpec:
     """Dimensions of one symbol have one name; those of several symbols are told apart. Raises TraceError for one that
     torch has fixed."""
@@ -204,7 +207,7 @@ def _spec_of(
             size = node.meta["val"].shape[place]
             symbol = sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)
             if not symbol.is_Symbol:
-                raise _fixed(program, node, asked, tensors[nodes.index(node)].shape[place])
+                raise fixed_size(program, module, (nodes.index(node), node, place), asked)
             if str(symbol) not in names:
                 taken = sum(name.partition("_")[0] == asked for name in names.values())
                 names[str(symbol)] = f"{asked}_{taken + 1}" if taken else asked
@@ -217,7 +220,7 @@ def _spec_of(
         place = int(match[2]) if match[2] else [node.name for node in nodes].index(match[1])
         return str(shapes[place].get(int(match[3]), tensors[place].shape[int(match[3])]))
 
-    guards = dict.fromkeys(_SIZE.sub(name_of, guard).replace("torch.sym_", "") for guard in program._guards_code)
+    guards = dict.fromkeys(SIZE.sub(name_of, guard).replace("torch.sym_", "") for guard in program._guards_code)
     return InputSpec(
         _tensor_specs(signature, tensors, shapes), ranges, tuple(g for g in guards if is_guard(g)), signature
     )
@@ -255,115 +258,3 @@ def _with_single(
     except Exception:  # reason: a graph or a module that does not take a batch of one
         return spec
     return single if all(same) else spec
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-
-def _fixed(program: ExportedProgram, source: fx.Node, name: str, size: int) -> TraceError:
-    """What is said of a dimension that the model fixes: where its size stands in the source."""
-    first = next((n for n in program.graph.nodes if size in _shape_arguments(n) and _depends(n, source)), None)
-    where = (
-        "by a comparison, by a cache of an earlier call, or by taking its size as a number, as int(...) and len(x) do"
-        if first is None
-        else f"{_where(first.meta.get('stack_trace'))} calls {_operator(first)} with the number {size}"
-    )
-    return TraceError(
-        f"the model takes a {name} of {size} alone, that of the example inputs: {where}; write -1 or x.shape[...] "
-        "where that size stands, or name the dimensions that may change with dynamic=",
-        submodule=_module_of(first),
-        reason=f"{name} is fixed to {size}",
-    )
-
-
-def _shape_arguments(node: fx.Node) -> list[Any]:
-    """The numbers that an operator is given as a shape."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    names = [argument.name for argument in node.target._schema.arguments]
-    named = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return [x for name in _SHAPES if name in named for x in pytree.tree_leaves(named[name]) if isinstance(x, int)]
-
-
-def _depends(node: fx.Node, source: fx.Node) -> bool:
-    seen, stack = set(), [node]
-    while stack:
-        for n in stack.pop().all_input_nodes:
-            if n is source:
-                return True
-            if n not in seen:
-                seen.add(n)
-                stack.append(n)
-    return False
-
-
-def _operator(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").partition(".")[0]
-
-
-def _module_of(node: fx.Node | None) -> str:
-    stack = {} if node is None else node.meta.get("nn_module_stack") or {}
-    return next((str(path) for path, _ in reversed(list(stack.values()))), "")
-
-
-def _where(trace: str | None) -> str:
-    """The last line of a stack trace in source that is not torch's: "net.py:9 (return self.head(y))"."""
-    lines = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.*)', trace or "")
-    own = [(path, line, text) for path, line, text in lines if f"{torch.__path__[0]}" not in path] or lines
-    if not own:
-        return ""
-    path, line, text = own[-1]
-    return f"{path.rsplit('/', 1)[-1]}:{line} ({text.strip()})"
-
-
-def _trace_error(module: nn.Module, error: Exception) -> TraceError:
-    submodule = _failing_submodule(error)
-    text = re.sub(r"\n\s*The error above occurred when.*", "", str(error).strip(), flags=re.DOTALL)
-    text = re.sub(r" ?For more information, run with TORCH_LOGS=\S+", "", text)
-    text = re.sub(r"(For extended logs|If you suspect|For more debugging|For C\+\+ stack).*", "", text)
-    remedy = (
-        "put torch.where or torch.cond where a branch depends on values"
-        if "DataDependent" in type(error).__name__
-        else "change that line of the model"
-    )
-    reason = " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
-    inside = f" (sub-module {submodule})" if submodule else ""
-    return TraceError(
-        f"torch.export could not capture {type(module).__name__}{inside}: {type(error).__name__}: {reason}; {remedy}, "
-        "or compress the part of the model that can be captured",
-        submodule=submodule,
-        reason=reason,
-    )
-
-
-def _raise_as_input_error(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> None:
-    """If the module cannot even run on the inputs, the inputs are at fault, not the export."""
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    args, kwargs = signature.call(tensors)
-    try:
-        with torch.no_grad():  # reason: on copies, since some modules write what they own
-            torch.func.functional_call(module, {name: tensor.clone() for name, tensor in own.items()}, args, kwargs)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
-        raise InputError(
-            f"the model does not run on example inputs of shape {shapes}: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}; "
-            "give inputs that the model accepts"
-        ) from error
-
-
-def _failing_submodule(error: BaseException) -> str:
-    """The innermost `nn.Module` whose forward was running when `error` was raised, by class name ('' if unknown)."""
-    place, tb = "", error.__traceback__
-    while tb is not None:
-        owner = tb.tb_frame.f_locals.get("self")
-        own = not tb.tb_frame.f_code.co_filename.startswith(tuple(torch.__path__))
-        if (
-            tb.tb_frame.f_code.co_name == "forward"
-            and isinstance(owner, nn.Module)
-            and own
-            and type(owner) is not _Call
-        ):
-            place = f"{type(owner).__name__} at {tb.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{tb.tb_lineno}"
-        tb = tb.tb_next
-    return place

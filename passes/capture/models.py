@@ -28,12 +28,18 @@ def unwrapped(model: Any) -> nn.Module:
         model = model.module(check_guards=False)
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is a {type(model).__name__}; expected an nn.Module, an ExportedProgram or a name")
-    while (inner := _inner(model)) is not None:
-        model = inner
+    model = looked_through(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError("a scripted model cannot be captured again; give the nn.Module that it was made from")
     if (what := _quantised(model)) is not None:
         raise TraceError(f"this model is quantised already ({what}); give the float model that it was made from")
+    return model
+
+
+def looked_through(model: nn.Module) -> nn.Module:
+    """What wrappers that only pass their arguments on hold."""
+    while (inner := _inner(model)) is not None:
+        model = inner
     return model
 
 

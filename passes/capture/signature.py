@@ -24,7 +24,17 @@ _NONE = (
     "no example inputs were given: pass a tensor of shape (batch, ...), a tuple of arguments or a dict of keyword "
     "arguments"
 )
-Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of a call as they were made, positional ones and those by name."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any] | Call
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class Signature:
         args, kwargs = call_of(example_inputs)
         if not args and not kwargs:
             raise InputError(_NONE)
-        names = _argument_names(module, args, kwargs)
+        names = argument_names(module, args, kwargs)
         paths, spec = pytree.tree_flatten_with_path((args, kwargs))
         tensors = {i: leaf for i, (_, leaf) in enumerate(paths) if isinstance(leaf, Tensor)}
         constants = {i: leaf for i, (_, leaf) in enumerate(paths) if i not in tensors}
@@ -97,6 +107,9 @@ def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
 
 def call_of(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments: a dict is keyword arguments, anything else positional ones."""
+    if isinstance(example_inputs, Call):
+        named = {str(name): _registered(value) for name, value in example_inputs.kwargs.items()}
+        return tuple(_registered(value) for value in example_inputs.args), named
     if isinstance(example_inputs, Mapping):
         return (), {str(name): _registered(value) for name, value in example_inputs.items()}
     if isinstance(example_inputs, Tensor) or not isinstance(example_inputs, Sequence):
@@ -122,7 +135,7 @@ def _registered(value: Any) -> Any:
     return value
 
 
-def _argument_names(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+def argument_names(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     """Names of positional arguments as `forward` calls them. Raises InputError where it cannot be called so."""
     try:
         signature = inspect.signature(module.forward)

@@ -242,7 +242,7 @@ class _Lowering:
         dtype = node.meta["val"].dtype
         if dtype == torch.float64:
             raise GraphError(
-                "is float64; static graphs compute in float32: trace the model in float32",
+                "is float64; static graphs compute in float32: convert the model with model.float()",
                 pass_name="finalize",
                 node=node.name,
             )

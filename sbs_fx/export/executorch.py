@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.export.onnx import LayerMatcher
-from sbs_fx.export.program import exported_program, quiet
+from sbs_fx.export.program import exported_program
 from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import LAYERS, Kernels, Runner, require, weight_name
+from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, quantizers
 from sbs_fx.passes.graph import attribute, copy_graph
 from sbs_fx.passes.static.finalize import MIDDLE
@@ -169,7 +170,7 @@ def _silent() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with quiet():
+        with quiet_torch():
             yield
     finally:
         logging.disable(level)

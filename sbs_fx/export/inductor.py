@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sbs_fx.export.program import exported_program, quiet
+from sbs_fx.export.program import exported_program
 from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import PROFILED, Kernels, Runner, layer_names, least, require
+from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.plan.errors import BackendError
 
 # reason: importing it registers the patterns by which the compiler finds integer layers
@@ -135,7 +136,7 @@ def save_aoti(static: fx.GraphModule, example_inputs: Sequence[Tensor], path: st
     require(_PATTERNS)
     program = exported_program(static, example_inputs)
     try:
-        with quiet(), torch.no_grad():
+        with quiet_torch():
             torch._inductor.aoti_compile_and_package(
                 program, package_path=os.fspath(path), inductor_configs={"freezing": True}
             )
@@ -154,7 +155,7 @@ def run_aoti(path: str | os.PathLike[str]) -> Runner:
 def _freezing(count: Any) -> Iterator[None]:
     from torch._inductor import config
 
-    with quiet(), config.patch(freezing=True, post_grad_custom_post_pass=count):
+    with quiet_torch(), config.patch(freezing=True, post_grad_custom_post_pass=count):
         yield
 
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.export.onnx_graph import for_integer_products
-from sbs_fx.export.program import exported_program, quiet
+from sbs_fx.export.program import exported_program
 from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import PROFILED, Kernels, Runner, layer_names, require
+from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import BackendError
@@ -51,7 +52,7 @@ def onnx_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, low_
     program = exported_program(for_integer_products(static), example_inputs)
     names = dict(zip(layer_names(program.graph_module), layer_names(static), strict=True))
     try:
-        with quiet(), torch.no_grad():
+        with quiet_torch():
             exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
     except Exception as error:  # whatever the exporter and its own passes raise
         raise BackendError(

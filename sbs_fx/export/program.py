@@ -7,11 +7,8 @@ the node.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from torch import Tensor, fx
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.plan.errors import GraphError
 
@@ -44,7 +42,7 @@ def exported_program(
         for x, shape in zip(inputs, shapes, strict=True)
     )
     try:
-        with quiet(), torch.no_grad():
+        with quiet_torch():
             program = torch.export.export(static, inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise GraphError(
@@ -110,17 +108,3 @@ def _dynamic_shapes(
             dims.setdefault(symbol, Dim(f"dim{len(dims)}" if dims else "batch", min=1, max=largest))
         shapes.append({i: dims[symbol] for i, symbol in symbols.items()})
     return tuple(shapes)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without torch's remarks on file names and future formats."""
-    logger = logging.getLogger("torch.export.pt2_archive._package")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

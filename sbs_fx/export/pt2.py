@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.export.packing import pack, unpack
-from sbs_fx.export.program import exported_program, quiet
+from sbs_fx.export.program import exported_program
 from sbs_fx.export.registry import target
 from sbs_fx.export.runtime import Runner
 from sbs_fx.passes.capture.canonical import canonicalise
+from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.capture.inputs import InputSpec, guarded, inputs_of, set_inputs
 from sbs_fx.passes.dialects import DEQUANTIZE, Static, StaticActivation, StoredWeight, set_dialect, static_of
 from sbs_fx.plan import write_atomic
@@ -60,7 +61,7 @@ def save_pt2(
     dialect = static_of(static)
     program = exported_program(pack(static), example_inputs)
     archive = io.BytesIO()
-    with quiet():
+    with quiet_torch():
         torch.export.save(program, archive)
     information = {
         "format": FORMAT,
@@ -86,7 +87,7 @@ def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
     data = _read(path)
     information = _checked(data, os.fspath(path))
     try:
-        with quiet():
+        with quiet_torch():
             program = torch.export.load(io.BytesIO(data))
             module = program.module(check_guards=False)
     except Exception as error:  # whatever torch raises on an archive that is whole but of another version

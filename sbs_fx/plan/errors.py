@@ -38,12 +38,14 @@ class TraceError(SbsError):
     Attributes:
         submodule: qualified name of the sub-module in which capture stopped, "" for the model itself or if unknown.
         reason: what stopped it, in one line.
+        parts: paths of sub-modules that can be captured, the largest first: values of ``compress(..., part=)``.
     """
 
-    def __init__(self, message: str, *, submodule: str = "", reason: str = "") -> None:
+    def __init__(self, message: str, *, submodule: str = "", reason: str = "", parts: Iterable[str] = ()) -> None:
         super().__init__(message)
         self.submodule = submodule
         self.reason = reason or message
+        self.parts = tuple(parts)
 
 
 class InputError(SbsError, ValueError):

@@ -1,0 +1,132 @@
+"""What is said of models that cannot be captured: the sub-module, the line of source and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sbs_fx
+from sbs_fx.passes import trace
+from sbs_fx.plan.errors import GraphError, SbsError, TraceError
+
+
+class Head(nn.Module):
+    """Features, and what follows them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 16, 3), nn.Linear(16, 4)
+        self.kept: Any = None
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3))
+
+
+class ByNumber(Head):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.features(x).reshape(2, 4, 4).flatten(1))
+
+
+class ByLength(Head):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x)
+        return torch.stack([self.linear(y[i]) for i in range(len(x))])
+
+
+class ByShape(Head):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None or self.kept[0] != x.shape:
+            self.kept = x.shape, torch.ones(x.shape[0], 16)
+        return self.linear(self.features(x) + self.kept[1])
+
+
+class ByLoop(Head):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.linear(row) for row in self.features(x)])
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 8, 8)
+
+
+def after_a_call(head: nn.Module) -> nn.Module:
+    head(images())
+    return head
+
+
+NUMBER = r"takes it as a number, as len\(x\), int\(...\), comparisons and caches of an earlier call do; write -1 or "
+FIXED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a number": (ByNumber, r"reshape\(2, 4, 4\).* calls reshape with the number 2; write -1 or x.shape"),
+    "len": (ByLength, rf"range\(len\(x\)\)\]\)\) in sub-module 1 {NUMBER}"),
+    "a cache": (lambda: after_a_call(ByShape()), rf"\(if self.kept is None or .* in sub-module 1 {NUMBER}"),
+    "a loop": (ByLoop, r"for row in .* takes it apart into 2 tensors, as a loop over it does; write -1 or x.shape"),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_batch_that_the_model_fixes(name: str) -> None:
+    build, message = FIXED[name]
+    start = "the model takes a batch of 2 alone, that of the example inputs: test_refusals.py:"
+    with pytest.raises(TraceError, match=rf"^{start}\d+ .*{message}") as caught:
+        trace(nn.Sequential(nn.Identity(), build()).eval(), images())
+    assert caught.value.submodule == "1"
+    assert caught.value.reason == "batch is fixed to 2"
+
+
+def test_a_side_that_the_model_fixes_is_told_from_the_batch() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            first = x.flatten(1).sum(1)
+            if y.shape[2] == 8:
+                first = first + 1
+            return first + y.flatten(1).sum(1)
+
+    named = {"x": {0: "batch"}, "y": {0: "batch", 2: "height"}}
+    with pytest.raises(TraceError, match=r"a height of 8 alone.*test_refusals.py:\d+ \(if y.shape\[2\] == 8:\) takes"):
+        trace(Two(), (images(), images()), dynamic=named)
+
+
+def scripted(inside: bool) -> nn.Module:
+    layers = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU())
+    if not inside:
+        return torch.jit.script(layers)
+    layers[0] = torch.jit.script(layers[0])
+    return layers
+
+
+def quantised(exported: bool) -> Any:
+    graph = sbs_fx.compress(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU()), images(), budget=0.1).model
+    return torch.export.export(graph, (images(),)) if exported else graph
+
+
+AGAIN, FLOAT = (
+    "give the nn.Module that it was made from",
+    "is quantised already .* give the float model that it was made",
+)
+NEXT: dict[str, tuple[Callable[[], Any], type[SbsError], str]] = {
+    "scripted": (lambda: scripted(False), TraceError, f"a scripted model cannot be captured again; {AGAIN}"),
+    "scripted inside": (lambda: scripted(True), TraceError, "the nn.Module in the place of '0' that this scripted one"),
+    "static": (lambda: quantised(False), TraceError, FLOAT),
+    "exported": (lambda: quantised(True), TraceError, FLOAT),
+    "double": (lambda: nn.Conv2d(3, 16, 3).double(), GraphError, r"convert the model with model.float\(\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", NEXT)
+def test_a_model_of_another_kind_says_what_to_give(name: str) -> None:
+    build, error, message = NEXT[name]
+    with pytest.raises(error, match=message):
+        sbs_fx.compress(build(), images().double() if name == "double" else images(), budget=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_taken_as_it_is(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 4)).to(dtype)
+    x = images().to(dtype)
+    result = sbs_fx.compress(model, x, budget=sbs_fx.Budget(bops=0.3))
+    assert result.model(x).dtype == dtype
