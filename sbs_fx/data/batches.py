@@ -63,8 +63,14 @@ def read_batches(data: Iterable[Any], *, inputs: int = 1, max_batches: int | Non
 
 def start_epoch(data: Iterable[Any], epoch: int) -> None:
     """Make the next pass through the data that of epoch `epoch`, whatever was read before, if the data can be told."""
-    if hasattr(data, "set_epoch"):
+    if not hasattr(data, "set_epoch"):
+        return
+    try:
         data.set_epoch(epoch)
+    except Exception as error:
+        raise DataError(
+            f"the data raised {type(error).__name__} from set_epoch({epoch}): {error}; mend it, or give data without it"
+        ) from error
 
 
 def _parts(item: Any, inputs: int, index: int) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -77,6 +83,11 @@ def _parts(item: Any, inputs: int, index: int) -> tuple[tuple[Tensor, ...], Tens
         raise DataError(
             f"batch {index} is {_form(item)}; expected {inputs} tensor{'s' * (inputs > 1)}, with labels "
             "behind or without"
+        )
+    if odd := [x for x in tensors if x.layout is not torch.strided or x.is_quantized or x.is_meta]:
+        raise DataError(
+            f"batch {index} is {_form(item)} of layout {odd[0].layout} and dtype {odd[0].dtype} on {odd[0].device}; "
+            "expected dense tensors with values, not quantised"
         )
     if any(x.ndim == 0 or len(x) == 0 for x in tensors):
         raise DataError(f"batch {index} is {_form(item)}; expected at least one image in each batch")
@@ -91,6 +102,8 @@ def _labels(value: Any, images: int, index: int) -> Tensor | None:
     except (TypeError, ValueError, RuntimeError):
         return None
     whole = not labels.is_floating_point() and not labels.is_complex()
+    if labels.is_quantized or labels.is_meta or labels.layout is not torch.strided:
+        return None
     if labels.shape[:1] != (images,):
         if whole and labels.ndim == 1:
             raise DataError(f"batch {index} has {images} images and {len(labels)} labels; expected one an image")
