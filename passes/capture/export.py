@@ -41,6 +41,8 @@ def dynamic_dims(signature: Signature, tensors: Sequence[Tensor], dynamic: Dynam
     By default the first dimension of each tensor is the batch, where it has the size that the first tensor's has.
     Raises InputError for names that are none.
     """
+    if not (dynamic is None or isinstance(dynamic, (Mapping, Iterable)) and not isinstance(dynamic, str)):
+        raise InputError(f"dynamic={dynamic!r}; expected names such as {(BATCH, *_SIDES)}, or a dict by tensor")
     sides = (BATCH,) if dynamic is None or isinstance(dynamic, Mapping) else tuple(dynamic)
     if unknown := [name for name in sides if name not in (BATCH, *_SIDES)]:
         raise InputError(
@@ -60,6 +62,14 @@ def dynamic_dims(signature: Signature, tensors: Sequence[Tensor], dynamic: Dynam
             if name not in signature.names:
                 raise InputError(f"dynamic= names {name!r}; the tensors are {', '.join(signature.names)}")
             x = tensors[signature.names.index(name)]
+            if not isinstance(of_tensor, Mapping) or not all(
+                isinstance(place, int) and isinstance(of_place, str) and of_place.isidentifier()
+                for place, of_place in of_tensor.items()
+            ):
+                raise InputError(
+                    f"dynamic= has {of_tensor!r} for {name!r}; expected a name, a word each, by the number of the "
+                    'dimension, such as {0: "batch", 2: "height"}'
+                )
             if bad := [place for place in of_tensor if not 0 <= place < x.ndim]:
                 raise InputError(f"dynamic= names dimension {bad[0]} of {name!r}, whose shape is {tuple(x.shape)}")
             dims[signature.names.index(name)] = dict(of_tensor)
@@ -243,7 +253,8 @@ def _with_single(
     if not batches or any(spec.ranges[name][0] != 2 for name in batches):
         return spec
     single = replace(spec, ranges={**spec.ranges, **{name: (1, spec.ranges[name][1]) for name in batches}})
-    ones = [x[:1] if of_tensor.get(0) == BATCH else x for x, of_tensor in zip(tensors, dims, strict=True)]
+    # reason: copies, since some modules write what they are given
+    ones = [(x[:1] if of_tensor.get(0) == BATCH else x).clone() for x, of_tensor in zip(tensors, dims, strict=True)]
     args, kwargs = signature.call(ones)
     try:
         single.check(ones)
@@ -339,9 +350,9 @@ def _trace_error(module: nn.Module, error: Exception) -> TraceError:
 def _raise_as_input_error(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> None:
     """If the module cannot even run on the inputs, the inputs are at fault, not the export."""
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    args, kwargs = signature.call(tensors)
+    args, kwargs = signature.call([x.clone() for x in tensors])
     try:
-        with torch.no_grad():  # reason: on copies, since some modules write what they own
+        with torch.no_grad():  # reason: on copies, since some modules write what they own, or are given
             torch.func.functional_call(module, {name: tensor.clone() for name, tensor in own.items()}, args, kwargs)
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors)

@@ -60,6 +60,10 @@ class InputSpec:
         for spec, x in zip(self.tensors, tensors, strict=True):
             if not isinstance(x, Tensor):
                 raise InputError(f"{spec.name!r} is a {type(x).__name__}; expected a tensor: {spec}")
+            if x.layout is not torch.strided:
+                raise InputError(
+                    f"{spec.name!r} has layout {x.layout}; the graph takes dense tensors: give x.to_dense()"
+                )
             if str(x.dtype).removeprefix("torch.") != spec.dtype:
                 raise InputError(f"{spec.name!r} has dtype {x.dtype}; the graph takes {spec}: convert it")
             if x.ndim != len(spec.shape):
