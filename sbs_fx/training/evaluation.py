@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sbs_fx.data.batches import check_labels, read_batches
-from sbs_fx.plan.errors import InputError
+from sbs_fx.plan.errors import DataError, InputError, SbsError
 
 
 def evaluate(module: nn.Module, data: Iterable[Any], max_batches: int | None = None) -> float:
@@ -29,11 +29,23 @@ def evaluate(module: nn.Module, data: Iterable[Any], max_batches: int | None = N
     right = total = 0
     with mode(module, training=False), torch.no_grad():
         for index, (images,), labels in read_batches(data, max_batches=max_batches):
-            logits = logits_of(module(images.to(device)))
+            logits = logits_of(_run(module, images.to(device), index))
             labels = check_labels(labels, logits.shape[1], index).to(device)
             right += int((logits.argmax(1) == labels).sum())
             total += len(labels)
     return 100 * right / total if total else math.nan
+
+
+def _run(module: nn.Module, images: Tensor, index: int) -> Any:
+    try:
+        return module(images)
+    except SbsError:
+        raise
+    except Exception as error:  # reason: whatever a module raises on what it does not take
+        raise DataError(
+            f"the model does not run on batch {index}, {images.dtype} of shape {tuple(images.shape)}: "
+            f"{type(error).__name__}: {error}; give data as the model takes it"
+        ) from error
 
 
 def logits_of(output: Any) -> Tensor:
