@@ -74,7 +74,7 @@ def sensitivity(
     with mode(network, training=False):
         for index, (x, labels) in enumerate(data):
             recorder.begin(len(x))
-            output = recorder.run(x.detach().requires_grad_())
+            output = recorder.run(x.detach().requires_grad_(x.is_floating_point()))
             labelled = labelled and task.name == "classification" and labels is not None
             if labelled:
                 (logits,) = task.tensors(output)
