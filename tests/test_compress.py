@@ -303,3 +303,8 @@ def test_a_number_that_depends_on_data_may_be_an_output() -> None:
             return super().forward(x).mean().item()
 
     assert isinstance(sbs_fx.compress(Mean(4, 3), torch.randn(2, 4), budget=0.3).model(torch.randn(2, 4)), float)
+
+
+def test_settings_of_methods_are_a_dict() -> None:
+    with pytest.raises(ValueError, match="methods=3; expected a dict of settings by name of method"):
+        sbs_fx.Config(methods=3)

@@ -173,6 +173,10 @@ def guarded(graph_module: fx.GraphModule) -> fx.GraphModule:
         signature = spec.signature
         tensors = by_name(names, args, kwargs) if signature is None else signature.tensors(args, kwargs)
         spec.check(tensors)
+        own = next((b.device for of in (module.buffers(), module.parameters()) for b in of), None)
+        for name, x in zip(names, tensors, strict=True):
+            if own is not None and x.ndim and x.device != own:
+                raise InputError(f"{name!r} is on {x.device} and the graph on {own}; move one of them")
         return tensors, {}
 
     graph_module.register_forward_pre_hook(check, with_kwargs=True)

@@ -157,6 +157,7 @@ def test_calls_that_a_graph_was_not_made_for(kind: str, tmp_path: Path) -> None:
     run = result.model if kind == "result" else sbs_fx.load(tmp_path / "model.pt2")
     run(x(1), table())
     wrong: list[tuple[tuple[Any, ...], str]] = [
+        ((x(2).to("meta"), table()), "'images' is on meta and the graph on cpu; move one of them"),
         ((x(2).to_sparse(), table()), "'images' has layout torch.sparse_coo; the graph takes dense tensors"),
         ((torch.randn(2, 3, 9, 8), table()), "'images' has size 9 in dimension 2, .* was made for 8 .*'height'"),
         ((torch.randn(2, 4, 8, 8), table()), "'images' has size 4 in dimension 1"),
