@@ -272,6 +272,8 @@ def _has_stated_codes(graph_module: fx.GraphModule, form: Static) -> Iterator[Pr
         if codes is None or codes.dtype != torch.int8 or f"{name}_scale" not in buffers:
             yield name, "is a weight without a buffer of int8 codes or without scales"
             continue
+        if not codes.numel():
+            continue
         rows = codes.movedim(axis, 0).flatten(1)
         low, high = rows.amin(1), rows.amax(1)
         channels = (bits,) * len(low) if isinstance(bits, int) else bits

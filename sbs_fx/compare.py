@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from sbs_fx.passes import finalize
 from sbs_fx.passes.capture.export import Dynamic
 from sbs_fx.passes.capture.signature import Inputs
 from sbs_fx.plan import Budget, current_versions, write_atomic
-from sbs_fx.plan.errors import Interrupted, SbsError
+from sbs_fx.plan.errors import InputError, Interrupted, SbsError
 from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report.comparison import Comparison, Point
 from sbs_fx.result import Result
@@ -36,9 +36,11 @@ from sbs_fx.search.registry import METHODS
 from sbs_fx.training import Checkpoints, evaluate
 from sbs_fx.training.metrics import metric_name
 from sbs_fx.training.progress import Observer
+from sbs_fx.training.randomness import random_state_kept
 from sbs_fx.training.task import CLASSIFICATION, Task
 
 
+@random_state_kept()
 def compare(
     model: nn.Module | str,
     data: Data,
@@ -75,7 +77,12 @@ def compare(
     for name in methods:
         if name != "auto":
             METHODS[name]  # reason: an unknown one is to be known before hours are spent
-    budgets = [budget] if isinstance(budget, (Budget, float, int, str)) else list(budget)
+    budgets: list[Any] = [budget]
+    if not isinstance(budget, (Budget, float, int, str)):
+        with suppress(TypeError):  # reason: what is neither one nor several is refused as one
+            budgets = list(budget)
+    if not budgets or not methods:
+        raise InputError(f"budget={budget!r}, methods={methods!r}; expected at least one budget and one method")
     limits = [Budget.of(b) for b in budgets]
     config = (config or Config()).model_copy(update={"epochs": 0})
     module = create_model(model) if isinstance(model, str) else model

@@ -41,11 +41,12 @@ from sbs_fx.passes.capture.models import unwrapped
 from sbs_fx.passes.capture.part import Part
 from sbs_fx.passes.capture.part_search import naming_parts
 from sbs_fx.passes.capture.signature import Inputs, Signature
+from sbs_fx.passes.capture.sound import check_runs, check_weights
 from sbs_fx.passes.channels.slim import slim_bits
 from sbs_fx.passes.graph import with_tensors
 from sbs_fx.plan import Budget, Plan, Policy, current_versions
 from sbs_fx.plan.bits import FLOAT_BITS
-from sbs_fx.plan.errors import BudgetError, GraphError, WeightsError
+from sbs_fx.plan.errors import BudgetError, GraphError
 from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report import Report
 from sbs_fx.result import Result
@@ -56,6 +57,7 @@ from sbs_fx.training import Checkpoints, TrainingStage, fine_tune
 from sbs_fx.training.frozen import FrozenMasks
 from sbs_fx.training.processes import Processes
 from sbs_fx.training.progress import Observer
+from sbs_fx.training.randomness import random_state_kept
 from sbs_fx.training.task import Task, set_task
 
 Data = Iterable[Any]
@@ -64,6 +66,7 @@ Model = nn.Module | ExportedProgram | str
 
 
 @own_context()
+@random_state_kept()
 def compress(
     model: Model,
     example_inputs: Inputs | None = None,
@@ -141,6 +144,7 @@ def compress(
 
 
 @own_context()
+@random_state_kept()
 def apply(
     model: Model,
     policy: Policy,
@@ -203,13 +207,14 @@ def _traced(
         job.part = Part(given, job.path, derive_inputs(given) if example_inputs is None else example_inputs)
         given, example_inputs, task = job.part.module, job.part.call, task or "matching"
     module = unwrapped(given)
-    _check_weights(module)
+    check_weights(module)
     called = derive_inputs(module) if example_inputs is None else example_inputs
     with naming_parts(module, called, dynamic, job.part):
         graph = trace(module, called, dynamic=dynamic)
     set_task(graph, task)
     card = input_config(module)
     _, inputs = Signature.of(module, called)
+    check_runs(graph, inputs)
     return _Traced(graph, inputs, {key: list(card[key]) for key in ("mean", "std") if key in card})
 
 
@@ -343,15 +348,6 @@ def _checkpoints(
     first, directory = Processes().is_first, os.path.join(output_dir, "checkpoints")
     with Checkpoints(directory, identity, restart=restart, writes=first) as checkpoints:
         yield checkpoints
-
-
-def _check_weights(module: nn.Module) -> None:
-    """Refuse NaN and Inf before anything is computed from them."""
-    names = [n for n, p in module.named_parameters() if p.is_floating_point() and not bool(torch.isfinite(p).all())]
-    if names:
-        raise WeightsError(
-            f"NaN or Inf in {len(names)} parameters, the first: {names[:3]}; load sound weights", names=names
-        )
 
 
 class Job:

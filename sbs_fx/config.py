@@ -56,6 +56,8 @@ class Config(SpaceSettings):
             return fields
         classes = sections()
         fields = dict(fields)
+        if not isinstance(fields.get("methods", {}), dict):
+            raise ValueError(f"methods={fields['methods']!r}; expected a dict of settings by name of method")
         settings = {**fields.pop("methods", {}), **{name: fields.pop(name) for name in [*fields] if name in classes}}
         if unknown := sorted(settings.keys() - classes.keys()):
             raise ValueError(f"no method has settings called {unknown[0]!r}; expected some of {sorted(classes)}")

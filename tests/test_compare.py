@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import sbs_fx
 from sbs_fx.compare import compare
-from sbs_fx.plan.errors import MethodError
+from sbs_fx.plan.errors import BudgetError, DataError, InputError, MethodError
 from sbs_fx.report.comparison import Comparison, Point
 from sbs_fx.search import Opq, Search
 from sbs_fx.training import evaluate
@@ -91,3 +92,18 @@ def test_pareto_is_what_no_point_beats(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     found.save(str(tmp_path))
     assert (tmp_path / "pareto.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(("budget", "error"), [([], InputError), (None, BudgetError), ([None], BudgetError)])
+def test_budgets_that_are_none(budget: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="budget"):
+        compare(net(), batches(), budget, methods=["uniform"])
+    with pytest.raises(InputError, match="at least one budget and one method"):
+        compare(net(), batches(), methods=[])
+
+
+def test_images_that_the_float_model_does_not_take_are_named() -> None:
+    with pytest.raises(
+        DataError, match=r"does not run on batch 0, torch.float32 of shape \(2, 4\): .*as the model takes"
+    ):
+        evaluate(net(), [(torch.randn(2, 4), torch.zeros(2).long())])

@@ -245,3 +245,66 @@ def test_timm_name_and_budget_as_text(tmp_path) -> None:
     assert sbs_fx.Budget(bops=0.04).is_satisfied_by(result.cost)
     with pytest.raises(InputError, match="resnet18"):
         sbs_fx.compress("resnet1888")
+
+
+@pytest.mark.parametrize("model", [nn.Identity(), nn.Sequential(), nn.ReLU(), nn.BatchNorm2d(3)])
+def test_of_a_model_without_layers_nothing_is_taken(model: nn.Module) -> None:
+    result = sbs_fx.compress(model, IMAGES, budget=0.1)
+    assert result.cost.bops == result.baseline_cost.bops == 0
+    assert torch.equal(result.model(IMAGES), model.eval()(IMAGES))
+    assert sbs_fx.apply(model, result.policy, IMAGES, budget=0.1).cost == result.cost
+
+
+def test_models_without_values_and_of_mixed_precision() -> None:
+    x = torch.randn(2, 4)
+    with pytest.raises(WeightsError, match="2 parameters are on the meta device .*'weight'"):
+        sbs_fx.compress(nn.Linear(4, 3, device="meta"), x)
+    with pytest.raises(TraceError, match="'0.weight' has no shape yet; run the model once"):
+        sbs_fx.compress(nn.Sequential(nn.LazyLinear(3)), x)
+    with pytest.raises(TraceError, match="sub-module '0' is scripted"):
+        sbs_fx.compress(nn.Sequential(torch.jit.script(nn.Linear(4, 3))), x)
+    with pytest.raises(InputError, match="captured, but does not run on the example inputs: .*dtype"):
+        sbs_fx.compress(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3).half()), x)
+    norm = nn.BatchNorm1d(4)
+    norm.running_mean[1] = torch.nan  # type: ignore[index]
+    with pytest.raises(WeightsError, match="NaN in 1 buffers, the first: .*running_mean"):
+        sbs_fx.compress(nn.Sequential(norm, nn.Linear(4, 3)), x)
+
+
+def test_a_layer_without_channels() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3)).eval(), torch.randn(2, 4)
+    assert torch.equal(sbs_fx.compress(model, x, budget=0.3).model(x), model(x))
+
+
+def test_complex_weights_are_no_constraint() -> None:
+    model = nn.Linear(4, 3, dtype=torch.complex64)
+    with pytest.raises(InfeasibleBudget, match="the least that method"):
+        sbs_fx.compress(model, torch.randn(2, 4, dtype=torch.complex64), budget=0.3)
+
+
+def test_names_and_places_of_no_sense(net, tmp_path) -> None:
+    for method in (None, 3, ["opq"]):
+        with pytest.raises(MethodError, match="unknown method"):
+            sbs_fx.compress(net, IMAGES[:2], method=method)
+    for place in (3.5, "a\0b", tmp_path / ("n" * 300)):
+        with pytest.raises(FileError, match="cannot make the output directory"):
+            sbs_fx.compress(net, IMAGES[:2], output_dir=place)
+
+
+def test_whole_numbers_are_searched_with_data() -> None:
+    model, x = nn.Sequential(nn.Embedding(9, 8), nn.Flatten(), nn.Linear(32, 3)).eval(), torch.arange(8).view(2, 4)
+    result = sbs_fx.compress(model, x, data=[(x, torch.tensor([0, 1]))], method="two_stage", budget=0.3)
+    assert result.model(x).shape == (2, 3)
+
+
+def test_a_number_that_depends_on_data_may_be_an_output() -> None:
+    class Mean(nn.Linear):
+        def forward(self, x: torch.Tensor) -> float:
+            return super().forward(x).mean().item()
+
+    assert isinstance(sbs_fx.compress(Mean(4, 3), torch.randn(2, 4), budget=0.3).model(torch.randn(2, 4)), float)
+
+
+def test_settings_of_methods_are_a_dict() -> None:
+    with pytest.raises(ValueError, match="methods=3; expected a dict of settings by name of method"):
+        sbs_fx.Config(methods=3)

@@ -11,7 +11,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,8 @@ def dynamic_dims(signature: Signature, tensors: Sequence[Tensor], dynamic: Dynam
     By default the first dimension of each tensor is the batch, where it has the size that the first tensor's has.
     Raises InputError for names that are none.
     """
+    if not (dynamic is None or isinstance(dynamic, (Mapping, Iterable)) and not isinstance(dynamic, str)):
+        raise InputError(f"dynamic={dynamic!r}; expected names such as {(BATCH, *_SIDES)}, or a dict by tensor")
     sides = (BATCH,) if dynamic is None or isinstance(dynamic, Mapping) else tuple(dynamic)
     if unknown := [name for name in sides if name not in (BATCH, *_SIDES)]:
         raise InputError(
@@ -59,6 +61,14 @@ def dynamic_dims(signature: Signature, tensors: Sequence[Tensor], dynamic: Dynam
             if name not in signature.names:
                 raise InputError(f"dynamic= names {name!r}; the tensors are {', '.join(signature.names)}")
             x = tensors[signature.names.index(name)]
+            if not isinstance(of_tensor, Mapping) or not all(
+                isinstance(place, int) and isinstance(of_place, str) and of_place.isidentifier()
+                for place, of_place in of_tensor.items()
+            ):
+                raise InputError(
+                    f"dynamic= has {of_tensor!r} for {name!r}; expected a name, a word each, by the number of the "
+                    'dimension, such as {0: "batch", 2: "height"}'
+                )
             if bad := [place for place in of_tensor if not 0 <= place < x.ndim]:
                 raise InputError(f"dynamic= names dimension {bad[0]} of {name!r}, whose shape is {tuple(x.shape)}")
             dims[signature.names.index(name)] = dict(of_tensor)
@@ -72,24 +82,37 @@ def exported(
     the module does not run at all."""
     called = module if signature.plain else _Call(module, signature)
     batch_alone = all(name == BATCH for of_tensor in dims for name in of_tensor.values())
+
+    def plain() -> tuple[fx.GraphModule, InputSpec]:
+        batch = Dim(BATCH, min=1)
+        program = _program(called, signature, tensors, [dict.fromkeys(d, batch) for d in dims])
+        return _graph(program, signature), InputSpec(_tensor_specs(signature, tensors, dims), signature=signature)
+
     error: Exception | None = None
     if batch_alone:
-        batch = Dim(BATCH, min=1)
         try:
-            program = _program(called, signature, tensors, [dict.fromkeys(d, batch) for d in dims])
-            return _graph(program, signature), InputSpec(_tensor_specs(signature, tensors, dims), signature=signature)
+            return plain()
         except Exception as first:  # whatever torch raises; the second form may be able to
             error = first
+    result, reason = None, error
     try:
         program = _program(called, signature, tensors, [dict.fromkeys(d, Dim.AUTO) for d in dims])
         spec = _spec_of(program, module, signature, tensors, dims)
-        graph = _graph(program, signature)
-    except TraceError:
-        raise
+        result = _graph(program, signature), spec
+    except TraceError as fixed:
+        reason = fixed
     except Exception as second:
+        reason = error or second
+    if batch_alone and (result is None or result[1].guards):
+        with suppress(Exception):  # reason: what was said before says more
+            _run_single(called, tensors, dims)
+            return plain()
+    if result is not None:
+        return result[0], _with_single(result[0], module, signature, tensors, dims, result[1])
+    if not isinstance(reason, TraceError):
         raise_as_input_error(module, signature, tensors)
-        raise trace_error(module, error or second) from (error or second)
-    return graph, _with_single(graph, module, signature, tensors, dims, spec)
+    assert reason is not None
+    raise reason if isinstance(reason, TraceError) else trace_error(module, reason) from reason
 
 
 def _program(
@@ -107,6 +130,18 @@ def _program(
             program = program.run_decompositions(table)
             program._guards_code = guards
     return program
+
+
+def _run_single(called: nn.Module, tensors: Sequence[Tensor], dims: Sequence[Mapping[int, str]]) -> None:
+    """Let the model see a batch of one: what it keeps by the shape of its last input is of another shape then, as torch
+    takes the batch to be above one, so that it is computed in the graph."""
+    with quiet_torch():
+        called(*_single(tensors, dims))
+
+
+def _single(tensors: Sequence[Tensor], dims: Sequence[Mapping[int, str]]) -> list[Tensor]:
+    """Copies with a batch of one: some modules write what they are given."""
+    return [(x[:1] if of_tensor.get(0) == BATCH else x).clone() for x, of_tensor in zip(tensors, dims, strict=True)]
 
 
 @contextmanager
@@ -246,7 +281,7 @@ def _with_single(
     if not batches or any(spec.ranges[name][0] != 2 for name in batches):
         return spec
     single = replace(spec, ranges={**spec.ranges, **{name: (1, spec.ranges[name][1]) for name in batches}})
-    ones = [x[:1] if of_tensor.get(0) == BATCH else x for x, of_tensor in zip(tensors, dims, strict=True)]
+    ones = _single(tensors, dims)
     args, kwargs = signature.call(ones)
     try:
         single.check(ones)

@@ -60,6 +60,10 @@ class InputSpec:
         for spec, x in zip(self.tensors, tensors, strict=True):
             if not isinstance(x, Tensor):
                 raise InputError(f"{spec.name!r} is a {type(x).__name__}; expected a tensor: {spec}")
+            if x.layout is not torch.strided:
+                raise InputError(
+                    f"{spec.name!r} has layout {x.layout}; the graph takes dense tensors: give x.to_dense()"
+                )
             if str(x.dtype).removeprefix("torch.") != spec.dtype:
                 raise InputError(f"{spec.name!r} has dtype {x.dtype}; the graph takes {spec}: convert it")
             if x.ndim != len(spec.shape):
@@ -169,6 +173,10 @@ def guarded(graph_module: fx.GraphModule) -> fx.GraphModule:
         signature = spec.signature
         tensors = by_name(names, args, kwargs) if signature is None else signature.tensors(args, kwargs)
         spec.check(tensors)
+        own = next((b.device for of in (module.buffers(), module.parameters()) for b in of), None)
+        for name, x in zip(names, tensors, strict=True):
+            if own is not None and x.ndim and x.device != own:
+                raise InputError(f"{name!r} is on {x.device} and the graph on {own}; move one of them")
         return tensors, {}
 
     graph_module.register_forward_pre_hook(check, with_kwargs=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.nn.parameter import is_lazy
 
 from sbs_fx.plan.errors import InputError, TraceError
 
@@ -22,7 +23,7 @@ def unwrapped(model: Any) -> nn.Module:
     exported program.
 
     Raises:
-        InputError: no model. TraceError: a model that is quantised already, or a scripted one.
+        InputError: no model. TraceError: a model that is quantised already, or a scripted or lazy one.
     """
     if isinstance(model, ExportedProgram):
         model = model.module(check_guards=False)
@@ -31,6 +32,12 @@ def unwrapped(model: Any) -> nn.Module:
     model = looked_through(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError("a scripted model cannot be captured again; give the nn.Module that it was made from")
+    if names := [name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]:
+        raise TraceError(
+            f"the sub-module {names[0]!r} is scripted; put the nn.Module that it was made from in its place"
+        )
+    if names := [n for n, t in [*model.named_parameters(), *model.named_buffers()] if is_lazy(t)]:
+        raise TraceError(f"{names[0]!r} has no shape yet; run the model once on an input, so that lazy modules get one")
     if (what := _quantised(model)) is not None:
         raise TraceError(f"this model is quantised already ({what}); give the float model that it was made from")
     return model

@@ -136,12 +136,9 @@ def trace_error(module: nn.Module, error: Exception) -> TraceError:
     text = re.sub(r"\n\s*The error above occurred when.*", "", str(error).strip(), flags=re.DOTALL)
     text = re.sub(r" ?For more information, run with TORCH_LOGS=\S+", "", text)
     text = re.sub(r"(For extended logs|If you suspect|For more debugging|For C\+\+ stack).*", "", text)
-    scripted = [name for name, inner in module.named_modules() if isinstance(inner, torch.jit.ScriptModule)]
     remedy = (
         "put torch.where or torch.cond where a branch depends on values"
         if "DataDependent" in type(error).__name__
-        else f"put the nn.Module in the place of {scripted[0]!r} that this scripted one was made from"
-        if scripted
         else "change that line of the model"
     )
     reason = " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
@@ -156,9 +153,9 @@ def trace_error(module: nn.Module, error: Exception) -> TraceError:
 def raise_as_input_error(module: nn.Module, signature: Signature, tensors: Sequence[Tensor]) -> None:
     """If the module cannot even run on the inputs, the inputs are at fault, not the export."""
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    args, kwargs = signature.call(tensors)
+    args, kwargs = signature.call([x.clone() for x in tensors])
     try:
-        with torch.no_grad():  # reason: on copies, since some modules write what they own
+        with torch.no_grad():  # reason: on copies, since some modules write what they own, or are given
             torch.func.functional_call(module, {name: tensor.clone() for name, tensor in own.items()}, args, kwargs)
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors)

@@ -160,7 +160,10 @@ def argument_names(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
 
 def _takes(module: nn.Module, count: int) -> bool:
     """Whether `forward` has that many positional arguments of a name."""
-    parameters = inspect.signature(module.forward).parameters.values()
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # reason: some callables have none
+        return True
     return len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) >= count
 
 

@@ -270,8 +270,8 @@ class CostModel:
         Raises:
             PolicyError: bits by channel that are not one for each output channel of the float model.
         """
-        if plan == Plan():
-            return self.reference
+        if plan == Plan():  # reason: of a model without layers, the only plan there is
+            return self.reference.model_copy(update={"reference": self.reference})
         bits = slim_bits(self.groups, plan)
         cost = self._walk(self._sizes(plan), bits, plan.activation_bits, self.reference)
         coding, adapters = self._coding(plan, bits), self._adapters(plan)

@@ -65,8 +65,14 @@ def read_batches(data: Iterable[Any], *, inputs: int = 1, max_batches: int | Non
 
 def start_epoch(data: Iterable[Any], epoch: int) -> None:
     """Make the next pass through the data that of epoch `epoch`, whatever was read before, if the data can be told."""
-    if hasattr(data, "set_epoch"):
+    if not hasattr(data, "set_epoch"):
+        return
+    try:
         data.set_epoch(epoch)
+    except Exception as error:
+        raise DataError(
+            f"the data raised {type(error).__name__} from set_epoch({epoch}): {error}; mend it, or give data without it"
+        ) from error
 
 
 def _parts(item: Any, inputs: int, index: int) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -80,6 +86,11 @@ def _parts(item: Any, inputs: int, index: int) -> tuple[tuple[Tensor, ...], Tens
             f"batch {index} is {_form(item)}; expected {inputs} tensor{'s' * (inputs > 1)}, with labels "
             "behind or without"
         )
+    if odd := [x for x in tensors if x.layout is not torch.strided or x.is_quantized or x.is_meta]:
+        raise DataError(
+            f"batch {index} is {_form(item)} of layout {odd[0].layout} and dtype {odd[0].dtype} on {odd[0].device}; "
+            "expected dense tensors with values, not quantised"
+        )
     if any(x.ndim == 0 or len(x) == 0 for x in tensors):
         raise DataError(f"batch {index} is {_form(item)}; expected at least one image in each batch")
     return tensors, _targets(parts[inputs], len(tensors[0]), index) if len(parts) > inputs else None
@@ -92,6 +103,8 @@ def _targets(value: Any, images: int, index: int) -> Any:
         targets = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         return value
+    if targets.is_quantized or targets.is_meta or targets.layout is not torch.strided:
+        return None
     if targets.is_floating_point() or targets.is_complex():
         return targets
     if targets.ndim == 1 and len(targets) != images:

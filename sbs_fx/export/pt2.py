@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from sbs_fx.export.packing import pack, unpack
 from sbs_fx.export.program import exported_program
@@ -31,7 +32,7 @@ from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.capture.inputs import InputSpec, guarded, inputs_of, set_inputs
 from sbs_fx.passes.dialects import DEQUANTIZE, Static, StaticActivation, StoredWeight, set_dialect, static_of
 from sbs_fx.plan import write_atomic
-from sbs_fx.plan.errors import FileError
+from sbs_fx.plan.errors import FileError, GraphError
 
 FORMAT = 2
 INFORMATION = "extra/sbs_fx.json"  # what we know beside the graph, with a digest of all other members
@@ -55,10 +56,17 @@ def save_pt2(
         metadata: what JSON can hold; comes back in the `Static` of the loaded graph.
 
     Raises:
-        GraphError: `torch.export` cannot capture the graph.
+        GraphError: `torch.export` cannot capture the graph, or read it again.
         FileError: `path` cannot be written or the disk is full; what `path` held before is still there.
     """
     dialect = static_of(static)
+    (output,) = static.graph.find_nodes(op="output")
+    if texts := [leaf for leaf in pytree.tree_leaves(output.args) if isinstance(leaf, str)]:
+        raise GraphError(
+            f"the text {texts[0]!r} is among the outputs, which torch.export writes and cannot read again; return "
+            "tensors, numbers and None alone",
+            pass_name="save_pt2",
+        )
     program = exported_program(pack(static), example_inputs)
     archive = io.BytesIO()
     with quiet_torch():

@@ -43,12 +43,13 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 def prepare_directory(directory: str | os.PathLike[str]) -> str:
     """Make sure that results can be written there, before hours are spent. Raises FileError."""
-    path = os.fspath(directory)
     try:
+        path = os.fspath(directory)
         os.makedirs(path, exist_ok=True)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # reason: what is no path, or has a null in it
         raise FileError(
-            f"cannot make the output directory {path!r}: {error.strerror}; expected a new name or a directory"
+            f"cannot make the output directory {directory!r}: {getattr(error, 'strerror', None) or error}; expected a "
+            "new name or a directory"
         ) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise FileError(f"the output directory {path!r} is not writable")

@@ -44,8 +44,8 @@ class Registry(Generic[Entry]):
     def __getitem__(self, name: str) -> Entry:
         """Raises the registry's error for a name that nothing has."""
         entries = self.entries()
-        if name not in entries:
-            near = difflib.get_close_matches(name, entries, n=1)
+        if not isinstance(name, str) or name not in entries:
+            near = difflib.get_close_matches(str(name), entries, n=1)
             meant = f"; did you mean {near[0]!r}?" if near else ""
             raise self.error(f"unknown {self.what} {name!r}; expected one of {', '.join(entries)}{meant}")
         return entries[name]

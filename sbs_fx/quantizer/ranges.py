@@ -56,6 +56,8 @@ def weight_top(weight: Tensor, gate: SuperBitQuantizer, method: str) -> Tensor:
     largest value over all of them, channel by channel, and the better one is taken.
     """
     rows = weight.detach().to(torch.float32)
+    if not weight.numel():
+        return rows.new_zeros(1 if gate.channels is None else gate.channels)
     if gate.channels is None:
         rows = rows.reshape(1, -1)
     else:

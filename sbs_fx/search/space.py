@@ -220,6 +220,8 @@ class Space:
             others = tuple(c for c in settings.constraints if c != scope.constraint)
             if scope.constraint == ENDS:
                 bits = settings.candidates
+                if not scope.weights and not scope.activations:
+                    continue  # reason: a constraint that matches nothing is an error
                 others = (Keep(place="ends", weight_bits=bits, activation_bits=bits), *others)
             yield str(scope.constraint), settings.model_copy(update={"constraints": others})
         relaxed: dict[str, tuple[str, Any]] = {

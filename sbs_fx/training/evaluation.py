@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from sbs_fx.data.batches import check_labels, has_rows, read_batches
+from sbs_fx.data.batches import Tensors, check_labels, has_rows, read_batches
 from sbs_fx.data.prepared import Prepare, prepared
-from sbs_fx.plan.errors import DataError, InputError
+from sbs_fx.plan.errors import DataError, InputError, SbsError
 from sbs_fx.training.metrics import metric_of, truth
 from sbs_fx.training.task import Task, own, task_of
 
@@ -50,7 +50,7 @@ def evaluate(
     with mode(module, training=False), mode(reference, training=False), torch.no_grad():
         for index, inputs, targets in batches:
             inputs = tuple(x.to(device) for x in inputs)
-            output = module(*inputs)
+            output = _run(module, inputs, index)
             if reference is not None and not _reads(task, targets, len(inputs[0])):
                 targets = truth(task, reference(*inputs))
             _check(task, output, targets, index)
@@ -96,6 +96,19 @@ def _names(module: nn.Module) -> list[str]:
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p.name for p in places if p.default is p.empty]
     return needed or [p.name for p in places[:1]] or ["images"]
+
+
+def _run(module: nn.Module, inputs: Tensors, index: int) -> Any:
+    try:
+        return module(*inputs)
+    except SbsError:
+        raise
+    except Exception as error:  # reason: whatever a module raises on what it does not take
+        forms = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in inputs)
+        raise DataError(
+            f"the model does not run on batch {index}, {forms}: {type(error).__name__}: {error}; give data as the "
+            "model takes it"
+        ) from error
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -19,12 +19,15 @@ def seed_everything(*key: int) -> None:
 
 
 @contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Whatever is seeded or drawn inside, the generators are afterwards where they were."""
+def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Whatever is seeded or drawn inside, the generators are afterwards where they were: those of all devices in use,
+    or of one."""
     python, numpy = random.getstate(), np.random.get_state()
+    in_use = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = list(in_use) if device is None else [device] if device.type == "cuda" else []
     try:
         # reason: a fork seeds every device again afterwards, so only those in use are named
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(python)

@@ -66,6 +66,8 @@ class Task:
     def tensors(self, output: Any) -> Outputs:
         """The tensors that count. Raises InputError if the output is of another form."""
         tensors = tensors_of(output) if self.outputs is None else list(self.outputs(output))
+        if not tensors or not all(isinstance(x, Tensor) for x in tensors):
+            raise InputError(f"Task.outputs gives {tensors!r}; expected the tensors that count, at least one")
         if self.name in ("classification", "segmentation", "embedding"):
             tensors = tensors[:1]
         if self.name == "classification" and tensors[0].ndim != 2 or self.is_categorical and tensors[0].ndim < 2:
@@ -167,6 +169,8 @@ CLASSIFICATION = Task("classification")
 
 def set_task(graph: fx.GraphModule, task: Task | str | None) -> None:
     """Say what a graph's outputs mean; copies of it, gated or slim, say the same. Raises InputError for no task."""
+    if not isinstance(task, (Task, str, type(None))):
+        raise InputError(f"task={task!r}; expected one of {', '.join(NAMES)}, or a Task of your own")
     graph.meta[_KEY] = _inferred(graph) if task is None else Task(task) if isinstance(task, str) else task
 
 
@@ -182,7 +186,7 @@ def _inferred(module: nn.Module) -> Task:
         return CLASSIFICATION
     (output,) = module.graph.find_nodes(op="output")
     values = [leaf.meta.get("val") for leaf in pytree.tree_leaves(output.args) if isinstance(leaf, fx.Node)]
-    return CLASSIFICATION if len(values) == 1 and (values[0] is None or values[0].ndim == 2) else Task()
+    return CLASSIFICATION if len(values) == 1 and (values[0] is None or getattr(values[0], "ndim", 0) == 2) else Task()
 
 
 def has_several_labels(targets: Tensor) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from sbs_fx.data.batches import check_labels, read_batches
+from sbs_fx.data.batches import check_labels, read_batches, start_epoch
 from sbs_fx.data.datasets import IMAGENET_MEAN, IMAGENET_STD, open_data
 from sbs_fx.data.prepared import prepared
 from sbs_fx.plan.errors import DataError
@@ -347,3 +347,27 @@ def test_data_that_raises_names_the_batch_and_keeps_the_cause() -> None:
     with pytest.raises(DataError, match="OSError at batch 1: disk gone") as caught:
         list(read_batches(broken()))
     assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (IMAGES.to_sparse(), "layout torch.sparse_coo"),
+        (IMAGES.to("meta"), "on meta"),
+        (torch.quantize_per_tensor(IMAGES, 0.1, 0, torch.quint8), "dtype torch.quint8"),
+    ],
+)
+def test_images_without_values_of_their_own_are_refused(images: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"batch 0 .*{message}.*expected dense tensors"):
+        list(read_batches([(images, CLASSES)]))
+    ((_, _, labels),) = read_batches([(IMAGES, images)])
+    assert labels is None
+
+
+def test_data_that_cannot_begin_an_epoch_says_so() -> None:
+    class Epochs(list[Any]):
+        def set_epoch(self, epoch: int) -> None:
+            raise OSError("disk gone")
+
+    with pytest.raises(DataError, match=r"OSError from set_epoch\(2\): disk gone"):
+        start_epoch(prepared(Epochs(), ["x"]), 2)

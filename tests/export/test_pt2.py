@@ -465,3 +465,14 @@ print(torch.export.load({str(tmp_path / "model.pt2")!r}).module()(torch.zeros(3,
     expected, loaded = static(x), load_pt2(tmp_path / "model.pt2")(x)
     assert torch.equal(loaded["boxes"]["corners"], expected["boxes"].corners)
     assert all(map(torch.equal, pytree.tree_leaves(loaded), pytree.tree_leaves(expected)))
+
+
+def test_an_output_that_torch_cannot_read_again_is_refused(tmp_path: Path) -> None:
+    class Noted(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), {"note": "text"}
+
+    x = torch.randn(2, 3)
+    with pytest.raises(GraphError, match="the text 'text' is among the outputs"):
+        save_pt2(finalize(gate(Noted(3, 4), x)), x, tmp_path / "model.pt2")
+    assert not os.listdir(tmp_path)

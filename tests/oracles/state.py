@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def _form(value: Any, above: tuple[int, ...]) -> Any:
     inside = (*above, id(value))
     if isinstance(value, Tensor):
         grad = _form(value.grad, inside) if value.is_leaf else None
-        return type(value).__name__, value.dtype, value.requires_grad, value.shape, value.tolist(), grad, id(value)
+        return type(value).__name__, value.dtype, value.requires_grad, *_content(value), grad, id(value)
     if isinstance(value, Mapping):
         return type(value).__name__, [(key, _form(each, inside)) for key, each in value.items()]
     if isinstance(value, (list, tuple)):
@@ -42,3 +43,10 @@ def _form(value: Any, above: tuple[int, ...]) -> Any:
     if hasattr(value, "__dict__") and not callable(value):
         return type(value).__name__, id(value), _form(dict(vars(value)), inside)
     return type(value).__name__, id(value)
+
+
+def _content(tensor: Tensor) -> tuple[Any, ...]:
+    """Shape and values, as far as there are any; as text, in which NaN equals itself."""
+    if is_lazy(tensor):
+        return ()
+    return tensor.shape, None if tensor.device.type == "meta" else repr(tensor.tolist())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sbs_fx
 from sbs_fx.passes import trace
+from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.plan.errors import GraphError, SbsError, TraceError
 
 
@@ -53,16 +54,10 @@ def images() -> Tensor:
     return torch.randn(2, 3, 8, 8)
 
 
-def after_a_call(head: nn.Module) -> nn.Module:
-    head(images())
-    return head
-
-
 NUMBER = r"takes it as a number, as len\(x\), int\(...\), comparisons and caches of an earlier call do; write -1 or "
 FIXED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a number": (ByNumber, r"reshape\(2, 4, 4\).* calls reshape with the number 2; write -1 or x.shape"),
     "len": (ByLength, rf"range\(len\(x\)\)\]\)\) in sub-module 1 {NUMBER}"),
-    "a cache": (lambda: after_a_call(ByShape()), rf"\(if self.kept is None or .* in sub-module 1 {NUMBER}"),
     "a loop": (ByLoop, r"for row in .* takes it apart into 2 tensors, as a loop over it does; write -1 or x.shape"),
 }
 
@@ -75,6 +70,22 @@ def test_a_batch_that_the_model_fixes(name: str) -> None:
         trace(nn.Sequential(nn.Identity(), build()).eval(), images())
     assert caught.value.submodule == "1"
     assert caught.value.reason == "batch is fixed to 2"
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 3])
+def test_a_cache_by_the_shape_of_the_last_input_is_computed_in_the_graph(last: int) -> None:
+    head = ByShape().eval()
+    if last:
+        head(images()[:1].repeat(last, 1, 1, 1))
+    kept = head.kept
+    graph = trace(head, images())
+    assert head.kept is kept
+    for batch in (1, 2, 3, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        assert torch.equal(graph(x), head(x))
+    spec = inputs_of(graph)
+    assert spec is not None
+    assert not spec.guards
 
 
 def test_a_side_that_the_model_fixes_is_told_from_the_batch() -> None:
@@ -109,7 +120,7 @@ AGAIN, FLOAT = (
 )
 NEXT: dict[str, tuple[Callable[[], Any], type[SbsError], str]] = {
     "scripted": (lambda: scripted(False), TraceError, f"a scripted model cannot be captured again; {AGAIN}"),
-    "scripted inside": (lambda: scripted(True), TraceError, "the nn.Module in the place of '0' that this scripted one"),
+    "scripted inside": (lambda: scripted(True), TraceError, "the sub-module '0' is scripted; put the nn.Module that"),
     "static": (lambda: quantised(False), TraceError, FLOAT),
     "exported": (lambda: quantised(True), TraceError, FLOAT),
     "double": (lambda: nn.Conv2d(3, 16, 3).double(), GraphError, r"convert the model with model.float\(\)"),

@@ -157,6 +157,8 @@ def test_calls_that_a_graph_was_not_made_for(kind: str, tmp_path: Path) -> None:
     run = result.model if kind == "result" else sbs_fx.load(tmp_path / "model.pt2")
     run(x(1), table())
     wrong: list[tuple[tuple[Any, ...], str]] = [
+        ((x(2).to("meta"), table()), "'images' is on meta and the graph on cpu; move one of them"),
+        ((x(2).to_sparse(), table()), "'images' has layout torch.sparse_coo; the graph takes dense tensors"),
         ((torch.randn(2, 3, 9, 8), table()), "'images' has size 9 in dimension 2, .* was made for 8 .*'height'"),
         ((torch.randn(2, 4, 8, 8), table()), "'images' has size 4 in dimension 1"),
         ((x()[0], table()), "'images' has 3 dimensions"),
@@ -197,6 +199,11 @@ def test_dynamic_names_what_is_there() -> None:
         ({"pictures": {0: "batch"}}, "names 'pictures'; the tensors are images, other"),
         ({"images": {4: "batch"}}, r"dimension 4 of 'images', whose shape is \(2, 3, 8, 8\)"),
         ({"images": {}, "other": {}}, "no example input has a batch"),
+        ("batch", "dynamic='batch'; expected names such as"),
+        (3, "dynamic=3; expected names such as"),
+        ({"images": None}, "dynamic= has None for 'images'; expected a name"),
+        ({"images": {"0": "batch"}}, "by the number of the dimension"),
+        ({"images": {0: "my batch"}}, "expected a name, a word each"),
     ):
         with pytest.raises(InputError, match=message):
             trace(model, (x(), table()), dynamic=dynamic)  # type: ignore[arg-type]

@@ -182,3 +182,27 @@ def test_a_table_that_makes_objects_when_it_is_read_keeps_its_entries(fails: boo
     with unchanged(module):
         ACTIVATIONS["silu"] = nn.SiLU
     assert list(dict.items(ACTIVATIONS)) == [("relu", nn.ReLU), ("gelu", nn.GELU)]
+
+
+class Drawing(nn.Module):
+    """Draws at random in eval mode too, and writes what it is given where it cannot be captured."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.layer, self.fails = nn.Linear(4, 3), fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fails:
+            x.mul_(2)
+            raise RuntimeError("as it was asked to")
+        return self.layer(x) + torch.rand(3)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_inputs_and_random_states_are_what_they_were(fails: bool) -> None:
+    model, x = Drawing(fails), torch.randn(2, 4)
+    values, before = x.clone(), state_of(model)
+    with pytest.raises(SbsError) if fails else nullcontext():
+        sbs_fx.compress(model, x, budget=0.3, data=[x], method="uniform")
+    assert torch.equal(x, values)
+    assert state_of(model) == before

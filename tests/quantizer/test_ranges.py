@@ -147,3 +147,10 @@ def test_nan_and_inf_are_refused() -> None:
     for value in (math.nan, math.inf, -math.inf):
         assert not found.add(torch.tensor([0.5, value]))
     assert found.counts.sum() == 3
+
+
+@pytest.mark.parametrize("options", [{"channels": 0}, {}])
+def test_a_weight_without_elements_has_a_range(options: dict[str, int]) -> None:
+    gate, weight = quantiser(8, **options), torch.zeros(0, 3)
+    set_range(gate, weight_top(weight, gate, "mse"))
+    assert gate(weight).shape == weight.shape

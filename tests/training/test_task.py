@@ -81,6 +81,11 @@ def test_outputs_of_another_form_are_refused() -> None:
         Task().tensors({"boxes": torch.zeros(2, dtype=torch.int64)})
     with pytest.raises(InputError, match="unknown task 'detect'; expected one of classification"):
         Task("detect")
+    with pytest.raises(InputError, match=r"Task.outputs gives \[\]; expected the tensors that count"):
+        Task(outputs=lambda output: []).tensors(drawn(2, 5))
+    for task in (3, Task, ["classification"]):
+        with pytest.raises(InputError, match="expected one of classification, .* or a Task of your own"):
+            sbs_fx.compress(nn.Linear(4, 3), drawn(2, 4), task=task)  # type: ignore[arg-type]
 
 
 def network(outputs: int = 5) -> nn.Module:
