@@ -10,7 +10,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from typing import Any
@@ -22,15 +22,16 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from sbs_fx.passes.capture.caches import BATCH, Dims, of_any_batch, resized
 from sbs_fx.passes.capture.functional import decompositions, make_functional
 from sbs_fx.passes.capture.inputs import InputSpec, TensorSpec, is_guard
 from sbs_fx.passes.capture.refusals import SIZE, fixed_size, raise_as_input_error, trace_error
 from sbs_fx.passes.capture.signature import Signature
 from sbs_fx.passes.graph import attribute, copy_with
-from sbs_fx.plan.errors import InputError, TraceError
+from sbs_fx.plan.errors import GraphError, InputError, TraceError
 
 Dynamic = Iterable[str] | Mapping[str, Mapping[int, str]]
-BATCH = "batch"
+Captured = tuple[fx.GraphModule, InputSpec]
 _SIDES = {"height": -2, "width": -1}
 
 
@@ -76,7 +77,7 @@ def dynamic_dims(signature: Signature, tensors: Sequence[Tensor], dynamic: Dynam
 
 
 def exported(
-    module: nn.Module, signature: Signature, tensors: tuple[Tensor, ...], dims: Sequence[Mapping[int, str]]
+    module: nn.Module, signature: Signature, tensors: tuple[Tensor, ...], dims: Dims
 ) -> tuple[fx.GraphModule, InputSpec]:
     """A functional graph with parameters by the module's names. Raises TraceError, or InputError for inputs on which
     the module does not run at all."""
@@ -105,10 +106,9 @@ def exported(
         reason = error or second
     if batch_alone and (result is None or result[1].guards):
         with suppress(Exception):  # reason: what was said before says more
-            _run_single(called, tensors, dims)
-            return plain()
+            return _beside_caches(called, tensors, dims, plain)
     if result is not None:
-        return result[0], _with_single(result[0], module, signature, tensors, dims, result[1])
+        return result[0], _with_single(result[0], called, tensors, dims, result[1])
     if not isinstance(reason, TraceError):
         raise_as_input_error(module, signature, tensors)
     assert reason is not None
@@ -132,16 +132,30 @@ def _program(
     return program
 
 
-def _run_single(called: nn.Module, tensors: Sequence[Tensor], dims: Sequence[Mapping[int, str]]) -> None:
-    """Let the model see a batch of one: what it keeps by the shape of its last input is of another shape then, as torch
-    takes the batch to be above one, so that it is computed in the graph."""
+def _beside_caches(
+    called: nn.Module, tensors: Sequence[Tensor], dims: Dims, capture: Callable[[], Captured]
+) -> Captured:
+    """What `capture` gives of a model that keeps things by the shape of its last input. Raises whatever torch does."""
     with quiet_torch():
-        called(*_single(tensors, dims))
+        called(*resized(tensors, dims, 1))
+    with suppress(Exception):  # reason: torch takes the batch to be above one, so that all is computed in the graph
+        return capture()
+    batch = next(len(x) for x, of_tensor in zip(tensors, dims, strict=True) if of_tensor.get(0) == BATCH)
+    with quiet_torch():
+        called(*resized(tensors, dims, batch))
+    with of_any_batch(called, batch):
+        captured = capture()
+    for other in (1, batch + 1):
+        if not _agree(captured[0], called, resized(tensors, dims, other)):
+            raise GraphError("what the model keeps depends on the batch", pass_name="trace")
+    return captured
 
 
-def _single(tensors: Sequence[Tensor], dims: Sequence[Mapping[int, str]]) -> list[Tensor]:
-    """Copies with a batch of one: some modules write what they are given."""
-    return [(x[:1] if of_tensor.get(0) == BATCH else x).clone() for x, of_tensor in zip(tensors, dims, strict=True)]
+def _agree(graph: fx.GraphModule, called: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    """Whether both give the same, bit for bit."""
+    with quiet_torch():
+        outputs = [pytree.tree_leaves(each(*(x.clone() for x in tensors))) for each in (graph, called)]
+    return all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 
 
 @contextmanager
@@ -210,9 +224,7 @@ def _graph(program: ExportedProgram, signature: Signature) -> fx.GraphModule:
 # -- what torch assumed ------------------------------------------------------------------------------------------------
 
 
-def _tensor_specs(
-    signature: Signature, tensors: Sequence[Tensor], dims: Sequence[Mapping[int, str]]
-) -> tuple[TensorSpec, ...]:
+def _tensor_specs(signature: Signature, tensors: Sequence[Tensor], dims: Dims) -> tuple[TensorSpec, ...]:
     return tuple(_tensor_spec(*each) for each in zip(signature.names, tensors, dims, strict=True))
 
 
@@ -225,7 +237,7 @@ def _spec_of(
     module: nn.Module,
     signature: Signature,
     tensors: Sequence[Tensor],
-    dims: Sequence[Mapping[int, str]],
+    dims: Dims,
 ) -> InputSpec:
     """Dimensions of one symbol have one name; those of several symbols are told apart. Raises TraceError for one that
     torch has fixed."""
@@ -269,27 +281,16 @@ def _bounds(program: ExportedProgram, symbol: Any) -> tuple[int, int | None]:
 
 
 def _with_single(
-    graph: fx.GraphModule,
-    module: nn.Module,
-    signature: Signature,
-    tensors: Sequence[Tensor],
-    dims: Sequence[Mapping[int, str]],
-    spec: InputSpec,
+    graph: fx.GraphModule, called: nn.Module, tensors: Sequence[Tensor], dims: Dims, spec: InputSpec
 ) -> InputSpec:
     """With a batch of one allowed, if the graph gives what the module does there: torch begins at 2, unsaid."""
     batches = [name for t in spec.tensors for name in t.shape if isinstance(name, str) and name.startswith(BATCH)]
     if not batches or any(spec.ranges[name][0] != 2 for name in batches):
         return spec
     single = replace(spec, ranges={**spec.ranges, **{name: (1, spec.ranges[name][1]) for name in batches}})
-    ones = _single(tensors, dims)
-    args, kwargs = signature.call(ones)
+    ones = resized(tensors, dims, 1)
     try:
         single.check(ones)
-        with quiet_torch():
-            same = [
-                torch.equal(a, b)
-                for a, b in zip(*(pytree.tree_leaves(y) for y in (graph(*ones), module(*args, **kwargs))), strict=True)
-            ]
+        return single if _agree(graph, called, ones) else spec
     except Exception:  # reason: a graph or a module that does not take a batch of one
         return spec
-    return single if all(same) else spec

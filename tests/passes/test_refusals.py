@@ -45,6 +45,22 @@ class ByShape(Head):
         return self.linear(self.features(x) + self.kept[1])
 
 
+class ByStride(Head):
+    """What is kept is made with a number out of a tensor, which no graph can hold."""
+
+    rows: int | None = 1  # of what is kept; None: one an image
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None or self.last != x.shape:
+            self.last = x.shape
+            self.kept = torch.full((self.rows or len(x), 16), float(torch.tensor([4.0, 8.0])[1])).log()
+        return self.linear(self.features(x) + self.kept)
+
+
+class ByStrideAndImage(ByStride):
+    rows = None
+
+
 class ByLoop(Head):
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([self.linear(row) for row in self.features(x)])
@@ -72,9 +88,10 @@ def test_a_batch_that_the_model_fixes(name: str) -> None:
     assert caught.value.reason == "batch is fixed to 2"
 
 
+@pytest.mark.parametrize("kind", [ByShape, ByStride])
 @pytest.mark.parametrize("last", [0, 1, 2, 3])
-def test_a_cache_by_the_shape_of_the_last_input_is_computed_in_the_graph(last: int) -> None:
-    head = ByShape().eval()
+def test_what_is_kept_by_the_shape_of_the_last_input_is_right_at_any_batch(kind: type[Head], last: int) -> None:
+    head = kind().eval()
     if last:
         head(images()[:1].repeat(last, 1, 1, 1))
     kept = head.kept
@@ -86,6 +103,11 @@ def test_a_cache_by_the_shape_of_the_last_input_is_computed_in_the_graph(last: i
     spec = inputs_of(graph)
     assert spec is not None
     assert not spec.guards
+
+
+def test_what_is_kept_by_image_and_cannot_be_computed_is_refused() -> None:
+    with pytest.raises(TraceError, match="ByStrideAndImage at test_refusals.py"):
+        trace(ByStrideAndImage().eval(), images())
 
 
 def test_a_side_that_the_model_fixes_is_told_from_the_batch() -> None:
