@@ -51,6 +51,18 @@ def _distances(args: Sequence[Any], out: Sequence[Tensor]) -> int:
     return out[0].numel() * args[0].shape[-1]
 
 
+def _factored(cubes: float) -> Callable[[Sequence[Any], Sequence[Tensor]], int]:
+    """Of square matrices, a share of n^3 each (Golub and Van Loan, Matrix Computations: 2/3 n^3 operations for LU, 1/3
+    for Cholesky, 2 for an inverse), and n^2 for each column that a system is solved for."""
+
+    def formula(args: Sequence[Any], out: Sequence[Tensor]) -> int:
+        n, matrices = args[0].shape[-1], args[0].numel() // max(1, args[0].shape[-1] ** 2)
+        solved = args[1].numel() * n if len(args) > 1 and isinstance(args[1], Tensor) else 0
+        return math.ceil(cubes * matrices * n**3) + solved
+
+    return formula
+
+
 _FORMULAS: Mapping[str, Callable[[Sequence[Any], Sequence[Tensor]], int]] = {
     "aten::bilinear": _bilinear,
     "aten::grid_sampler": _sampled,
@@ -61,6 +73,13 @@ _FORMULAS: Mapping[str, Callable[[Sequence[Any], Sequence[Tensor]], int]] = {
     "aten::_fft_c2r": _fourier,
     "aten::_cdist_forward": _distances,
     "aten::cdist": _distances,
+    "aten::_linalg_det": _factored(1 / 3),
+    "aten::_linalg_slogdet": _factored(1 / 3),
+    "aten::linalg_lu_factor_ex": _factored(1 / 3),
+    "aten::_linalg_solve_ex": _factored(1 / 3),
+    "aten::linalg_cholesky_ex": _factored(1 / 6),
+    "aten::linalg_inv_ex": _factored(1),
+    "aten::linalg_solve_triangular": _factored(0),
 }
 
 

@@ -45,6 +45,17 @@ COUNTED: dict[str, tuple[Callable[[Net, Tensor], Tensor], int]] = {
     "grid": (lambda net, y: nn.functional.grid_sample(y, net.grid.expand(y.shape[0], -1, -1, -1)), 4 * 16 * 10 * 12),
     "fourier": (lambda net, y: torch.fft.rfft2(y).abs(), math.ceil(2.5 * 16 * 48 * math.log2(48))),
     "distances": (lambda net, y: torch.cdist(y.flatten(2), y.flatten(2)), 16 * 16 * 48),
+    # On 16 matrices of 6 x 6.
+    "determinant": (lambda net, y: torch.linalg.slogdet(y[:, :, :6] + 9 * torch.eye(6))[1], 16 * 6**3 // 3),
+    "inverse": (lambda net, y: torch.linalg.inv(y[:, :, :6] + 9 * torch.eye(6)), 16 * 6**3),
+    "system": (
+        lambda net, y: torch.linalg.solve(y[:, :, :6] + 9 * torch.eye(6), y[:, :, :6, :2]),
+        16 * (6**3 // 3 + 6 * 6 * 2),
+    ),
+    "triangle": (
+        lambda net, y: torch.linalg.solve_triangular(y[:, :, :6] + 9 * torch.eye(6), y[:, :, :6, :2], upper=True),
+        16 * 6 * 6 * 2,
+    ),
 }
 
 
