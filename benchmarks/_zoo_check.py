@@ -36,7 +36,7 @@ from sbs_fx.compress import compress
 from sbs_fx.passes import CostModel, channel_groups, cost_model, finalize, slim, trace
 from sbs_fx.passes.oracles.slimming import SlimReport, compare_slim
 from sbs_fx.plan import Budget, Cost, Plan
-from sbs_fx.plan.errors import InfeasibleBudget, SbsError
+from sbs_fx.plan.errors import InfeasibleBudget, SbsError, TraceError
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent))
 from tests.oracles.agreement import cast
@@ -114,7 +114,11 @@ def check_network(task: Task) -> dict[str, Any]:
 def _check(row: dict[str, Any], case: Case, quick: bool) -> None:
     with _column(row, "trace"), torch.no_grad():
         with _unchanged(row, case.model):
-            graph = trace(case.model, case.inputs())
+            try:
+                graph = trace(case.model, case.inputs())
+            except TraceError:
+                compress(case.model, case.inputs(), budget=BUDGET)  # reason: its error names what can be compressed
+                raise
         row["nodes"] = len(graph.graph.nodes)
         for batch in (EXAMPLE_BATCH, OTHER_BATCH):
             _compare_outputs(graph, case.model, case.inputs(batch), f"at batch {batch}")
@@ -351,7 +355,9 @@ def _column(row: dict[str, Any], name: str) -> Iterator[None]:
     except Wrong as problem:
         row[name] = f"faulty: {problem}"
     except SbsError as error:
-        row[name] = f"refused: {type(error).__name__}: {' '.join(str(error).split())[:700]}"
+        text = " ".join(str(error).split())
+        text = text if len(text) <= 800 else f"{text[:400]} ... {text[-400:]}"  # reason: what to do stands at the end
+        row[name] = f"refused: {type(error).__name__}: {text}"
     except Exception as error:
         text = " ".join(str(error).split())[:400]
         row[name] = f"faulty: {type(error).__name__}: {text}{_place(error)}"
