@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -176,7 +176,8 @@ def _check_price(row: dict[str, Any], case: Case, graph: fx.GraphModule) -> None
     row["mac_reduction"] = round(1 - price.macs / max(1, cost.reference.macs), 4)
     single = case.inputs(1)
     problems = []
-    counted, priced = _by_operator(graph, tensors_in(single), _by_node(cost, cost.reference))
+    row["uncounted"] = sorted(cost.uncounted.values())
+    counted, priced = _by_operator(graph, tensors_in(single), _by_node(cost, cost.reference), cost.uncounted)
     row["by_formula"] = sorted(set(priced) - set(counted))  # torch's counter does not know these operators
     row["dead_macs"] = _counted(case.model, single) - sum(counted.values())  # of what no output needs
     if different := _difference(counted, priced):
@@ -184,7 +185,7 @@ def _check_price(row: dict[str, Any], case: Case, graph: fx.GraphModule) -> None
     if row["dead_macs"] < 0:
         problems.append(f"the graph has {-row['dead_macs']} MACs more than the float model")
     slimmed = slim(graph, groups, kept)
-    if different := _difference(*_by_operator(slimmed, tensors_in(single), _by_node(cost, price))):
+    if different := _difference(*_by_operator(slimmed, tensors_in(single), _by_node(cost, price), cost.uncounted)):
         problems.append(f"of the slim graph: {different}")
     if problems:
         raise Wrong("; ".join(problems))
@@ -209,7 +210,7 @@ def _counted(module: nn.Module, inputs: Inputs) -> int:
 
 
 def _by_operator(
-    graph: fx.GraphModule, inputs: Sequence[Tensor], priced: dict[str, int]
+    graph: fx.GraphModule, inputs: Sequence[Tensor], priced: dict[str, int], uncounted: Collection[str]
 ) -> tuple[Counter[str], Counter[str]]:
     """MACs by operator, as counted and as priced; without those that have none."""
     found: Counter[str] = Counter()
@@ -218,12 +219,13 @@ def _by_operator(
     with torch.no_grad():
         try:
             interpreter.run(*(x.to("meta") for x in inputs))
-        except NotImplementedError:  # reason: shapes that depend on data need some
+        except (NotImplementedError, RuntimeError):  # reason: shapes that depend on data need some
             interpreter = _Counting(copy.deepcopy(graph))
             interpreter.run(*inputs)
     for node in graph.graph.nodes:
-        found[str(node.target)] += interpreter.macs.get(node.name, 0)
-        asked[str(node.target)] += priced.get(node.name, 0)
+        if node.name not in uncounted:
+            found[str(node.target)] += interpreter.macs.get(node.name, 0)
+            asked[str(node.target)] += priced.get(node.name, 0)
     return +found, +asked
 
 
@@ -235,8 +237,9 @@ def _difference(counted: Counter[str], priced: Counter[str]) -> str:
 
 
 def _by_node(model: CostModel, cost: Cost) -> dict[str, int]:
-    """Priced MACs by graph node."""
-    return {layer.node: row.macs for layer, row in zip(model.layers, cost.layers, strict=True)}
+    """Priced MACs by graph node; not of what the cost model says that it cannot count."""
+    priced = zip(model.layers, cost.layers, strict=True)
+    return {layer.node: row.macs for layer, row in priced if layer.node not in model.uncounted}
 
 
 class _Counting(fx.Interpreter):

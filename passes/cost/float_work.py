@@ -83,6 +83,10 @@ _FORMULAS: Mapping[str, Callable[[Sequence[Any], Sequence[Tensor]], int]] = {
 }
 
 
+# Of inputs alone, as the size of what comes out depends on data: the area that each pair of boxes shares.
+_OF_INPUTS: Mapping[str, Callable[[Sequence[Any]], int]] = {"torchvision::nms": lambda args: args[0].shape[0] ** 2}
+
+
 def all_layers(inference: Inference) -> tuple[tuple[LayerExpression, ...], dict[str, str]]:
     """What multiplies, in graph order, and node -> operator of what cannot be counted."""
     symbols = symbol_values(inference)
@@ -119,7 +123,7 @@ def _macs(node: fx.Node, sizes: Mapping[sympy.Symbol, int], has_rule: bool) -> i
         return 0 if has_rule else None
     name, overload = node.target._schema.name, node.target
     counts = overload._overloadpacket in flop_registry or overload is _EINSUM
-    if name not in _FORMULAS and not counts:
+    if name not in _FORMULAS and name not in _OF_INPUTS and not counts:
         namespace, _, operator = name.partition("::")
         return None if not has_rule and (namespace != "aten" or operator.startswith(_UNCOUNTABLE)) else 0
 
@@ -131,6 +135,8 @@ def _macs(node: fx.Node, sizes: Mapping[sympy.Symbol, int], has_rule: bool) -> i
 
     try:
         args, kwargs = pytree.tree_map_only((fx.Node, torch.SymInt), concrete, (list(node.args), dict(node.kwargs)))
+        if name in _OF_INPUTS:
+            return _OF_INPUTS[name](args)
         out = pytree.tree_map(concrete, node.meta["val"])
     except TypeError:  # a size that depends on values
         return None

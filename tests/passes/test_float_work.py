@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
@@ -179,3 +180,19 @@ def test_complex_numbers_stay_as_they_are() -> None:
     assert cost.weights.keys() == {"conv", "head"}
     assert cost.reference.macs > 3 * 8 * 9 * 48 + 8 * 6 * 8 * 4
     assert sbs_fx.compress(net, X, budget=0.95).model(X).shape == (2, 3)
+
+
+def test_overlaps_of_boxes_are_counted_however_many_stay() -> None:
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.conv(x).flatten(2).transpose(1, 2).flatten(0, 1)
+            return rows[torchvision.ops.nms(rows[:, :4], rows[:, 4], 0.5)]
+
+    graph = trace(Boxes().eval(), X)
+    cost = cost_model(graph, channel_groups(graph))
+    assert not cost.uncounted
+    assert cost.reference.macs == 3 * 5 * 48 + 48**2
