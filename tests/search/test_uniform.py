@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks._cifar_models import CifarResNet
 from sbs_fx.passes import CostModel
-from sbs_fx.passes.channels.importance import group_importance
+from sbs_fx.passes.channels.importance import group_importance, kernel_multiple
 from sbs_fx.plan import Budget, Policy
 from sbs_fx.plan.errors import InfeasibleBudget
 from sbs_fx.search import Run, uniform
@@ -84,6 +84,35 @@ def test_importance_is_the_norm_over_every_member(cost: CostModel, norm: str) ->
             mass = (mass / mass.mean().clamp_min(1e-30)).movedim(member.dim, 0).reshape(16, -1)
             expected += mass.sum(1)
     torch.testing.assert_close(scores[name], expected ** (1 / power))
+
+
+def flattened(channels: int, height: int = 1, width: int = 1) -> CostModel:
+    """Channels that a linear layer reads at every pixel."""
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(3, channels, 1, bias=False),
+        torch.nn.Flatten(),
+        torch.nn.Linear(channels * height * width, 2, bias=False),
+    )
+    return cost_of(layers, torch.randn(2, 3, height, width))
+
+
+def test_the_importance_of_a_channel_sums_over_its_pixels() -> None:
+    """Rows of a convolution of mass 3 and 9 in 12, and 2 x 4 columns of a linear layer of mass 8 and 24 in 32."""
+    groups = flattened(2, 2, 2).groups
+    weights = {"0.weight": torch.ones(2, 3, 1, 1), "2.weight": torch.ones(2, 8)}
+    weights["0.weight"][1], weights["2.weight"][:, 4:] = 3, 3
+    scores = group_importance(groups, "l1", weights)["0.weight:0"]
+    torch.testing.assert_close(scores, torch.tensor([3 / 2 + 8 / 2, 9 / 2 + 24 / 2], dtype=torch.float64))
+
+
+def test_the_multiple_of_a_group_by_hand() -> None:
+    """16 channels, 8 in small groups, and any number where the group is no larger than that; less by the factor that
+    the pixels have in common with it."""
+    small, even, wide = (flattened(n).groups["0.weight:0"] for n in (8, 9, 64))
+    assert [kernel_multiple(group, None) for group in (small, even, wide)] == [1, 8, 16]
+    assert [kernel_multiple(small, None, fast=True), kernel_multiple(small, 8)] == [16, 8]
+    of_six_pixels = flattened(64, 2, 3).groups["0.weight:0"]
+    assert [kernel_multiple(of_six_pixels, n) for n in (None, 12, 5)] == [8, 2, 5]
 
 
 def test_the_least_important_channels_go_first() -> None:
