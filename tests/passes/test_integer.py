@@ -75,6 +75,13 @@ def test_a_tensor_is_quantised_once(bits: int) -> None:
     assert len(sources) == len(set(sources))
 
 
+def test_signed_codes_of_eight_bits_need_no_clip() -> None:
+    """From -127 on in a static graph; integer kernels save the clip and give -128 too."""
+    static = residual(8)
+    assert [node.args[1] for node in nodes(static, aten.clamp_min.default)] == [1]
+    assert not nodes(integer_joins(static, [(IMAGES,)]), aten.clamp_min.default)
+
+
 def test_a_pool_gives_the_codes_that_it_takes() -> None:
     plain, static = residual(8), joined(8)
     (pool,) = nodes(static, aten.max_pool2d.default)
@@ -144,8 +151,9 @@ def test_a_ceiling_below_the_codes_stays(times: float) -> None:
     assert torch.equal(result(9 * IMAGES), static(9 * IMAGES))
 
 
-def test_a_clamp_with_one_bound_is_no_ceiling() -> None:
-    gated = gate(nn.Sequential(nn.Conv2d(3, 8, 3), Floor(), nn.Conv2d(8, 4, 1)).eval(), IMAGES)
+@pytest.mark.parametrize("floor", [Floor(), nn.Hardtanh(0.2, 1)])
+def test_a_clamp_from_another_number_than_zero_is_no_ceiling(floor: nn.Module) -> None:
+    gated = gate(nn.Sequential(nn.Conv2d(3, 8, 3), floor, nn.Conv2d(8, 4, 1)).eval(), IMAGES)
     apply_bits(gated, dict.fromkeys(weight_gates(gated), 8), dict.fromkeys(activation_gates(gated), 8))
     static = finalize(gated)
     assert torch.equal(integer_joins(static, [(IMAGES,)])(IMAGES), static(IMAGES))
