@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from sbs_fx.passes.channels.importance import group_importance, kernel_multiple
 from sbs_fx.plan import Budget, Policy
 from sbs_fx.plan.errors import InfeasibleBudget
 from sbs_fx.search import Run, uniform
+from sbs_fx.search.uniform import _counts_of, _fill
 from tests.oracles.problems import cost_of, problem_of
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -68,6 +70,23 @@ def test_kept_channels_are_multiples_that_kernels_like(cost: CostModel) -> None:
         assert all(len(kept) % (16 if policy.sizes[n] >= 64 else small) == 0 for n, kept in policy.kept.items())
         assert any(len(kept) < policy.sizes[n] for n, kept in policy.kept.items())
         assert budget.is_satisfied_by(cost.evaluate(policy.plan))
+
+
+def test_only_limits_of_work_and_time_ask_for_fast_multiples(cost: CostModel) -> None:
+    name = "layer1.0.conv1.weight:0"  # of 16 channels
+    for budget, counts in ((Budget(bops=0.5), (8, 16)), (Budget(macs=0.9), (16,)), (Budget(size=0.5), (8, 16))):
+        assert _counts_of(problem_of(cost, IMAGES, budget), (2, 2))[name] == counts
+
+
+def test_what_is_left_over_goes_to_the_most_pruned_first() -> None:
+    """2 of 4 and 2 of 8 channels: the second may have 4; then the first 3, where that fits too."""
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 8, 1), torch.nn.Conv2d(8, 2, 1))
+    first, second = "0.weight:0", "1.weight:0"
+    given_ = problem_of(layers, IMAGES, Budget(macs=1.0), round_to=1)
+    counts, kept = {first: (1, 2, 3, 4), second: (2, 4, 6, 8)}, {first: 2, second: 2}
+    for more in ({first: 2, second: 4}, {first: 3, second: 4}):
+        tight = replace(given_, limits=given_.price(given_.space.plan(8, 8, more)))
+        assert _fill(tight, (8, 8), counts, kept) == more
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
