@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,24 @@ def test_exact_scales_are_powers_of_two(bits: int) -> None:
     assert all(bool((scale.log2() == scale.log2().round()).all()) for scale in scales)
     assert all(count.is_real for count in count_levels(static, (IMAGES,)))
     assert static_of(static).exact
+
+
+def test_exact_scales_go_up_at_eight_bits_and_else_to_the_nearest() -> None:
+    static = integer_joins(residual(4), [(IMAGES,)])
+    exact = integer_grid(static, exact=True)
+    up = []
+    for name, activation in static_of(static).activations.items():
+        before, after = (math.log2(scale_of(graph, name)) for graph in (static, exact))
+        assert after == (math.ceil(before) if activation.bits == 8 else round(before))
+        up.append(activation.bits == 8 and round(before) < before)
+    assert any(up), "the nearest would have been below"
+
+
+def scale_of(static: fx.GraphModule, name: str) -> float:
+    """The scale of an activation."""
+    return next(
+        last.args[1] for _, last in quantizers(static.graph) if last.name == static_of(static).activations[name].values
+    )
 
 
 def test_a_channel_that_a_norm_silences_gets_a_usable_scale() -> None:
