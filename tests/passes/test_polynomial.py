@@ -90,7 +90,7 @@ def test_price_of_a_plan_by_hand() -> None:
     assert cost.price(plan) == measured(cost, plan)
     means = [(layer.weight_bits, layer.activation_bits) for layer in cost.evaluate(plan).layers]
     assert means == [(5 / 3, 4), (32, 8)]
-    # a mean over three channels that leaves a fraction is rounded up, in all as in each layer
+    # a mean of 11/4 bits over four channels of 27 weights each comes to whole bits
     assert cost.price(Plan({}, {"0": (2, 3, 3, 3)}))["size"] == 27 * 11 + 4 * (32 + 16) + 8 * 32
 
 
