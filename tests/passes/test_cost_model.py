@@ -152,7 +152,7 @@ def test_parameters_are_counted_once_and_buffers_are_none() -> None:
 
 
 def test_a_layer_is_an_end_on_one_clear_way() -> None:
-    """The first and the last lie on a way round the middle; the input is added to what the first gives."""
+    """The input reaches the last layer past the others, and the middle one reaches the output past the last."""
 
     class Around(nn.Module):
         def __init__(self) -> None:
