@@ -357,7 +357,7 @@ NEGATIVE: list[Case] = [
     lambda x, p: aten.softplus.default(x, 1, -9),
     lambda x, p: aten.elu.default(p, 1, -1),
     lambda x, p: aten.threshold.default(p, 1, -1),
-    lambda x, p: aten.to.dtype(p * 200, torch.int8),
+    lambda x, p: aten.to.dtype(aten.mul.Tensor(p, 200), torch.int8),
     lambda x, p: aten.log_softmax.int(p, 1),
     lambda x, p: aten.logsumexp.default(aten.mul.Tensor(p, -9), [1]),
     lambda x, p: aten.fmax.default(x, aten.neg.default(p)),

@@ -142,6 +142,39 @@ def test_dynamic_height_and_width_stay_symbols() -> None:
     assert expression.subs({**values, height: 20, width: 10}) == 20 * 10 * 8 * 3 * 9
 
 
+def test_parameters_are_counted_once_and_buffers_are_none() -> None:
+    """One linear layer at two places, and a batch norm with two parameters and two buffers of 4."""
+    linear = nn.Linear(4, 4)
+    _, _, cost = analysed(nn.Sequential(linear, nn.BatchNorm1d(4), linear), 4)
+    total = cost.evaluate(Plan())
+    assert [layer.params for layer in total.layers] == [16, 0]
+    assert (total.params, total.macs) == (16 + 4 + 2 * 4, 2 * 16)
+
+
+def test_a_layer_is_an_end_on_one_clear_way() -> None:
+    """The input reaches the last layer past the others, and the middle one reaches the output past the last."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.middle, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner = self.middle(self.first(x))
+            return self.last(inner + x) + inner
+
+    _, _, cost = analysed(Around(), 4)
+    assert cost.ends() == ({"linear", "linear_2"}, {"linear_1", "linear_2"})
+
+
+def test_sizes_of_layers_by_hand() -> None:
+    """Outputs, inputs of one group and places of a convolution, a grouped and a transposed one."""
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 1, groups=2), nn.ConvTranspose2d(6, 2, 2))
+    _, _, cost = analysed(layers, 3, 8, 8)
+    sizes = [layer.sizes(lambda axis: axis.size) for layer in cost.layers]
+    assert sizes == [[(4, 3, 36)], [(6, 2, 36)], [(2, 6, 36)]]
+
+
 def test_groups_of_another_graph_are_refused() -> None:
     graph, groups, _ = analysed(CifarResNet(20), 3, 32, 32)
     other = trace(CifarResNet(20).eval(), torch.randn(2, 3, 32, 32))

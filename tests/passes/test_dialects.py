@@ -143,7 +143,7 @@ SPOILT: dict[str, tuple[type, Callable[[fx.GraphModule], Any], str]] = {
     "another axis": (
         Static,
         lambda g: set_weights(g, lambda w: w._replace(bits=(4,) * 8, axis=1)),
-        "8 bitwidths for [^8]* channels",
+        "conv.weight.*8 bitwidths for 3 channels",
     ),
     "another zero point": (Static, lambda g: node(g, DEQUANTIZE).update_arg(2, 7), "dequantises otherwise"),
     "zero bits": (Static, lambda g: set_weights(g, lambda w: w._replace(bits=0)), "conv.weight.*at 0 bits"),

@@ -166,6 +166,7 @@ def test_tuple_outputs_keep_their_structure() -> None:
         (lambda g: set_dialect(g, Traced()), "expected a gated graph.* this is a traced one"),
         (lambda g: next(iter(weight_gates(g).values())).search(), "still searching"),
         (lambda g: next(iter(weight_gates(g).values())).range.data.fill_(float("nan")), "not finite"),
+        (lambda g: next(iter(weight_gates(g).values())).range.data[1:2].fill_(float("inf")), "not finite"),
         (lambda g: g.add_module("stranger", nn.Identity()) or call(g, "stranger"), "no static form"),
     ],
 )
@@ -192,6 +193,20 @@ def test_channel_gates_and_float64_are_refused() -> None:
     gated = fixed(gate(nn.Conv2d(3, 4, 3).double().eval(), x.double()), 4)
     with pytest.raises(GraphError, match="float64"):
         finalize(gated)
+
+
+def test_scales_of_a_weight_of_several_matrices_lie_along_its_outputs() -> None:
+    class Batched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 5, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.matmul(x, self.weight)
+
+    x = torch.randn(2, 3, 4, 5)
+    static = check_static(fixed(gate(Batched(), x), 4), x)
+    assert [weight.axis for weight in static_of(static).weights.values()] == [2]
 
 
 def test_a_range_of_zero_is_no_error() -> None:

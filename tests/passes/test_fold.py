@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sbs_fx.passes import apply_bits, channel_groups, insert_gates, slim, trace, weight_gates
 from sbs_fx.passes.cost.layers import batch_norms_to_fold
 from sbs_fx.passes.dialects import static_of
-from sbs_fx.passes.folding import TRANSPOSED
+from sbs_fx.passes.folding import TRANSPOSED, shared_biases
 from sbs_fx.passes.static.fold import Constants, batch_norm_folds
 from tests.networks.models import Recipe, networks
 from tests.networks.small import LAYERS, Normed
@@ -73,6 +73,45 @@ def test_batch_norm_before_its_layer_stays_as_it_is() -> None:
     static = check_static(fixed(gate(nn.Sequential(norm, nn.ReLU(), nn.Conv2d(3, 4, 3)).eval(), x), 4), x)
     (node,) = nodes(static, aten.batch_norm.default)
     assert node.args[5:] == (False, 0.25, 1e-3, True)
+
+
+class ReadTwice(nn.Module):
+    """What the norm reads, something else reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return self.norm(y) + y
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (ReadTwice(), (2, 3, 8, 8)),
+        (nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(7)), (2, 7, 8)),  # over the 7 tokens, not the 12 outputs
+    ],
+)
+def test_norms_that_fold_into_no_layer(model: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    assert batch_norms_to_fold(channel_groups(trace(model.eval(), x)).inference) == {}
+    static = check_static(fixed(gate(model, x), 4), x)
+    assert len(nodes(static, aten.batch_norm.default)) == 1
+
+
+def test_a_bias_with_another_reader_is_shared() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x)) + self.first.bias
+
+    graph = trace(Shared(), torch.randn(2, 4)).graph
+    assert [node.name for node in shared_biases(graph)] == ["linear"]
 
 
 def test_a_shared_weight_is_stored_once_and_not_folded() -> None:

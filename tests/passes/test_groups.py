@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from sbs_fx.passes import ChannelGroups, channel_groups, trace
 from sbs_fx.passes.channels import dims as d
+from sbs_fx.passes.channels.inference import RULES, Inference
+from sbs_fx.plan.errors import GraphError
 from tests.networks.models import SMALLEST, Recipe, example, step
 
 
@@ -188,11 +190,59 @@ def test_an_operator_without_a_rule_pins_all_it_touches_and_is_named() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.c(torch.relu(self.b(torch.renorm(self.a(x), 2, 0, 1.0))))
 
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.renorm(self.a(x).t(), 2, 0, 1.0).t())
+
     groups = groups_of(Unknown(), 6)
     assert list(groups) == ["b.weight:0"], "what lies behind the operator is free again"
     assert list(groups.inference.unknown.values()) == ["aten.renorm.default"]
     causes = {(pin.tensor, pin.dim): pin.causes for pin in groups.pins}
     assert causes["a.weight", 0] == ("renorm (renorm): operator without a rule",)
+    turned = groups_of(Turned(), 6)
+    assert list(turned) == [], "the first dimension that the operator touches is pinned too"
+
+
+def test_types_that_cannot_agree_are_both_pinned_and_named() -> None:
+    graph = trace(nn.Linear(6, 8), torch.randn(2, 6))
+    inference, node = Inference(graph), next(iter(graph.graph.nodes))
+    three, four = d.fresh(3), d.fresh(4)
+    inference.unify(node, three, four)
+    assert not d.axes(three)
+    assert not d.axes(four)
+    assert "types disagree" in d.reasons(three)[0]
+    assert d.reasons(four) == d.reasons(three)
+    assert list(inference.conflicts) == [node.name]
+
+
+def test_a_rule_that_gives_other_sizes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), torch.randn(2, 6))
+    monkeypatch.setitem(RULES, torch.ops.aten.relu.default, lambda t, node: t.constant(node)[::-1])
+    with pytest.raises(
+        GraphError, match=r"have sizes \(8, \d+\), its shape is \(\d+, 8\): the operator's rule is wrong"
+    ):
+        channel_groups(graph)
+
+
+def test_both_operands_that_depend_on_the_input_are_inputs() -> None:
+    class Gram(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) @ self.b(x).mT
+
+    layers = groups_of(Gram(), 4, 6).inference.layers
+    assert {name: (x.inputs, x.weights) for name, x in layers.items()} == {
+        "linear": (((0,),), ((1,),)),
+        "linear_1": (((0,),), ((1,),)),
+        "matmul": (((0,), (1,)), ()),
+    }
 
 
 def test_a_model_without_a_head_keeps_its_features_unless_told_otherwise() -> None:

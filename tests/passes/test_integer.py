@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from sbs_fx.plan.bits import BITS
 from tests.networks.blocks import Floor
 from tests.networks.models import Recipe
 from tests.networks.small import LAYERS, Residual
-from tests.oracles.gated import Together, bundles, draw_bits, gate, nodes
+from tests.oracles.gated import Together, bundles, draw_bits, fixed, gate, nodes
 
 aten = torch.ops.aten
 decomposed = torch.ops.quantized_decomposed
@@ -75,6 +76,13 @@ def test_a_tensor_is_quantised_once(bits: int) -> None:
     assert len(sources) == len(set(sources))
 
 
+def test_signed_codes_of_eight_bits_need_no_clip() -> None:
+    """From -127 on in a static graph; integer kernels save the clip and give -128 too."""
+    static = residual(8)
+    assert [node.args[1] for node in nodes(static, aten.clamp_min.default)] == [1]
+    assert not nodes(integer_joins(static, [(IMAGES,)]), aten.clamp_min.default)
+
+
 def test_a_pool_gives_the_codes_that_it_takes() -> None:
     plain, static = residual(8), joined(8)
     (pool,) = nodes(static, aten.max_pool2d.default)
@@ -100,6 +108,23 @@ def test_coarse_codes_are_the_same_behind_fine_ones(bits: int) -> None:
         assert torch.equal(direct[x < top], chained[x < top])
 
 
+def test_what_is_broadcast_into_an_add_stays_in_float() -> None:
+    """Only the operand that a convolution writes gets codes; a parameter, and one number a channel, have none."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.line = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.Linear(16, 1)
+            self.shift = nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(self.first(x) + self.shift) + self.line(x[:, :1, :1]))
+
+    static = integer_joins(finalize(fixed(gate(Shifted().eval(), IMAGES), 8)), [(IMAGES,)])
+    joins = [name for name in static_of(static).activations if name.endswith("_joined")]
+    assert joins == ["conv2d_joined", "relu_joined"]
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_a_ceiling_that_codes_have_anyway_becomes_a_relu(bits: int) -> None:
     torch.manual_seed(0)
@@ -115,19 +140,21 @@ def test_a_ceiling_that_codes_have_anyway_becomes_a_relu(bits: int) -> None:
     assert torch.equal(result(images), static(images))
 
 
-def test_a_ceiling_below_the_codes_stays() -> None:
+@pytest.mark.parametrize("times", [1.25, 2])
+def test_a_ceiling_below_the_codes_stays(times: float) -> None:
     gated = gate(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardtanh(0, 0.25), nn.Conv2d(8, 4, 1)).eval(), 9 * IMAGES)
     apply_bits(gated, dict.fromkeys(weight_gates(gated), 8), dict.fromkeys(activation_gates(gated), 8))
     for quantiser in activation_gates(gated).values():
-        quantiser.range.data.mul_(2)
+        quantiser.range.data.mul_(times)
     static = finalize(gated)
     result = integer_joins(static, [(IMAGES,)])
     assert nodes(result, aten.hardtanh.default, aten.clamp.default)
     assert torch.equal(result(9 * IMAGES), static(9 * IMAGES))
 
 
-def test_a_clamp_with_one_bound_is_no_ceiling() -> None:
-    gated = gate(nn.Sequential(nn.Conv2d(3, 8, 3), Floor(), nn.Conv2d(8, 4, 1)).eval(), IMAGES)
+@pytest.mark.parametrize("floor", [Floor(), nn.Hardtanh(0.2, 1)])
+def test_a_clamp_from_another_number_than_zero_is_no_ceiling(floor: nn.Module) -> None:
+    gated = gate(nn.Sequential(nn.Conv2d(3, 8, 3), floor, nn.Conv2d(8, 4, 1)).eval(), IMAGES)
     apply_bits(gated, dict.fromkeys(weight_gates(gated), 8), dict.fromkeys(activation_gates(gated), 8))
     static = finalize(gated)
     assert torch.equal(integer_joins(static, [(IMAGES,)])(IMAGES), static(IMAGES))
@@ -140,6 +167,22 @@ def test_transformer_streams_stay_in_float() -> None:
     static = finalize(gated)
     before = len(static_of(static).activations)
     assert len(static_of(integer_joins(static, [(torch.randn(2, 5, 16),)])).activations) == before
+
+
+def test_a_stream_ends_where_a_function_mixes_its_elements() -> None:
+    """What a softmax gives is no stream of a convolution, so its add stays in float."""
+
+    class Attended(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            share = torch.softmax(self.first(x), 1)
+            return self.last(share + share.exp())
+
+    static = finalize(fixed(gate(Attended().eval(), IMAGES), 8))
+    assert static_of(integer_joins(static, [(IMAGES,)])).activations.keys() == static_of(static).activations.keys()
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -179,6 +222,24 @@ def test_exact_scales_are_powers_of_two(bits: int) -> None:
     assert all(bool((scale.log2() == scale.log2().round()).all()) for scale in scales)
     assert all(count.is_real for count in count_levels(static, (IMAGES,)))
     assert static_of(static).exact
+
+
+def test_exact_scales_go_up_at_eight_bits_and_else_to_the_nearest() -> None:
+    static = integer_joins(residual(4), [(IMAGES,)])
+    exact = integer_grid(static, exact=True)
+    up = []
+    for name, activation in static_of(static).activations.items():
+        before, after = (math.log2(scale_of(graph, name)) for graph in (static, exact))
+        assert after == (math.ceil(before) if activation.bits == 8 else round(before))
+        up.append(activation.bits == 8 and round(before) < before)
+    assert any(up), "the nearest would have been below"
+
+
+def scale_of(static: fx.GraphModule, name: str) -> float:
+    """The scale of an activation."""
+    return next(
+        last.args[1] for _, last in quantizers(static.graph) if last.name == static_of(static).activations[name].values
+    )
 
 
 def test_a_channel_that_a_norm_silences_gets_a_usable_scale() -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sbs_fx.passes import CostModel, channel_groups, cost_model, slim
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.slim import slim_bits
-from sbs_fx.passes.cost.polynomial import Polynomial, Variable
+from sbs_fx.passes.cost.polynomial import Polynomial, Together, Variable
 from sbs_fx.plan import Plan
 from sbs_fx.plan.errors import PolicyError
 from tests.networks.models import Recipe, networks
@@ -88,11 +88,13 @@ def test_price_of_a_plan_by_hand() -> None:
         "size": 27 * (2 + 0 + 3) + 3 * (32 + 16) + 6 * 32,  # codes, a scale and a place for each channel; floats
     }
     assert cost.price(plan) == measured(cost, plan)
-    # a mean over three channels that leaves a fraction is rounded up, in all as in each layer
+    means = [(layer.weight_bits, layer.activation_bits) for layer in cost.evaluate(plan).layers]
+    assert means == [(5 / 3, 4), (32, 8)]
+    # a mean of 11/4 bits over four channels of 27 weights each comes to whole bits
     assert cost.price(Plan({}, {"0": (2, 3, 3, 3)}))["size"] == 27 * 11 + 4 * (32 + 16) + 8 * 32
 
 
-@pytest.mark.parametrize("given_bits", [(8, 8), (8,) * 11, ()])
+@pytest.mark.parametrize("given_bits", [(8, 8), (8,) * 11, (8,) * 17, ()])
 def test_bits_by_channel_are_those_of_the_float_model(residual: CostModel, given_bits: tuple[int, ...]) -> None:
     plan = Plan({name: tuple(range(8)) for name in residual.groups}, {"stem": given_bits})
     for read in (residual.price, residual.evaluate):
@@ -205,6 +207,16 @@ def test_tables_of_more_than_two_decisions_are_refused() -> None:
         cube.tables(np.ones(4), [{i: np.array([1.0, 2.0])} for i in range(3)])
 
 
+def test_a_decision_that_moves_two_factors_of_a_product() -> None:
+    """3 x y with x and y of one decision, its square with one of them twice, and twice the first alone."""
+    x, y = Polynomial.variable(0), Polynomial.variable(1)
+    decision = {0: np.array([1.0, 2.0, 4.0]), 1: np.array([5.0, 3.0, 1.0])}
+    tables = (3 * x * y + x * x + 2 * x).tables(np.ones(3), [decision])
+    assert tables.constant == 0
+    assert tables.single[0].tolist() == [3 * 5 + 1 + 2, 3 * 2 * 3 + 4 + 4, 3 * 4 + 16 + 8]
+    assert not tables.pairs
+
+
 # Numbers
 
 
@@ -244,6 +256,11 @@ def test_a_network_of_more_than_2_to_the_53_stays_exact() -> None:
     assert cost.polynomials["bops"](x) == 15 * exact + 1024 * (3 * (2**23 + 1) + 2 * (2**23 - 1))
 
 
+def test_together_they_stay_exact_where_only_one_is_large() -> None:
+    a, b = Polynomial.variable(0), Polynomial.variable(1)
+    assert Together([a, a * b])(vector([2**27 + 1, 2**27 - 1])) == [2**27 + 1, 2**54 - 1]
+
+
 def test_arithmetic_of_polynomials() -> None:
     a, b = Polynomial.variable(0), Polynomial.variable(1)
     product = (a + 2) * (b * a + 3) * 2
@@ -251,7 +268,9 @@ def test_arithmetic_of_polynomials() -> None:
     assert product.is_exact
     assert product(vector([5, 7])) == (5 + 2) * (5 * 7 + 3) * 2
     assert product.slopes(vector([5, 7])).tolist()[:2] == [2 * (2 * 5 * 7 + 3 + 2 * 7), 2 * (25 + 2 * 5)]
+    assert ((a + b) * (a + b)).terms == {(0, 0): 1, (0, 1): 2, (1, 1): 1}
     seconds = product * 0.5
     assert not seconds.is_exact
+    assert not (a * 0.5 + b).is_exact, "one coefficient is enough"
     assert seconds(vector([5, 7]), vector([2, 1])) == (2.5 + 2) * (2.5 * 7 + 3)
     assert Polynomial({})(vector([])) == 0

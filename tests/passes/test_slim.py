@@ -202,6 +202,28 @@ def test_features_of_a_model_without_a_head_shrink_on_request() -> None:
         assert slim(graph, groups, plan)(recipe.example(3).double()).shape[-1] == 3
 
 
+class Table(nn.Module):
+    """Products of two maps, with channels and rows of one in the rows, channels and columns of the other beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = (self.a(x)[:, :, None] * self.b(x)[:, None]).transpose(2, 3)
+        return product.reshape(x.shape[0], 4 * x.shape[2], 6 * x.shape[3])
+
+
+def test_two_sizes_of_a_reshape_follow_their_channels_and_the_image() -> None:
+    """3 of 4 channels times 8 rows, 2 of 6 times 9 columns; neither can be left to -1."""
+    graph = trace(Table(), torch.randn(2, 3, 5, 7), dynamic=("batch", "height", "width"))
+    slimmed = slim(graph, channel_groups(graph, keep_outputs=False), {"a.weight:0": [0, 2, 3], "b.weight:0": [1, 4]})
+    x = torch.randn(3, 3, 8, 9)
+    with torch.no_grad():
+        whole = graph(x).view(3, 4, 8, 6, 9)
+        torch.testing.assert_close(slimmed(x), whole[:, [0, 2, 3]][:, :, :, [1, 4]].reshape(3, 24, 18))
+
+
 # torch's own pass manager
 
 

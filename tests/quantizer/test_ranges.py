@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sbs_fx.plan.bits import BITS
+from sbs_fx.quantizer import ranges
 from sbs_fx.quantizer.ranges import BINS, Histogram, best_top, grid_of, set_range, squared_error, weight_top
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from tests.oracles.gated import error_of, quantiser
@@ -110,7 +111,8 @@ def test_percentile_is_exact_to_a_bin(percent: float) -> None:
     parts = [torch.randn(5000), torch.randn(5000) * 2]
     found, values = histogram(*parts), torch.cat(parts).abs()
     exact = values.kthvalue(math.ceil(percent / 100 * len(values))).values
-    assert found.percentile(percent) == pytest.approx(float(exact), abs=1.01 * found.width)
+    # The upper end of its bin; a value on an edge to the last digit may fall to either side.
+    assert -0.01 * found.width <= found.percentile(percent) - float(exact) <= 1.01 * found.width
     if percent == 100:
         assert found.percentile(percent) == float(values.max())
 
@@ -126,6 +128,13 @@ def test_least_error_by_histogram_is_that_of_the_values(bits: int, signed: bool)
     # A bin is at most a 2048th of the largest value, an eighth of an 8-bit step.
     assert error_of(gate, x, by_histogram) <= 1.005 * error_of(gate, x, by_values)
     assert error_of(gate, x, by_histogram) <= 1.005 * error_of(gate, x, x.abs().max().view(1))
+
+
+def test_values_of_a_histogram_are_known_to_half_a_bin(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.tensor([0.0, 0.1234, 0.5, 0.8765, 1.0])
+    found = histogram(x)
+    monkeypatch.setattr(ranges, "best_top", lambda values, *_: values[0])
+    assert (found.top(quantiser(4), "mse", 0) - x).abs().max() <= 0.501 * found.width
 
 
 def test_weights_count_as_often_as_they_say() -> None:

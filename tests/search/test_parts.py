@@ -19,7 +19,7 @@ from sbs_fx.quantizer.superbit import max_level
 from sbs_fx.search import Problem, Search, channel_bits, sparse
 from sbs_fx.search.allocation import Allocator, Candidate, Decision
 from sbs_fx.search.channel_bits import ChannelBits
-from sbs_fx.search.gate_search import GateSearch
+from sbs_fx.search.gate_search import GateSearch, bits_of
 from sbs_fx.search.opq import _bit_damages, _channel_damage
 from sbs_fx.search.ranges import gates_by_bits, use_ranges
 from sbs_fx.search.repair import BudgetRepair, Harm, Move, judged_on
@@ -333,6 +333,19 @@ def test_the_path_of_the_cost(stage: GateSearch) -> None:
         stage.done = done
         assert stage.path("bops") == pytest.approx(expected)
         assert stage.path("size") == 0.0
+
+
+def test_gates_begin_at_the_plan_that_they_are_given(stage: GateSearch) -> None:
+    """The threshold of a group lies half way between the norms of the last channel that stays and the next."""
+    plan = stage.problem.space.plan(4, 2, {STREAM: 3, INNER: 5})
+    stage.start_at(plan, (IMAGES,))
+    for kind, gates in stage.searched.items():
+        assert gates
+        assert {name: bits_of(gate) for name, gate in gates.items()} == {n: plan.value(kind, n) for n in gates}
+    for name, count in ((STREAM, 3), (INNER, 5)):
+        norms = stage.channels[name].block_norms.sort(descending=True).values
+        threshold = float(stage.channels[name].threshold.detach())
+        assert threshold == pytest.approx(float(norms[count - 1] + norms[count]) / 2)
 
 
 def test_what_was_chosen_most_often_is_the_plan(stage: GateSearch) -> None:
