@@ -232,7 +232,7 @@ def test_budget_repair_never_exceeds_the_budget(cost: CostModel, seed: int, limi
     )
     gated = insert_gates(given_.graph, groups)
     teacher = torch.full((2, 10), 0.1).log()
-    repair = BudgetRepair(given_, Harm(gated, [(IMAGES, [teacher])], {}), scores)
+    repair = BudgetRepair(given_, Harm(gated, [((IMAGES,), [teacher])], {}), scores)
     budget = Budget(bops=limit)
     if not budget.is_satisfied_by(least):
         with pytest.raises(InfeasibleBudget) as error:
