@@ -136,7 +136,7 @@ class _Trial:
     @property
     def task(self) -> Task:
         task = self.call["task"]
-        return CLASSIFICATION if task is None else Task(task) if isinstance(task, str) else task
+        return CLASSIFICATION if task is None else Task.of(task)
 
     def accuracy(self, module: nn.Module) -> float:
         """The task's metric; where it is none of targets, how far the model agrees with the float one."""

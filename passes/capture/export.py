@@ -76,15 +76,13 @@ def dynamic_dims(signature: Signature, tensors: Sequence[Tensor], dynamic: Dynam
     return dims
 
 
-def exported(
-    module: nn.Module, signature: Signature, tensors: tuple[Tensor, ...], dims: Dims
-) -> tuple[fx.GraphModule, InputSpec]:
+def exported(module: nn.Module, signature: Signature, tensors: tuple[Tensor, ...], dims: Dims) -> Captured:
     """A functional graph with parameters by the module's names. Raises TraceError, or InputError for inputs on which
     the module does not run at all."""
     called = module if signature.plain else _Call(module, signature)
     batch_alone = all(name == BATCH for of_tensor in dims for name in of_tensor.values())
 
-    def plain() -> tuple[fx.GraphModule, InputSpec]:
+    def plain() -> Captured:
         batch = Dim(BATCH, min=1)
         program = _program(called, signature, tensors, [dict.fromkeys(d, batch) for d in dims])
         return _graph(program, signature), InputSpec(_tensor_specs(signature, tensors, dims), signature=signature)

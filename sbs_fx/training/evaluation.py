@@ -44,7 +44,7 @@ def evaluate(
         InputError: outputs that are not of the task's form, or a metric that gives no number.
     """
     device = device_of(module)
-    task = task_of(module) if task is None else Task(task) if isinstance(task, str) else task
+    task = task_of(module) if task is None else Task.of(task)
     metric, names = metric_of(task), _names(module)
     batches = read_batches(prepared(data, names, prepare), inputs=len(names), max_batches=max_batches)
     with mode(module, training=False), mode(reference, training=False), torch.no_grad():

@@ -58,6 +58,13 @@ class Task:
         if self.name not in NAMES:
             raise InputError(f"unknown task {self.name!r}; expected one of {', '.join(NAMES)}, or a Task of your own")
 
+    @classmethod
+    def of(cls, task: Task | str) -> Task:
+        """A task by its name, or as it is. Raises InputError for anything else."""
+        if not isinstance(task, (Task, str)):
+            raise InputError(f"task={task!r}; expected one of {', '.join(NAMES)}, or a Task of your own")
+        return cls(task) if isinstance(task, str) else task
+
     @property
     def is_categorical(self) -> bool:
         """Whether outputs are logits over dimension 1."""
@@ -169,9 +176,7 @@ CLASSIFICATION = Task("classification")
 
 def set_task(graph: fx.GraphModule, task: Task | str | None) -> None:
     """Say what a graph's outputs mean; copies of it, gated or slim, say the same. Raises InputError for no task."""
-    if not isinstance(task, (Task, str, type(None))):
-        raise InputError(f"task={task!r}; expected one of {', '.join(NAMES)}, or a Task of your own")
-    graph.meta[_KEY] = _inferred(graph) if task is None else Task(task) if isinstance(task, str) else task
+    graph.meta[_KEY] = _inferred(graph) if task is None else Task.of(task)
 
 
 def task_of(module: nn.Module) -> Task:
