@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 
 from sbs_fx.plan.errors import GraphError
 from sbs_fx.quantizer.channel_gate import ChannelGate
-from sbs_fx.quantizer.superbit import SuperBitQuantizer, level
+from sbs_fx.quantizer.grid import level
+from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default

@@ -130,7 +130,7 @@ def compress(
         job.stage("search", 0.35)
         searched = _searched(problem, entry, job)
         result = _realised(
-            traced, problem.cost, searched, problem.policy(searched.plan, entry.name), job, entry.reconstructs
+            traced, problem.cost, searched, problem.policy(searched.plan, entry.name), job
         )
         if not budget.is_satisfied_by(result.cost):
             raise GraphError(
@@ -187,7 +187,7 @@ def apply(
         problem = Problem(traced.graph, cost.groups, cost, {}, space, traced.inputs, policy.seed)
         tensors = entry.restore(problem, policy.plan, config.of(entry))
     restored = SearchResult(policy.plan, tensors)
-    return _realised(traced, cost, restored, policy, job, entry is not None and entry.reconstructs)
+    return _realised(traced, cost, restored, policy, job)
 
 
 class _Traced(NamedTuple):
@@ -254,7 +254,7 @@ def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:
 
 
 def _realised(
-    traced: _Traced, cost: CostModel, searched: SearchResult, policy: Policy, job: Job, reconstructs: bool
+    traced: _Traced, cost: CostModel, searched: SearchResult, policy: Policy, job: Job
 ) -> Result:
     """Slim, gate, calibrate, maybe fine-tune or reconstruct, finalise."""
     plan, config, data = searched.plan, job.config, job.data
@@ -271,7 +271,7 @@ def _realised(
     if config.epochs and data is not None:
         job.stage("fine-tune", 0.6)
         tune(gated, graph, job, frozen_masks=bool(plan.nonzeros))
-    elif reconstructs and rounds and data is not None:
+    elif data is not None and not plan.nonzeros:
         job.stage("reconstruct", 0.6)
         options: dict[str, Any] = {"settings": config.reconstruction, "seed": config.seed}
         reconstruct(gated, graph, data, inputs=traced.inputs, groups=groups, kept=plan.kept, **options)

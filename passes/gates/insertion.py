@@ -243,7 +243,10 @@ class _Builder:
         weights, activations = quantized_tensors(self.groups)
         unsigned = {n.name for n in non_negative(self.groups.inference.graph_module.graph.nodes)}
         for name, places in activations.items():
-            gate = SuperBitQuantizer(signed=name not in unsigned, candidates=self._candidates("activation", name))
+            # reason: integer kernels for products of two activations know no zero point
+            affine = all(layer.weights for layer, _ in places)
+            bits = self._candidates("activation", name)
+            gate = SuperBitQuantizer(signed=name not in unsigned, affine=affine, candidates=bits)
             self.activations[name] = self._add("activation_gates", name, gate)
             self._quantize(self.activations[name], places)
         for name, places in weights.items():

@@ -26,7 +26,8 @@ from sbs_fx.passes.folding import BIAS, TRANSPOSED, WEIGHT, shared_biases
 from sbs_fx.passes.gates.insertion import BatchNorm, activation_gates, channel_gates, weight_gates
 from sbs_fx.passes.static.fold import GROUPS, Constants, Fold, along_output, batch_norm_folds
 from sbs_fx.plan.errors import GraphError
-from sbs_fx.quantizer.superbit import SuperBitQuantizer, max_level
+from sbs_fx.quantizer.grid import level, max_level
+from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
 decomposed = torch.ops.quantized_decomposed
@@ -172,16 +173,17 @@ class _Lowering:
             return source
         assert isinstance(gate.bits, int)  # one range a tensor, so one bitwidth
         value = node.meta.get("val")
-        level, zero = max_level(gate.bits, gate.signed), MIDDLE if gate.signed else 0
+        below, top, _ = level(gate.bits, gate.signed, gate.below)
+        zero = MIDDLE if gate.signed and gate.below is None else -below
         arguments = (float(gate.scale()), zero, 0, MAX_CODE, torch.uint8)
         codes = value.to(torch.uint8) if isinstance(value, Tensor) else None
         quantize = decomposed.quantize_per_tensor.default
         last = self._call(quantize, (source, *arguments), codes, name=f"{name}_quantized")
-        if zero + level < MAX_CODE:
-            last = self._call(aten.clamp_max.default, (last, zero + level), codes, name=f"{name}_at_most")
-        if zero > level:
+        if zero + top < MAX_CODE:
+            last = self._call(aten.clamp_max.default, (last, zero + top), codes, name=f"{name}_at_most")
+        if zero + below > 0:
             # reason: two nodes, as compilers take `clamp` for a part of the quantiser and fail
-            last = self._call(aten.clamp_min.default, (last, zero - level), codes, name=f"{name}_at_least")
+            last = self._call(aten.clamp_min.default, (last, zero + below), codes, name=f"{name}_at_least")
         dequantize = decomposed.dequantize_per_tensor.default
         result = self._call(dequantize, (last, *arguments), node, name=f"{name}_dequantized")
         self.activations[name] = StaticActivation(gate.bits, zero, last.name, result.name)

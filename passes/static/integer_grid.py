@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from sbs_fx.passes.dialects import DEQUANTIZE, StoredWeight, quantizers, set_dialect, static_of
 from sbs_fx.passes.folding import CONVOLUTIONS
 from sbs_fx.passes.graph import attribute, copy_graph
-from sbs_fx.quantizer.superbit import level
+from sbs_fx.quantizer.grid import level
 
 aten = torch.ops.aten
 decomposed = torch.ops.quantized_decomposed

@@ -20,8 +20,8 @@ from sbs_fx.passes.channels.facts import facts_of, non_negative
 from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, StaticActivation, quantizers, set_dialect, static_of
 from sbs_fx.passes.folding import CONVOLUTIONS
 from sbs_fx.passes.graph import copy_graph
-from sbs_fx.passes.static.finalize import MAX_CODE, MIDDLE
-from sbs_fx.quantizer.ranges import Histogram, set_range
+from sbs_fx.passes.static.finalize import MAX_CODE
+from sbs_fx.quantizer.ranges import Histogram
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
@@ -132,9 +132,9 @@ def _ranges(
     unsigned = non_negative(module.graph.nodes)
     gates = {}
     for node, histogram in observer.histograms.items():
-        gates[node] = SuperBitQuantizer(signed=node not in unsigned)
+        gates[node] = SuperBitQuantizer(signed=node not in unsigned, affine=True)
         gates[node].fix(BITS)
-        set_range(gates[node], histogram.top(gates[node], method, percentile))
+        histogram.set_range(gates[node], method, percentile)
     return gates
 
 
@@ -147,7 +147,7 @@ def _quantize(
     """Let the readers read 8-bit codes of the tensor: those it has, or new ones."""
     values = _full_quantizer(tensor)
     if values is None:
-        values = _new_quantizer(graph, tensor, float(gate.scale()), MIDDLE if gate.signed else 0, activations)
+        values = _new_quantizer(graph, tensor, float(gate.scale()), -int(gate._bounds(torch.float32)[0]), activations)
     for reader in readers:
         reader.replace_input_with(tensor, values)
 
@@ -158,7 +158,7 @@ def _new_quantizer(graph: fx.Graph, tensor: fx.Node, scale: float, zero: int, ac
     A quantiser of fewer bits then reads these values. Its step is made an odd number of theirs, so that it rounds as it
     did before: its boundaries lie between two fine codes, never on one.
     """
-    coarse = [user for user in tensor.users if user.target is QUANTIZE and user.args[2] == zero]
+    coarse = [user for user in tensor.users if user.target is QUANTIZE]
     steps = int(coarse[0].args[1] / scale) if coarse else 0
     if steps:
         scale = coarse[0].args[1] / (steps - 1 + steps % 2)

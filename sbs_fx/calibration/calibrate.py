@@ -200,7 +200,7 @@ class Observations(fx.Interpreter):
                 set_range(gate, weight_top(self.values[key], gate, method))
         for key, (_, gate) in self.activations.items():
             if key in self.histograms and not gate.is_float:
-                set_range(gate, self.histograms[key].top(gate, method, percentile))
+                self.histograms[key].set_range(gate, method, percentile)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)

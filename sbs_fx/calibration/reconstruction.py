@@ -1,12 +1,12 @@
 """`reconstruct`: a calibrated network brought back towards the float one, block by block, without labels or training.
 
 In: a gated graph (slim, bits fixed, calibrated), the float graph it came from, a few hundred images. Out: the same
-graph, with batch-norm statistics, biases, ranges and rounding of its own, in place. Sources: block-wise reconstruction
-(BRECQ, arXiv 2102.05426), adaptive rounding with a straight-through gradient (AdaQuant, arXiv 2006.10518), bias
-correction (arXiv 1906.04721), learned steps (arXiv 1902.08153). Each block reads what the quantised network before it
-gives, and is brought towards what the float network gives at its end.
-Holds: no block is left worse than it was on these images; a weight that moved is a level of its gate, at most a step
-and the rounding of it away, so `finalize` gives the same codes; the same seed gives the same network.
+graph, with weights, biases and ranges of its own, in place. Each block reads what the quantised, pruned network before
+it gives, and is brought towards what the float network gives at its end: its layers in closed form (`Refits`), then,
+if steps are asked for, by gradient: block-wise reconstruction (BRECQ, arXiv 2102.05426), adaptive rounding with a
+straight-through gradient (AdaQuant, arXiv 2006.10518), learned steps (arXiv 1902.08153).
+Holds: no block is left worse than it was on the images that judge; a weight that moved is a level of its gate, so
+`finalize` gives the same codes; the same seed gives the same network.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from sbs_fx.calibration.blocks import cut_points, subgraph
+from sbs_fx.calibration.closed_form import Refits
 from sbs_fx.calibration.rounding import weight_parameters
-from sbs_fx.data.batches import read_batches, start_epoch
+from sbs_fx.data.batches import Tensors, joined_inputs, read_batches, split_inputs, start_epoch
 from sbs_fx.passes import ChannelGroups, channel_gates, weight_gates
 from sbs_fx.passes.channels.slim import Slices
-from sbs_fx.passes.gates.insertion import BatchNorm
 from sbs_fx.plan import Value
 from sbs_fx.plan.errors import GraphError, InputError
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.training.evaluation import mode
 
-aten = torch.ops.aten
+_IMAGES, _NUMBERS, _NUMBERS_AT_ONCE = 1024, 256 * 3 * 224 * 224, 32 * 3 * 224 * 224
+_HELD_OUT = 8  # batches, for one of them to be kept for judging
 
 
 class Reconstruction(Value):
     """Settings of `reconstruct`.
 
     Attributes:
-        images: read from the data. batch: images of one step.
-        steps: of the gradient, in each block; 0: statistics and biases alone.
+        images: read from the data; None: 1,024, but no more than 256 of 224 x 224 pixels. batch: images of one step.
+        steps: of the gradient, in each block, behind the closed form; 0: none.
         tolerance: a block is left as it is where its mean squared error is a smaller share of what the float network
             gives, squared. At 8 bits that is 1e-4 to 1e-3, of which so few images mend a tenth.
         weight_rate: of weights, in steps of their grid. range_rate, affine_rate: of ranges, and of biases and norms, as
@@ -48,9 +50,9 @@ class Reconstruction(Value):
 
     _error = InputError
 
-    images: int = Field(default=1024, ge=1)
+    images: int | None = Field(default=None, ge=1)
     batch: int = Field(default=64, ge=1)
-    steps: int = Field(default=200, ge=0)
+    steps: int = Field(default=0, ge=0)
     tolerance: float = Field(default=2e-3, ge=0)
     weight_rate: float = Field(default=0.1, gt=0)
     range_rate: float = Field(default=0.005, gt=0)
@@ -92,18 +94,18 @@ def reconstruct(
     if channel_gates(gated) or any(gate.bits is None for gate in weight_gates(gated).values()):
         raise GraphError("reconstruction takes a slim graph whose bits are fixed", pass_name="reconstruct")
     work = _Work(gated, teacher, Slices(groups, kept or {}), settings, seed)
-    images = _images(data, inputs, settings.images)
+    images = _images(data, inputs, settings)
     begin: str | None = None
-    inputs_now, float_inputs = images, images  # what the block reads in the gated network, and in the float one
+    now, real = images, images  # what the block reads in the gated network, and in the float one
     rows = []
     requires = {p: p.requires_grad for p in gated.parameters()}
     try:
         with mode(gated, training=False):
             for ends in _ends(gated, groups):
-                row, given_next, wanted_next = work.reconstruct(begin, ends, inputs_now, float_inputs)
+                row, given, wanted = work.reconstruct(begin, ends, now, real)
                 rows.append(row)
                 begin = ends[0]
-                inputs_now, float_inputs = [*images, given_next[0]], [*images, wanted_next[0]]
+                now, real = ([(*x, y[0]) for x, y in zip(images, ys, strict=True)] for ys in (given, wanted))
     finally:
         for parameter, value in requires.items():
             parameter.requires_grad_(value)
@@ -111,17 +113,19 @@ def reconstruct(
     return rows
 
 
-def _images(data: Iterable[Any], inputs: Sequence[Tensor], count: int) -> list[Tensor]:
-    """The first `count` examples, one tensor for each input."""
+def _images(data: Iterable[Any], inputs: Sequence[Tensor], settings: Reconstruction) -> list[Tensors]:
+    """The first examples in batches."""
     start_epoch(data, 0)
-    parts: list[tuple[Tensor, ...]] = []
+    numbers = max(x[:1].numel() for x in inputs)
+    parts, count = list[Tensors](), settings.images or max(1, min(_IMAGES, _NUMBERS // numbers))
     for _, tensors, _ in read_batches(data, inputs=len(inputs)):
-        parts.append(tensors)
-        if sum(len(p[0]) for p in parts) >= count:
+        parts.append(split_inputs(tensors, count)[0])
+        count -= len(parts[-1][0])
+        if count <= 0:
             break
-    return [
-        torch.cat([p[i] for p in parts])[:count].to(example.device, example.dtype) for i, example in enumerate(inputs)
-    ]
+    joined = joined_inputs(parts)
+    size = max(1, min(settings.batch, _NUMBERS_AT_ONCE // numbers))
+    return split_inputs(tuple(x.to(e.device, e.dtype) for x, e in zip(joined, inputs, strict=True)), size)
 
 
 def _ends(gated: fx.GraphModule, groups: ChannelGroups) -> list[tuple[str, ...]]:
@@ -146,90 +150,56 @@ class _Work:
         self.generator = torch.Generator().manual_seed(seed)
         self.names = {id(gate): name for name, gate in weight_gates(gated).items()}
         self.parameters = weight_parameters(gated)
-        self.calls, self.alike = _calls(gated), _alike(index.groups)
+        self.calls = _calls(gated)
+        self.refits = Refits(gated, teacher, index, seed)
 
     def reconstruct(
-        self, begin: str | None, ends: tuple[str, ...], inputs_now: list[Tensor], float_inputs: list[Tensor]
-    ) -> tuple[Reconstructed, list[Tensor], list[Tensor]]:
-        """One block; also what it gives now and what the float network gives at its ends."""
-        float_ends = self._run(subgraph(self.teacher, begin, ends), float_inputs)
-        targets = [self.index.select(y, self.types[end]) for end, y in zip(ends, float_ends, strict=True)]
+        self, begin: str | None, ends: tuple[str, ...], now: list[Tensors], real: list[Tensors]
+    ) -> tuple[Reconstructed, list[Tensors], list[Tensors]]:
+        """One block; also what it gives now and what the float network gives at its ends, batch by batch."""
+        wanted, observed = self.refits.observe(begin, ends, real)
+        types = [self.types[end] for end in ends]
+        targets = [tuple(self.index.select(y, t) for y, t in zip(ys, types, strict=True)) for ys in wanted]
         part = subgraph(self.gated, begin, ends)
-        results = self._run(part, inputs_now)
-        before = best = _error(results, targets)
-        if before <= self.settings.tolerance * sum(float(t.square().mean()) for t in targets):
-            return Reconstructed(ends, before, before), results, float_ends
-        state = {k: v.clone() for k, v in part.state_dict().items() if isinstance(v, Tensor)}
-        for change in (self._norms, self._biases, self._reconstruct):
-            change(part, begin, inputs_now, float_inputs, targets)
-            changed = self._run(part, inputs_now)
-            if (after := _error(changed, targets)) < best:
-                best, results = after, changed
-                state = {k: v.clone() for k, v in part.state_dict().items() if isinstance(v, Tensor)}
+        fitted = len(now) - 1 if len(now) >= _HELD_OUT else 0  # the last batch judges; all of them where they are few
+        before = best = _error(self._run(part, now[fitted:]), targets[fitted:])
+        signal = _error([tuple(torch.zeros_like(t) for t in ts) for ts in targets[fitted:]], targets[fitted:])
+        if before <= self.settings.tolerance * signal:
+            return Reconstructed(ends, before, before), self._run(part, now), wanted
+        state = _state(part)
+        fit = fitted or len(now)
+        self.refits(part, begin, now[:fit], real[:fit], observed)
+        for change in (None, self._by_gradient):
+            if change is not None and (not self.settings.steps or not change(part, now[:fit], targets[:fit])):
+                continue
+            if (after := _error(self._run(part, now[fitted:]), targets[fitted:])) < best:
+                best, state = after, _state(part)
             else:
                 part.load_state_dict(state)
-        return Reconstructed(ends, before, best), results, float_ends
+        return Reconstructed(ends, before, best), self._run(part, now), wanted
 
     @torch.no_grad()
-    def _run(self, part: fx.GraphModule, inputs_now: Sequence[Tensor]) -> list[Tensor]:
-        batches = zip(*(x.split(self.settings.batch) for x in inputs_now), strict=True)
-        return [torch.cat(ys) for ys in zip(*(part(*xs) for xs in batches), strict=True)]
-
-    # -- closed form ---------------------------------------------------------------------------------------------------
-
-    def _norms(self, part: fx.GraphModule, begin: str | None, inputs_now: list[Tensor], *_: Any) -> None:
-        """Statistics of batch norms as the mean over all batches of what they meet now."""
-        norms = {m: m.momentum for m in part.modules() if isinstance(m, BatchNorm)}
-        batches = list(zip(*(x.split(self.settings.batch) for x in inputs_now), strict=True))
-        for index, xs in enumerate(batches if norms else ()):
-            for module in norms:
-                module.train()
-                module.momentum = 1 / (index + 1)
-            with torch.no_grad():
-                part(*xs)
-        for module, momentum in norms.items():
-            module.eval()
-            module.momentum = momentum
-
-    def _biases(
-        self, part: fx.GraphModule, begin: str | None, inputs_now: list[Tensor], float_inputs: list[Tensor], _: Any
-    ) -> None:
-        """Biases of layers and batch norms, one after the other, so that the mean of each output channel is right."""
-        for node in list(part.graph.nodes):
-            name = _bias(part, node)
-            if name is None or node.name not in self.alike or not self._owns(part, name):
-                continue
-            mean = self._run(subgraph(self.teacher, begin, [node.name]), float_inputs)[0]
-            mean = self.index.select(mean, self.types[node.name])
-            off = mean - self._run(subgraph(self.gated, begin, [node.name]), inputs_now)[0]
-            channel = off.ndim - 1 if node.target is aten.linear.default else 1
-            bias = part.get_parameter(name)
-            with torch.no_grad():
-                bias.add_(off.mean([i for i in range(off.ndim) if i != channel]).to(bias.dtype))
+    def _run(self, part: fx.GraphModule, batches: Sequence[Tensors]) -> list[Tensors]:
+        return [part(*tensors) for tensors in batches]
 
     # -- by gradient ---------------------------------------------------------------------------------------------------
 
-    def _reconstruct(
-        self,
-        part: fx.GraphModule,
-        begin: str | None,
-        inputs_now: list[Tensor],
-        float_inputs: list[Tensor],
-        targets: list[Tensor],
-    ) -> None:
-        """Adam on weights (straight through their rounding), ranges, biases and norms, on the squared error."""
+    def _by_gradient(self, part: fx.GraphModule, now: list[Tensors], targets: list[Tensors]) -> bool:
+        """Adam on weights (straight through their rounding), ranges, biases and norms, on the squared error; False
+        where there is nothing to move."""
         s = self.settings
         rates, weights = self._variables(part)
-        if not rates or not s.steps:
-            return
+        if not rates:
+            return False
+        inputs, wanted = joined_inputs(now), joined_inputs(targets)
         optimiser = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates])
-        count, batch = len(inputs_now[0]), min(s.batch, len(inputs_now[0]))
-        scale = [1 / float(t.square().mean().clamp_min(1e-30)) for t in targets]
+        count = len(inputs[0])
+        scale = [1 / float(t.square().mean().clamp_min(1e-30)) for t in wanted]
         for step in range(s.steps):
-            chosen = torch.randperm(count, generator=self.generator)[:batch].to(inputs_now[0].device)
-            outputs = part(*(x[chosen] for x in inputs_now))
+            chosen = torch.randperm(count, generator=self.generator)[: s.batch].to(inputs[0].device)
+            outputs = part(*(x[chosen] if len(x) == count else x for x in inputs))
             loss = torch.stack(
-                [k * (y - t[chosen]).square().mean() for y, t, k in zip(outputs, targets, scale, strict=True)]
+                [k * (y - t[chosen]).square().mean() for y, t, k in zip(outputs, wanted, scale, strict=True)]
             ).sum()
             optimiser.zero_grad()
             loss.backward()
@@ -242,6 +212,7 @@ class _Work:
         with torch.no_grad():
             for name, gate in self._gates(part, weights):
                 self.parameters[name].copy_(gate(self.parameters[name]))
+        return True
 
     def _variables(
         self, part: fx.GraphModule
@@ -288,15 +259,14 @@ def _calls(graph_module: fx.GraphModule) -> dict[str, int]:
     return counts
 
 
-def _bias(part: fx.GraphModule, node: fx.Node) -> str | None:
-    """The parameter that is added to each channel of a layer or batch norm, if it has one."""
-    is_norm = node.op == "call_module" and isinstance(part.get_submodule(str(node.target)), BatchNorm)
-    is_layer = node.target in (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-    bias = node.args[2] if (is_norm or is_layer) and len(node.args) > 2 else None
-    return str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
+def _state(part: fx.GraphModule) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in part.state_dict().items() if isinstance(value, Tensor)}
 
 
-def _error(results: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
-    errors = [float((y - t).square().mean()) for y, t in zip(results, targets, strict=True)]
-    total = sum(errors)
+def _error(results: Sequence[Tensors], targets: Sequence[Tensors]) -> float:
+    """Mean squared error of the tensors at the ends, added up."""
+    total = 0.0
+    for ys, ts in zip(results, targets, strict=True):
+        total += sum(float(F.mse_loss(y, t)) * len(y) for y, t in zip(ys, ts, strict=True))
+    total /= sum(len(ys[0]) for ys in results)
     return total if total == total else math.inf

@@ -13,27 +13,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
+from sbs_fx.calibration.columns import Product
 from sbs_fx.data.batches import Tensors
 from sbs_fx.passes import weight_gates
-from sbs_fx.passes.folding import CONVOLUTIONS
 from sbs_fx.passes.gates.masked import silence
 from sbs_fx.passes.graph import attribute
-from sbs_fx.passes.static.fold import GROUPS
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.training.evaluation import mode
 
-aten = torch.ops.aten
 _DAMPING = 0.01  # of the mean of the diagonal, as in the paper
 _ROWS = 4  # samples of a layer's input for each of its columns, about
 _LEAST_ROWS = 4096
 _BLOCK = 64  # columns whose error is passed on within the block first
 
 
+def products(network: fx.GraphModule) -> dict[str, tuple[fx.Node, Product]]:
+    """Weight name -> the layer that multiplies it and how, where a single one does and its form is known."""
+    gates = {id(gate): name for name, gate in weight_gates(network).items()}
+    found: dict[str, tuple[fx.Node, Product]] = {}
+    for node in network.graph.find_nodes(op="call_module"):
+        name = gates.get(id(network.get_submodule(str(node.target))))
+        reader = next(iter(node.users), None)
+        if name is None or reader is None or len(node.users) > 1 or node in (reader.args[0], *reader.args[2:]):
+            continue
+        product = Product.of(reader, node.meta["val"])
+        if product is not None:
+            found[name] = reader, product
+    return found
+
+
 def input_moments(network: fx.GraphModule, batches: Iterable[Tensors], names: Iterable[str]) -> dict[str, Tensor]:
-    """Weight name -> E[x x^T] of the columns (groups, columns, columns) that the weight is multiplied with, for weights
-    of a convolution (1d or 2d) or a linear alone; other weights are left out.
+    """Weight name -> E[x x^T] (groups, columns, columns) of the columns that the weight is multiplied with, at random
+    places; weights that no `Product` describes are left out.
 
     Args:
         network: gated, all gates open.
@@ -50,61 +62,36 @@ def input_moments(network: fx.GraphModule, batches: Iterable[Tensors], names: It
 class _Moments(fx.Interpreter):
     def __init__(self, network: fx.GraphModule, names: set[str]) -> None:
         super().__init__(network)
-        gates = {id(gate): name for name, gate in weight_gates(network).items() if name in names}
-        self.read: dict[fx.Node, str] = {}
-        for node in network.graph.find_nodes(op="call_module"):
-            name = gates.get(id(network.get_submodule(str(node.target))))
-            if name is not None and len(node.users) == 1:
-                reader = next(iter(node.users))
-                if (reader.target in CONVOLUTIONS or reader.target is aten.linear.default) and reader.args[1] is node:
-                    self.read[reader] = name
+        self.read = {node: (name, p) for name, (node, p) in products(network).items() if name in names}
         self.sums: dict[str, Tensor] = {}
         self.share = 1.0
+        self.generator = torch.Generator().manual_seed(0)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n in self.read:
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            columns = _columns(n.target, args)
-            if columns is not None:
-                rows = max(_LEAST_ROWS, _ROWS * columns.shape[2]) * self.share
-                columns = columns[:, :: max(1, int(columns.shape[1] / max(1, rows)))]
-                moments = columns.mT @ columns / columns.shape[1] * self.share
-                self.sums[self.read[n]] = self.sums.get(self.read[n], 0) + moments
+            x, (name, product) = self.env[n.args[0]], self.read[n]
+            rows = max(_LEAST_ROWS, _ROWS * product.width) * self.share
+            places = product.places(result, max(1, round(rows / len(x))), self.generator)
+            columns = product.columns(x, result.shape, places)
+            moments = columns @ columns.mT / columns.shape[2] * self.share
+            self.sums[name] = self.sums.get(name, 0) + moments
         return result
 
 
-def _columns(target: Any, args: tuple[Any, ...]) -> Tensor | None:
-    """What a layer reads, (groups, positions, columns)."""
-    x, weight = args[:2]
-    if target is aten.linear.default:
-        return x.reshape(1, -1, x.shape[-1])
-    stride, padding, dilation = args[3:6]
-    if weight.ndim > 4 or isinstance(padding, str):
-        return None
-    flat = weight.ndim == 3
-    sizes = [(1, *s) if flat else tuple(s) for s in (weight.shape[2:], stride, padding, dilation)]
-    if flat:
-        sizes[2] = (0, *padding)
-        x = x.unsqueeze(2)
-    kernel, stride, padding, dilation = sizes
-    rows = F.unfold(x, kernel, dilation, padding, stride)  # (batch, inputs * kernel, positions)
-    return rows.unflatten(1, (args[GROUPS], -1)).permute(1, 0, 3, 2).flatten(1, 2)
-
-
 @torch.no_grad()
-def compensated(weight: Tensor, gate: SuperBitQuantizer, moments: Tensor) -> Tensor:
-    """The weight (outputs, inputs / groups, ...) rounded by a gate with fixed bits; moments (groups, columns, columns).
+def compensated(weight: Tensor, gate: SuperBitQuantizer, product: Product, moments: Tensor) -> Tensor:
+    """The weight rounded by a gate with fixed bits; moments (groups, columns, columns) of the columns of its product.
 
     The ranges are those of the gate. Rounding is done in float32.
     """
-    groups, columns = moments.shape[:2]
-    weights = weight.detach().float().reshape(groups, -1, columns)
-    scale = gate.scale().float().expand(len(weight)).reshape(groups, -1, 1)
-    low, high = (float(v) for v in gate._bounds(torch.float32)[:2])
+    weights = product.rows(weight.detach().float())
+    columns = weights.shape[2]
+    each = (gate._along(v, weight) for v in (gate.scale().float(), *gate._bounds(torch.float32)[:2]))
+    scale, low, high = (product.rows(torch.as_tensor(v).to(weights).expand(weight.shape))[:, :, :1] for v in each)
 
     def nearest(values: Tensor) -> Tensor:
-        return (values / scale).round().clamp(low, high) * scale
+        return torch.minimum(torch.maximum((values / scale).round(), low), high) * scale
 
     order = moments.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True, stable=True)
     rest, factor = weights[:, :, order], _factor(moments[:, order][:, :, order])
@@ -126,7 +113,7 @@ def compensated(weight: Tensor, gate: SuperBitQuantizer, moments: Tensor) -> Ten
         return ((off @ moments.float()) * off).sum(2, keepdim=True)
 
     result = torch.where(error(result) < error(plain), result, plain)
-    return result.reshape(weight.shape).to(weight.dtype)
+    return product.weight(result).to(weight.dtype)
 
 
 def _factor(moments: Tensor) -> Tensor:

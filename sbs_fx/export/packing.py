@@ -30,7 +30,7 @@ from sbs_fx.passes.graph import attribute, copy_with
 from sbs_fx.passes.static.fold import Constants
 from sbs_fx.plan.bits import place_bits
 from sbs_fx.plan.errors import GraphError
-from sbs_fx.quantizer.superbit import max_level
+from sbs_fx.quantizer.grid import max_level
 
 aten = torch.ops.aten
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_channel.default

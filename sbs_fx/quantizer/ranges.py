@@ -1,7 +1,7 @@
 """From values to a quantiser's range: the largest value, a percentile, or the least squared error.
 
-In: a weight, or a running histogram of an activation's absolute values; the grid it will be rounded to. Out: a *top*,
-the value that the outermost level stands for, from which range = top * divisor / high (`superbit.level`).
+In: a weight, or a running histogram of an activation; the grid it will be rounded to. Out: a *top*, the value that the
+outermost level stands for, from which range = top * divisor / high (`grid.level`); of an affine grid, both ends.
 Holds: the top of least error never has a larger error than the largest value as top; a histogram's memory is bounded,
 and its counts stay exact while its range grows.
 """
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sbs_fx.plan.bits import FLOAT_BITS
-from sbs_fx.quantizer.superbit import SuperBitQuantizer, level
+from sbs_fx.quantizer.grid import level
+from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 BINS = 4096
 LEAST_TOP = 2.0**-30  # reason: a tensor of values this small is zero to every later layer
@@ -26,6 +27,7 @@ _CHANNEL_SAMPLES = 512
 # Shares of the largest value that are tried as top, then those around the best of them.
 _COARSE = tuple(0.85**k for k in range(29))
 _FINE = tuple(0.85 ** (k / 4) for k in (-3, -2, -1, 1, 2, 3))
+_ROUNDS = 4  # of moving one end after the other
 _HOPELESS = 4.0  # reason: past the best share the error only grows; this far past, nothing better is met
 
 Grid = tuple[Tensor, Tensor, Tensor]  # low, high, divisor, each (channels,) or (1,)
@@ -36,7 +38,7 @@ def grid_of(gate: SuperBitQuantizer) -> Grid:
     searched = [bits for bits in gate.candidates if bits != FLOAT_BITS]
     bits = searched[len(searched) // 2] if gate.bits is None else gate.bits
     each = bits.tolist() if isinstance(bits, Tensor) else [bits]
-    low, high, divisor = torch.tensor([level(b, gate.signed) for b in each], device=gate.range.device).T
+    low, high, divisor = torch.tensor([level(b, gate.signed, gate.below) for b in each], device=gate.range.device).T
     return low, high, divisor
 
 
@@ -81,7 +83,8 @@ def best_top(values: Tensor, largest: Tensor, grid: Grid, weights: Tensor | None
     """The top of least squared error among shares of `largest`, from 1 to 0.01.
 
     Args:
-        values: (channels, n). largest: (channels,). weights: (n,), how often each value counts; None: once.
+        values: (channels, n). largest: (channels,). weights: (n,) or (channels, n), how often each value counts; None:
+            once.
     """
     best, error = largest, squared_error(values, largest, grid, weights)
     for shares in (_COARSE[1:], _FINE):
@@ -97,30 +100,41 @@ def best_top(values: Tensor, largest: Tensor, grid: Grid, weights: Tensor | None
 
 def squared_error(values: Tensor, top: Tensor, grid: Grid, weights: Tensor | None = None) -> Tensor:
     """Sum of squared rounding and clipping errors, shape (channels,), of values (channels, n) on a grid whose outermost
-    level stands for top (channels,); (n,) `weights` as in `best_top`."""
+    level stands for top (channels,); `weights` as in `best_top`."""
     scale = (top.clamp_min(LEAST_TOP) / grid[1].clamp_min(1))[:, None]
     low, high = (bound.expand(len(scale))[:, None] for bound in grid[:2])
     alike = len(grid[1]) == 1  # reason: numbers as bounds are four times as fast as tensors
     rows = max(1, _BLOCK // values.shape[1])
     errors = []
-    for part, s, lo, hi in zip(*(t.split(rows) for t in (values, scale, low, high)), strict=True):
+    shared = weights is None or weights.ndim == 1
+    own = values if shared else weights  # reason: something to split
+    for part, s, lo, hi, each in zip(*(t.split(rows) for t in (values, scale, low, high, own)), strict=True):
         code = (part / s).round_()
         code = code.clamp_(float(lo[0]), float(hi[0])) if alike else torch.minimum(torch.maximum(code, lo), hi)
         error = code.mul_(s).sub_(part).square_()
-        errors.append(error.sum(1) if weights is None else error.to(weights.dtype) @ weights)
+        if weights is None:
+            errors.append(error.sum(1))
+        else:
+            errors.append(error.to(weights.dtype) @ weights if shared else error.mul_(each).sum(1))
     return torch.cat(errors)
 
 
 class Histogram:
-    """Running histogram of absolute values, in `BINS` bins of one width from 0 on, and zeros apart.
+    """Running histogram of values by sign, in `BINS` bins of one width from 0 on either side, and zeros apart.
 
-    A value beyond the last bin doubles the width, which merges neighbouring bins, until it fits. Grids are symmetric
-    around zero or begin there, so the sign does not matter.
+    A value beyond the last bin doubles the width, which merges neighbouring bins, until it fits.
+
+    Attributes:
+        low, high: of all values, and zero.
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(BINS, dtype=torch.float64)
-        self.zeros, self.largest, self.width = 0.0, 0.0, 0.0
+        self.counts = torch.zeros(2, BINS, dtype=torch.float64)  # of values above zero, and below it
+        self.zeros, self.low, self.high, self.width = 0.0, 0.0, 0.0, 0.0
+
+    @property
+    def largest(self) -> float:
+        return max(-self.low, self.high)
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> bool:
         """Count the values of a tensor, each once or by its weight (of x's shape). False, and nothing counted, if there
@@ -128,10 +142,9 @@ class Histogram:
         if not x.numel():
             return True
         low, high = (float(bound) for bound in x.detach().aminmax())
-        largest = max(-low, high)
         if not math.isfinite(low) or not math.isfinite(high):
             return False
-        self.largest = max(self.largest, largest)
+        self.low, self.high = min(self.low, low), max(self.high, high)
         self._grow()
         parts = x.detach().reshape(-1).split(_CHUNK)
         counted = [None] * len(parts) if weights is None else weights.double().reshape(-1).split(_CHUNK)
@@ -146,38 +159,88 @@ class Histogram:
             return  # reason: so far all values are as good as zero
         while self.width * BINS < self.largest:
             self.width *= 2
-            merged = self.counts.view(-1, 2).sum(1)
-            self.counts = torch.cat([merged, torch.zeros_like(merged)])
+            merged = self.counts.view(2, -1, 2).sum(2)
+            self.counts = torch.cat([merged, torch.zeros_like(merged)], 1)
 
     def _count(self, x: Tensor, weights: Tensor | None) -> None:
-        x = x.abs() if x.element_size() >= 4 else x.float().abs()
+        x = x if x.element_size() >= 4 else x.float()
         zero = x == 0
         zeros = float(zero.sum() if weights is None else weights[zero].sum())
         self.zeros += zeros
         if self.width:
-            place = x.mul(1 / self.width).to(torch.int32).clamp_max_(BINS - 1)
-            self.counts += torch.bincount(place, weights, minlength=BINS).to(self.counts)
-            self.counts[0] -= zeros
+            place = x.abs().mul_(1 / self.width).to(torch.int32).clamp_max_(BINS - 1)
+            if self.low < 0:
+                place = place.add_(x < 0, alpha=BINS)
+            self.counts += torch.bincount(place, weights, minlength=2 * BINS).to(self.counts).view(2, BINS)
+            self.counts[0, 0] -= zeros
 
     def percentile(self, percent: float) -> float:
         """The value that `percent` of all absolute values do not exceed, to the width of a bin; 100: the largest."""
-        below = self.zeros + self.counts.cumsum(0)
+        below = self.zeros + self.counts.sum(0).cumsum(0)
         count = percent / 100 * float(below[-1])
         if percent >= 100 or not self.width:
             return self.largest
         place = int(torch.searchsorted(below, torch.tensor(count, dtype=torch.float64)))
         return min((min(place, BINS - 1) + 1) * self.width, self.largest)
 
-    def top(self, gate: SuperBitQuantizer, method: str, percentile: float) -> Tensor:
-        """Top for a gate, shape (1,)."""
+    def set_range(self, gate: SuperBitQuantizer, method: str, percentile: float) -> None:
+        """The range of a gate, and how much of an affine one lies below zero; as `calibrate` says."""
+        if gate.below is None or not self.width:
+            set_range(gate, self._top(gate, method, percentile))
+        else:
+            gate.set_ends(*self._ends(gate, method, percentile))
+
+    def _top(self, gate: SuperBitQuantizer, method: str, percentile: float) -> Tensor:
+        """Top of a grid that is symmetric or begins at zero, shape (1,)."""
         largest = torch.tensor([self.largest])
         if method == "percentile":
             return torch.tensor([self.percentile(percentile)])
         if method == "minmax" or not self.largest:
             return largest
-        # reason: only bins that hold anything can err, and a short tail of them is all that most tensors have
-        used = self.counts.nonzero()[:, 0]
-        values = torch.cat([torch.zeros(1), ((used + 0.5) * self.width).to(torch.float32).clamp_max(self.largest)])
-        weights = torch.cat([torch.tensor([self.zeros], dtype=torch.float64), self.counts[used]])
+        values, weights = self._values(self.counts.sum(0))
         low, high, divisor = (bound.cpu() for bound in grid_of(gate))
         return best_top(values[None], largest, (low, high, divisor), weights)
+
+    def _ends(self, gate: SuperBitQuantizer, method: str, percentile: float) -> tuple[float, float]:
+        """Ends of an affine grid. Of least error: both drawn in alike, then each by itself, over again."""
+        if method == "percentile":
+            top = self.percentile(percentile)
+            return max(self.low, -top), min(self.high, top)
+        if method == "minmax":
+            return self.low, self.high
+        values, weights = self._values(self.counts)
+        steps = int(grid_of(gate)[1] - grid_of(gate)[0])
+        best = self.low, self.high, math.inf
+
+        def attempt(low: float, high: float) -> bool:
+            nonlocal best
+            scale = (high - low) / steps
+            zero = round(-low / scale)
+            code = (values / scale).round_().clamp_(-zero, steps - zero)
+            error = float(code.mul_(scale).sub_(values).square_().double() @ weights)
+            if better := error < best[2]:
+                best = low, high, error
+            return better
+
+        for share in _COARSE:
+            attempt(self.low * share, self.high * share)
+        for _ in range(_ROUNDS):
+            moved = False
+            for factor in _FINE:
+                low, high, _ = best
+                moved |= attempt(max(low * factor, self.low), high)
+                low, high, _ = best
+                moved |= attempt(low, min(high * factor, self.high))
+            if not moved:
+                break
+        return best[:2]
+
+    def _values(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Middles of the bins that hold anything, and zero, and how much they hold."""
+        # reason: only bins that hold anything can err, and a short tail of them is all that most tensors have
+        rows = counts.view(-1, BINS)
+        used = [row.nonzero()[:, 0] for row in rows]
+        middles = [((u + 0.5) * self.width).to(torch.float32).clamp_max(self.largest) for u in used]
+        values = [torch.zeros(1), *(m if i == 0 else -m for i, m in enumerate(middles))]
+        held = [torch.tensor([self.zeros], dtype=torch.float64), *(r[u] for r, u in zip(rows, used, strict=True))]
+        return torch.cat(values), torch.cat(held)

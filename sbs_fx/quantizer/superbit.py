@@ -7,14 +7,15 @@ kept for the backward pass is the input, the ranges and a few numbers per gate, 
 
 One *range* v serves all bitwidths: s_b = 2v/(2^b - 1) on a signed grid, whose outer levels are +-1, +-7, +-127 at 2, 4
 and 8 bits with a half step to spare at either end, and s_b = v/(2^b - 1) on an unsigned one, with levels 0 to 3, 15,
-255. z_b is x rounded on the grid of b, whatever the coarser candidates are. Where each bitwidth divides the next, as in
+255. An affine grid has the steps of the signed one and all 2^b levels, of which a share `below` lies under zero; zero
+is one of them. z_b is x rounded on the grid of b, whatever the coarser candidates are. Where each bitwidth divides the next, as in
 2, 4, 8, the step sizes nest (s_4 = s_2/5, s_8 = s_4/17) and that is the paper's z_2 plus rounded residuals, ties apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +23,12 @@ from torch.autograd.function import once_differentiable
 
 from sbs_fx.plan.bits import BITS, FLOAT_BITS
 from sbs_fx.plan.errors import InputError, PolicyError
+from sbs_fx.quantizer.grid import Grid, Level, level
 
+Sides = tuple[float, float]  # where x is cut off, in units of the range: (-1, 1), (0, 1) or in between
 Bounds = tuple[Any, Any, Any]  # low, high, divisor: three numbers, or three tensors that broadcast over the input
 SEARCHING = -1  # how a searching quantiser is written in a state dict
 LEAST_RANGE = 2.0**-40  # reason: a channel of zeros has range 0; below this, a range acts as if it were this wide
-
-
-class Level(NamedTuple):
-    """Integer grid of one bitwidth: values are code * range / divisor, codes from low to high."""
-
-    low: int
-    high: int
-    divisor: float
-
-
-def max_level(bits: int, signed: bool) -> int:
-    """Outermost integer level of a bitwidth: 1, 7, 127 signed and 3, 15, 255 unsigned for 2, 4, 8 bits."""
-    return (1 << bits - signed) - 1
-
-
-def level(bits: int, signed: bool) -> Level:
-    """The grid of a bitwidth; of 0 bits, zero alone."""
-    if bits == 0:
-        return Level(0, 0, 1.0)
-    steps, high = 2**bits - 1, max_level(bits, signed)
-    return Level(-high, high, steps / 2) if signed else Level(0, high, steps)
 
 
 def _encode(x: Tensor, scale: Tensor, low: Any, high: Any) -> Tensor:
@@ -114,20 +96,20 @@ def _straight_through(
     return grad_x, grad_range
 
 
-def _inside(x: Tensor, width: Tensor, signed: bool) -> Tensor:
+def _inside(x: Tensor, width: Tensor, sides: Sides) -> Tensor:
     """1 where x is within its range, else 0, in x's dtype: products with booleans are slow."""
-    return ((x <= width) & (x >= (-width if signed else 0))).to(x.dtype)
+    return ((x <= width * sides[1]) & (x >= width * sides[0])).to(x.dtype)
 
 
 class _Fixed(torch.autograd.Function):
     """Plain quantiser of given bounds, numbers or tensors; keeps its input and its range."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, range_: Tensor, low: Any, high: Any, divisor: Any, signed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, range_: Tensor, low: Any, high: Any, divisor: Any, sides: Sides) -> Tensor:
         bounds = (low, high, divisor)
         ctx.save_for_backward(x, range_, *(b for b in bounds if isinstance(b, Tensor)))
         ctx.bounds = None if isinstance(high, Tensor) else bounds
-        ctx.signed = signed
+        ctx.sides = sides
         ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
         value, width = _ranges(x, range_)
         return _rounded(value, width, *bounds).to(x.dtype)
@@ -139,7 +121,7 @@ class _Fixed(torch.autograd.Function):
         low, high, divisor = ctx.bounds or tensors
         x, width = _ranges(saved_x, range_)
         y = _rounded(x, width, low, high, divisor)
-        inside = _inside(x, width, ctx.signed)
+        inside = _inside(x, width, ctx.sides)
         if isinstance(high, Tensor) and high.ndim:
             inside = inside * (high > 0)  # a pruned channel is zero whatever its input
         return *_straight_through(grad.to(x.dtype), y, x, width, inside, ctx), None, None, None, None
@@ -153,10 +135,10 @@ class _Search(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, range_: Tensor, threshold: Tensor, levels: Sequence[Level], signed: bool, shared: bool
+        ctx: Any, x: Tensor, range_: Tensor, threshold: Tensor, levels: Sequence[Level], sides: Sides, shared: bool
     ) -> Any:
         value, width = _ranges(x, range_)
-        clipped = value.clamp(-width if signed else torch.zeros_like(width), width)
+        clipped = value.clamp(width * sides[0], width * sides[1])
         norms = threshold.new_empty(threshold.shape)
         for index, z in enumerate(_chain(value, width, levels[: len(norms)])):
             steps = z.sub_(clipped).mul_(levels[index].divisor / width)
@@ -166,7 +148,7 @@ class _Search(torch.autograd.Function):
         if len(opened) == len(levels):
             y = torch.where(opened.all(), value, y)
         ctx.save_for_backward(x, range_, threshold, norms)
-        ctx.levels, ctx.signed = levels, signed
+        ctx.levels, ctx.sides = levels, sides
         ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
         ctx.mark_non_differentiable(norms)
         return y.to(x.dtype), norms
@@ -189,7 +171,7 @@ class _Search(torch.autograd.Function):
             offsets.append((x - previous).mul_(grad).sum())
             unrounded = opened.all().to(x.dtype)
             y.mul_(1 - unrounded)
-        grad_x, grad_range = _straight_through(grad, y, x, width, _inside(x, width, ctx.signed), ctx, unrounded)
+        grad_x, grad_range = _straight_through(grad, y, x, width, _inside(x, width, ctx.sides), ctx, unrounded)
         # dy/dg_j = (product of the gates before it) * (eps_j + g_{j+1}(eps_{j+1} + ...))
         gates = opened.to(x.dtype)
         grad_threshold = torch.zeros_like(threshold)
@@ -241,11 +223,14 @@ class SuperBitQuantizer(nn.Module):
         channels: number of ranges, one per coordinate of `channel_dim`; None for one range per tensor.
         channel_dim: dimension that carries them.
         signed: levels on both sides of zero, else from zero up.
+        affine: with signed, of a whole tensor: as many levels on either side as its ends ask for.
         candidates: what a search chooses from: some of 2, 3, 4, 5, 6, 8, ascending, and 32 as the last one or not.
             `fix` takes any of them all.
 
     Attributes:
-        range: what x is clipped to, in units of x; shape () or (channels,); initially 1.
+        range: what x is clipped to, in units of x; shape () or (channels,); initially 1. Of an affine grid, half the
+            distance of its ends.
+        below: of an affine grid, the share that lies under zero; else None.
         threshold: of the gates, shape (len(candidates) - 1,).
         across_processes: each process sees a part of x, and gates are decided over all of it.
         frozen: while searching, decide by the norms of the last forward that was not frozen; thresholds get no gradient
@@ -264,6 +249,7 @@ class SuperBitQuantizer(nn.Module):
         channels: int | None = None,
         channel_dim: int = 0,
         signed: bool = True,
+        affine: bool = False,
         candidates: Sequence[int] = (2, 4, 8),
     ) -> None:
         super().__init__()
@@ -273,6 +259,7 @@ class SuperBitQuantizer(nn.Module):
                 f"candidates {tuple(candidates)}; expected some of {BITS}, ascending, with or without {FLOAT_BITS} last"
             )
         self.channels, self.channel_dim, self.signed = channels, channel_dim, signed
+        self.below: float | None = 0.5 if affine and signed else None
         self.candidates = tuple(candidates)
         self.range = nn.Parameter(torch.ones(() if channels is None else channels))
         self.threshold = nn.Parameter(torch.zeros(len(self.candidates) - 1))
@@ -281,6 +268,12 @@ class SuperBitQuantizer(nn.Module):
         self._bits: int | None = FLOAT_BITS
         self.across_processes = False
         self.frozen = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """To make another of the same kind."""
+        kind = {"channels": self.channels, "channel_dim": self.channel_dim, "signed": self.signed}
+        return {**kind, "affine": self.below is not None, "candidates": self.candidates}
 
     @property
     def bits(self) -> int | Tensor | None:
@@ -343,6 +336,22 @@ class SuperBitQuantizer(nn.Module):
         value, width = _ranges(x, self._along(self.range, x))
         return _encode(value, width / divisor, low, high).to(torch.int32)
 
+    @torch.no_grad()
+    def set_ends(self, low: float, high: float) -> None:
+        """Of an affine grid: its outermost levels, low <= 0 <= high, as near as zero on the grid allows."""
+        self.below = -low / (high - low)
+        self.range.fill_((high - low) / 2)
+
+    @property
+    def grid(self) -> Grid:
+        """Range and share below zero, to be put into a quantiser of the same kind with `use`."""
+        return Grid(self.range.detach().clone(), self.below)
+
+    @torch.no_grad()
+    def use(self, grid: Grid) -> None:
+        self.range.copy_(grid.range)
+        self.below = grid.below
+
     def forward(self, x: Tensor) -> Tensor:
         """x on its grid, of x's shape and dtype; see the table above."""
         if self.is_float:
@@ -352,17 +361,17 @@ class SuperBitQuantizer(nn.Module):
             levels = self._levels()
             if self.frozen:
                 opened = self.norms > self.threshold.detach()
-                y = _Fixed.apply(x, range_, *_chosen(opened, levels), self.signed)
+                y = _Fixed.apply(x, range_, *_chosen(opened, levels), self._sides())
                 return torch.where(opened.all(), x, y) if len(opened) == len(levels) else y
-            y, norms = _Search.apply(x, range_, self.threshold, levels, self.signed, self.across_processes)
+            y, norms = _Search.apply(x, range_, self.threshold, levels, self._sides(), self.across_processes)
             self.norms.copy_(norms)
             return y
         bounds = tuple(self._along(bound, x) for bound in self._bounds(_precision(x)))
-        return _Fixed.apply(x, range_, *bounds, self.signed)
+        return _Fixed.apply(x, range_, *bounds, self._sides())
 
     def _levels(self) -> tuple[Level, ...]:
         """The grids of the candidates below float."""
-        return tuple(level(bits, self.signed) for bits in self.candidates if bits != FLOAT_BITS)
+        return tuple(level(bits, self.signed, self.below) for bits in self.candidates if bits != FLOAT_BITS)
 
     def _bounds(self, dtype: torch.dtype) -> Bounds:
         """Low, high and divisor: numbers, or tensors (channels,) of this dtype if bits differ by channel."""
@@ -373,7 +382,12 @@ class SuperBitQuantizer(nn.Module):
         if self._bits is None or self._bits == FLOAT_BITS:
             state = "searching" if self._bits is None else "open at float precision"
             raise PolicyError(f"a quantiser that is {state} has no scale; call fix with one of {BITS} first")
-        return level(self._bits, self.signed)
+        return level(self._bits, self.signed, self.below)
+
+    def _sides(self) -> Sides:
+        if self.below is not None:
+            return -2 * self.below, 2 - 2 * self.below
+        return (-1.0 if self.signed else 0.0), 1.0
 
     def _along(self, values: Any, x: Tensor) -> Any:
         """Per-channel values in the shape that broadcasts over x; anything else as it is."""
@@ -387,12 +401,16 @@ class SuperBitQuantizer(nn.Module):
         return values.view(shape)
 
     def get_extra_state(self) -> Tensor:
-        """The bits, as a tensor, so that a state dict can be stored without pickle."""
+        """The bits, and the share of an affine grid below zero, as a tensor: a state dict is stored without pickle."""
         if self.channel_bits is not None:
             return self.channel_bits.clone()
-        return torch.tensor(SEARCHING if self._bits is None else self._bits)
+        bits = SEARCHING if self._bits is None else self._bits
+        return torch.tensor(bits) if self.below is None else torch.tensor([bits, self.below], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
+        if state.is_floating_point():
+            self.below = float(state[1])
+            state = state[0].to(torch.int64)
         self.search() if state.ndim == 0 and state == SEARCHING else self.fix(state)
 
     def extra_repr(self) -> str:

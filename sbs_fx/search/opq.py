@@ -38,7 +38,7 @@ from sbs_fx.plan import Plan, Value
 from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.errors import InputError, SbsError, WeightsError
 from sbs_fx.plan.plan import Kind
-from sbs_fx.quantizer.superbit import max_level
+from sbs_fx.quantizer.grid import max_level
 from sbs_fx.search.problem import Problem, SearchResult
 from sbs_fx.search.registry import Run, method
 from sbs_fx.search.solvers.lagrangian import Array, Decision, Load, minimise

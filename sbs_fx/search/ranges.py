@@ -18,10 +18,11 @@ from sbs_fx.passes import activation_gates, apply_bits, channel_gates, weight_ga
 from sbs_fx.plan import Plan
 from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.plan import Kind
+from sbs_fx.quantizer.grid import Grid
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.search.space import Space
 
-Ranges = Mapping[tuple[Kind, str, int], Tensor]  # of a weight or an activation at these bits
+Ranges = Mapping[tuple[Kind, str, int], Grid]  # of a weight or an activation at these bits
 
 _BATCHES = 2
 
@@ -68,7 +69,7 @@ def gates_by_bits(
 
 def ranges_by_bits(network: fx.GraphModule, space: Space, data: Iterable[Any], inputs: Sequence[Tensor]) -> Ranges:
     """The range of least error of each gate at each bitwidth that it may have; see `gates_by_bits`."""
-    return {key: gate.range.detach() for key, gate in gates_by_bits(network, space, data, inputs).items()}
+    return {key: gate.grid for key, gate in gates_by_bits(network, space, data, inputs).items()}
 
 
 @torch.no_grad()
@@ -96,4 +97,4 @@ def use_ranges(network: fx.GraphModule, plan: Plan, ranges: Ranges) -> None:
         for name, gate in gates.items():
             suited = ranges.get((kind, name, bits.get(name, 0)))
             if suited is not None:
-                gate.range.copy_(suited)
+                gate.use(suited)

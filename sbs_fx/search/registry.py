@@ -55,7 +55,6 @@ class Method:
         needs: "nothing", "images" or "labels". trains: whether weights are trained while it searches.
         settings: class of its settings; section: their name in `Config`, which several methods may share.
         resumes: it leaves checkpoints of its own and goes on from them.
-        reconstructs: rounding is reconstructed block by block afterwards, where nothing is fine-tuned.
         automatic: when "auto" means this one.
         restore: tensors that follow from a plan of this method and the float model alone, for `apply`.
     """
@@ -68,7 +67,6 @@ class Method:
     settings: type[BaseModel] | None = None
     section: str = ""
     resumes: bool = False
-    reconstructs: bool = False
     automatic: Occasion | None = None
     restore: Callable[[Problem, Plan, Any], Mapping[str, Tensor]] | None = None
 

@@ -19,7 +19,7 @@ from sbs_fx.passes.cost.polynomial import Array, Polynomial
 from sbs_fx.passes.graph import attribute
 from sbs_fx.plan import Plan
 from sbs_fx.plan.bits import FLOAT_BITS
-from sbs_fx.quantizer.superbit import max_level
+from sbs_fx.quantizer.grid import max_level
 from sbs_fx.search.problem import Problem
 from sbs_fx.search.solvers.laplace import laplace_fit, least_rounding_error, masked_errors, pruned_share
 

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from sbs_fx.calibration.rounding import compensated, input_moments, weight_parameters
+from sbs_fx.calibration.rounding import compensated, input_moments, products, weight_parameters
 from sbs_fx.data.batches import Tensors, has_rows, joined_inputs, read_batches, split_inputs, start_epoch
 from sbs_fx.passes import activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.plan import Plan, Value
@@ -69,7 +69,6 @@ class TwoStage(Value):
     help="second-order loss estimates, a knapsack solved to its optimum, plans judged without training; minutes",
     needs="images",
     settings=TwoStage,
-    reconstructs=True,
     automatic="with data",
 )
 def two_stage(problem: Problem, run: Run) -> SearchResult:
@@ -136,7 +135,7 @@ def evidence_of(problem: Problem, run: Run, search: TwoStage) -> tuple[Sensitivi
     names = list(weight_gates(network)), list(activation_gates(network))
     gates = gates_by_bits(network, space, images, problem.inputs, run.ranges, len(images))
     apply_bits(network, *(dict.fromkeys(each, FLOAT_BITS) for each in names))
-    ranges = {key: gate.range.detach() for key, gate in gates.items()}
+    ranges = {key: gate.grid for key, gate in gates.items()}
     judged = split_inputs(joined_inputs(images), search.judged)[0]
     rounded = _rounded(network, split_inputs(judged, len(images[0][0])), gates)
     forms: dict[Kind, dict[str, Any]] = {
@@ -178,11 +177,11 @@ def _rounded(
 ) -> dict[str, dict[int, Tensor]]:
     """Weight name -> bits -> the parameter, rounded in closed form where the layer allows it."""
     parameters = weight_parameters(network)
-    moments = input_moments(network, images, parameters)
+    moments, product = input_moments(network, images, parameters), products(network)
     rounded: dict[str, dict[int, Tensor]] = {}
     for (kind, name, bits), gate in gates.items():
         if kind == "weight" and name in moments and not gate.is_float:
-            rounded.setdefault(name, {})[bits] = compensated(parameters[name], gate, moments[name])
+            rounded.setdefault(name, {})[bits] = compensated(parameters[name], gate, product[name][1], moments[name])
     return rounded
 
 

@@ -37,7 +37,7 @@ from sbs_fx.passes.oracles.static import count_levels
 from sbs_fx.plan import Plan
 from sbs_fx.plan.bits import BITS
 from sbs_fx.plan.errors import FileError, GraphError
-from sbs_fx.quantizer.superbit import max_level
+from sbs_fx.quantizer.grid import max_level
 from sbs_fx.search.sparse import largest, parameters_of, weight_tensors
 from tests.networks.models import Recipe, step
 from tests.oracles.gated import Together, bundles, check_static, draw_bits, gate, set_ranges

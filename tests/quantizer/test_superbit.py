@@ -15,7 +15,8 @@ from torch import Tensor
 from sbs_fx.plan.bits import BITS, FLOAT_BITS
 from sbs_fx.plan.errors import InputError, PolicyError
 from sbs_fx.quantizer.channel_gate import ChannelGate
-from sbs_fx.quantizer.superbit import SuperBitQuantizer, level, max_level
+from sbs_fx.quantizer.grid import level, max_level
+from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 CANDIDATES = st.lists(st.sampled_from(BITS), min_size=1, unique=True).map(lambda drawn: tuple(sorted(drawn)))
 

@@ -26,7 +26,7 @@ from sbs_fx.passes.channels.slim import slim_bits
 from sbs_fx.passes.graph import with_tensors
 from sbs_fx.plan import Budget, Policy
 from sbs_fx.plan.errors import InfeasibleBudget, WeightsError
-from sbs_fx.quantizer.superbit import max_level
+from sbs_fx.quantizer.grid import max_level
 from sbs_fx.search import Opq, Run, SearchResult, opq, uniform
 from sbs_fx.search.solvers.lagrangian import Decision, Load, Polynomial, minimise
 from sbs_fx.search.solvers.laplace import (

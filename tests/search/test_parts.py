@@ -15,7 +15,7 @@ from sbs_fx.passes import CostModel, channel_gates, insert_gates, weight_gates
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.plan import Budget, Plan
 from sbs_fx.plan.plan import KINDS_OF_BITS
-from sbs_fx.quantizer.superbit import max_level
+from sbs_fx.quantizer.grid import max_level
 from sbs_fx.search import Problem, Search, channel_bits, sparse
 from sbs_fx.search.allocation import Allocator, Candidate, Decision
 from sbs_fx.search.channel_bits import ChannelBits

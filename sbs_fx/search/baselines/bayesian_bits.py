@@ -113,8 +113,7 @@ def _replace_gates(network: fx.GraphModule) -> None:
         if isinstance(old, ChannelGate):
             new = HardConcreteChannelGate(old.size, old.block).to(old.mask.device)
         elif isinstance(old, SuperBitQuantizer):
-            names = ("channels", "channel_dim", "signed", "candidates")
-            new = HardConcreteQuantizer(**{n: getattr(old, n) for n in names}).to(old.range.device)
+            new = HardConcreteQuantizer(**old.options).to(old.range.device)
         else:
             continue
         network.set_submodule(target, new)

@@ -48,9 +48,9 @@ class _Mixture(torch.autograd.Function):
     of x itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, range_: Tensor, gates: Tensor, levels: Sequence[Level], signed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, range_: Tensor, gates: Tensor, levels: Sequence[Level], sides: Sides) -> Tensor:
         ctx.save_for_backward(x, range_, gates)
-        ctx.levels, ctx.signed = levels, signed
+        ctx.levels, ctx.sides = levels, sides
         ctx.input_dtype, ctx.range_dtype = x.dtype, range_.dtype
         value, width = _ranges(x, range_)
         shares = _shares(_passed(gates.to(value.dtype)))
@@ -85,7 +85,7 @@ class _Mixture(torch.autograd.Function):
         for index in reversed(range(len(offsets))):
             after = offsets[index] + (gates[index + 1] * after if index + 1 < len(offsets) else 0)
             grad_gates[index] = passed[index] * after
-        inside = _inside(x, width, ctx.signed)
+        inside = _inside(x, width, ctx.sides)
         return *_straight_through(grad, y, x, width, inside, ctx, unrounded), grad_gates, None, None
 
 
@@ -134,7 +134,7 @@ class HardConcreteQuantizer(SuperBitQuantizer):
         if self.bits is not None:
             return super().forward(x)
         gates = drawn_gates(self.phi) if self.training else decided_gates(self.phi)
-        return _Mixture.apply(x, self._along(self.range, x), gates, self._levels(), self.signed)
+        return _Mixture.apply(x, self._along(self.range, x), gates, self._levels(), self._sides())
 
 
 class HardConcreteChannelGate(ChannelGate):

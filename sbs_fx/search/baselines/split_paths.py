@@ -161,8 +161,7 @@ class _Splitter:
         self, paths: dict[str, str], name: str, key: str, leaf: str, like: SuperBitQuantizer, bits: int
     ) -> str:
         """A quantiser with the options of another, fixed; the path of the new module."""
-        options = {n: getattr(like, n) for n in ("channels", "channel_dim", "signed", "candidates")}
-        gate = SuperBitQuantizer(**options).to(like.range.device)
+        gate = SuperBitQuantizer(**like.options).to(like.range.device)
         gate.fix(bits)
         self.paths.get_submodule(key).add_module(leaf, gate)
         paths[name] = f"paths.{key}.{leaf}"
