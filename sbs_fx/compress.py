@@ -16,8 +16,9 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from sbs_fx.calibration.calibrate import calibrate, calibration_batches
+from sbs_fx.calibration.calibrate import calibrate, calibration_batches, observe
 from sbs_fx.calibration.reconstruction import reconstruct
+from sbs_fx.calibration.synthetic import bounds_of, set_bounds
 from sbs_fx.config import Config
 from sbs_fx.data.prepared import Prepare, prepared
 from sbs_fx.export.latency import latency_model
@@ -129,9 +130,7 @@ def compress(
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
         job.stage("search", 0.35)
         searched = _searched(problem, entry, job)
-        result = _realised(
-            traced, problem.cost, searched, problem.policy(searched.plan, entry.name), job
-        )
+        result = _realised(traced, problem.cost, searched, problem.policy(searched.plan, entry.name), job)
         if not budget.is_satisfied_by(result.cost):
             raise GraphError(
                 f"the result costs {budget.shares(result.cost)} of the float model, over {budget}", pass_name="compress"
@@ -215,7 +214,9 @@ def _traced(
     card = input_config(module)
     _, inputs = Signature.of(module, called)
     check_runs(graph, inputs)
-    return _Traced(graph, inputs, {key: list(card[key]) for key in ("mean", "std") if key in card})
+    metadata = {key: list(card[key]) for key in ("mean", "std") if key in card}
+    set_bounds(graph, inputs, metadata)
+    return _Traced(graph, inputs, metadata)
 
 
 def _priced(traced: _Traced, job: Job, budget: Budget | None) -> CostModel:
@@ -253,9 +254,7 @@ def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:
     return result
 
 
-def _realised(
-    traced: _Traced, cost: CostModel, searched: SearchResult, policy: Policy, job: Job
-) -> Result:
+def _realised(traced: _Traced, cost: CostModel, searched: SearchResult, policy: Policy, job: Job) -> Result:
     """Slim, gate, calibrate, maybe fine-tune or reconstruct, finalise."""
     plan, config, data = searched.plan, job.config, job.data
     groups, graph = cost.groups, traced.graph
@@ -278,7 +277,7 @@ def _realised(
     job.stage("finalise", 0.9)
     static = finalize(gated, nonzeros=plan.nonzeros)
     if rounds:
-        static = _integer(static, traced.inputs, job)
+        static = _integer(static, gated, traced.inputs, job)
     total = cost.evaluate(plan)
     uncounted = [f"not in the cost, as nobody knows it: {_listed(cost.uncounted)}"] if cost.uncounted else []
     of_part = [] if job.part is None else [str(job.part)]
@@ -307,13 +306,18 @@ def _rounds(plan: Plan) -> bool:
     return any(bits != FLOAT_BITS for table in (plan.weight_bits, plan.activation_bits) for bits in table.values())
 
 
-def _integer(static: fx.GraphModule, inputs: tuple[torch.Tensor, ...], job: Job) -> fx.GraphModule:
+def _integer(
+    static: fx.GraphModule, gated: fx.GraphModule, inputs: tuple[torch.Tensor, ...], job: Job
+) -> fx.GraphModule:
     """A static graph in the form that compilers for integer kernels keep whole."""
     config, data = job.config, job.data
     if config.integer_joins:
-        batches = calibration_batches(data, inputs, config.calibration_batches)
-        # reason: synthetic input has no outliers to cut off
-        static = integer_joins(static, batches, method=config.ranges if data is not None else "minmax")
+        batches = calibration_batches(data, inputs, config.calibration_batches, bounds=bounds_of(gated))
+        if data is None:
+            known = observe(gated, None, inputs=inputs).analytic_histograms()
+            static = integer_joins(static, batches, method="minmax", known=known)  # reason: noise has no outliers
+        else:
+            static = integer_joins(static, batches, method=config.ranges)
     return integer_grid(static, exact=config.exact)
 
 

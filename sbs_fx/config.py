@@ -26,7 +26,7 @@ class Config(SpaceSettings):
         exact: all scales are powers of two, so that every backend computes the same bits; costs accuracy below 8 bits.
         calibration_batches: batches of `data` that calibration reads.
         epochs, learning_rate: fine-tuning with the gates fixed; 0 epochs: none.
-        reconstruction: of the network on the data, where nothing is fine-tuned: layers are refitted to give what they gave.
+        reconstruction: on the data, where nothing is fine-tuned: layers are refitted to give what they gave.
         uncounted: what to do about operators whose cost nobody knows under a budget of BOPs or MACs: "error", or
             "ignore", which leaves them out of the cost and says so in the report.
         latency: how time is measured if the budget limits it.

@@ -9,7 +9,7 @@ transformers, stay in float, where they err less and cost little; so does what a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,12 @@ Activations = dict[str, StaticActivation]
 
 
 def integer_joins(
-    static: fx.GraphModule, batches: Iterable[tuple[Tensor, ...]], *, method: str = "mse", percentile: float = 99.99
+    static: fx.GraphModule,
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    method: str = "mse",
+    percentile: float = 99.99,
+    known: Mapping[str, Histogram] | None = None,
 ) -> fx.GraphModule:
     """A copy of a static graph with integer joins, their ranges taken from what the graph computes on `batches`.
 
@@ -39,6 +44,7 @@ def integer_joins(
         static: from `finalize`.
         batches: tuples of inputs as the graph takes them; memory does not grow with their number.
         method, percentile: as in `sbs_fx.calibration.calibrate.calibrate`, for 8 bits.
+        known: tensors whose values are known by other means, by name; they are not looked at on the batches.
 
     The activations of the result are the new tensors too, as "<tensor>_joined".
     """
@@ -47,7 +53,7 @@ def integer_joins(
     _use_all_codes(result)
     sites = _sites(result.graph, {*static_of(static).floats})
     if sites:
-        gates = _ranges(result, sites, batches, method, percentile)
+        gates = _ranges(result, sites, batches, method, percentile, known or {})
         for tensor, readers in sites.items():
             _quantize(result.graph, tensor, readers, gates[tensor], activations)
         _share_codes_of_pools(result.graph, activations)
@@ -123,15 +129,17 @@ def _ranges(
     batches: Iterable[tuple[Tensor, ...]],
     method: str,
     percentile: float,
+    known: Mapping[str, Histogram],
 ) -> dict[fx.Node, SuperBitQuantizer]:
-    observer = _Observer(module, sites)
+    observer = _Observer(module, (node for node in sites if node.name not in known))
     with torch.no_grad():
         for batch in batches:
             for half in zip(*(x.chunk(2) for x in batch), strict=True):  # reason: half the memory
                 observer.run(*half)
     unsigned = non_negative(module.graph.nodes)
     gates = {}
-    for node, histogram in observer.histograms.items():
+    for node in sites:
+        histogram = known.get(node.name) or observer.histograms[node]
         gates[node] = SuperBitQuantizer(signed=node not in unsigned, affine=True)
         gates[node].fix(BITS)
         histogram.set_range(gates[node], method, percentile)

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sbs_fx.calibration.synthetic import Bounds, bounds_of, synthetic
 from sbs_fx.data.batches import read_batches, start_epoch
 from sbs_fx.passes.channels.facts import facts_of
 from sbs_fx.passes.gates.insertion import BatchNorm, activation_gates, weight_gates
+from sbs_fx.passes.static.fold import Constants, batch_norm_folds
 from sbs_fx.plan.errors import DataError, InputError, MethodError, WeightsError
 from sbs_fx.quantizer.ranges import Histogram, set_range, weight_top
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
@@ -29,9 +31,7 @@ METHODS = ("mse", "minmax", "percentile")
 # Standard deviations of a batch norm's output that a range takes in. 3 to 6 were tried on a residual network for
 # CIFAR-10: at 8-bit activations all within 0.5 points; at 4 bits "minmax" was best with 4 and 1.7 points worse with 6.
 SPREAD = 4.0
-_SYNTHETIC = 2 * 3 * 224 * 224  # elements in a batch of synthetic input; at most 64 images
 _STATISTICS = 16  # values of a channel that are too few for a batch norm's statistics
-_SYNTHETIC_BATCHES = 2
 _POINTS = 65  # of the distribution that stands for a batch norm's output
 
 
@@ -94,7 +94,7 @@ def observe(
     expected = len(gated.graph.find_nodes(op="placeholder"))
     if len(inputs) != expected:
         raise InputError(f"{len(inputs)} example inputs for a graph that takes {expected}; give one tensor for each")
-    batches = calibration_batches(data, inputs, max_batches, least=_fewest_images(gated))
+    batches = calibration_batches(data, inputs, max_batches, least=_fewest_images(gated), bounds=bounds_of(gated))
     observations = Observations(gated, spread if data is None else None)
     modes = {module: module.training for module in gated.modules()}
     gated.eval()
@@ -112,12 +112,17 @@ def observe(
 
 
 def calibration_batches(
-    data: Iterable[Any] | None, inputs: Sequence[Tensor], max_batches: int, *, least: int = 1
+    data: Iterable[Any] | None,
+    inputs: Sequence[Tensor],
+    max_batches: int,
+    *,
+    least: int = 1,
+    bounds: Bounds | None = None,
 ) -> Iterator[Inputs]:
-    """Batches as the graph takes them: of the data, or synthetic ones of at least that many images. Raises DataError
-    as `calibrate` does."""
+    """Batches as the graph takes them: of the data, or synthetic ones of at least that many images, within `bounds`.
+    Raises DataError as `calibrate` does."""
     if data is None:
-        return _synthetic(inputs, max_batches, least)
+        return synthetic(inputs, max_batches, least, bounds)
     start_epoch(data, 0)
     return _checked(data, inputs, max_batches)
 
@@ -149,22 +154,6 @@ def _fewest_images(gated: fx.GraphModule) -> int:
             if math.prod(sizes) < _STATISTICS:
                 return 2
     return 1
-
-
-def _synthetic(inputs: Sequence[Tensor], max_batches: int, least: int) -> Iterator[Inputs]:
-    """Standard normal input from a generator of its own; whole numbers are taken from the example, again and again."""
-    generator = torch.Generator().manual_seed(0)
-    largest = max(x[:1].numel() for x in inputs)
-    batch = max(least, min(64, _SYNTHETIC // max(1, largest)))
-    enough = -(-_SYNTHETIC_BATCHES * _SYNTHETIC // max(1, batch * largest))  # of very large images, one has it all
-    for _ in range(min(max_batches, _SYNTHETIC_BATCHES, enough)):
-        rows = torch.arange(batch) % len(inputs[0])
-        yield tuple(
-            torch.randn(batch, *x.shape[1:], generator=generator).to(x.device, x.dtype)
-            if x.is_floating_point()
-            else x[rows.to(x.device)]
-            for x in inputs
-        )
 
 
 # The run
@@ -201,6 +190,16 @@ class Observations(fx.Interpreter):
         for key, (_, gate) in self.activations.items():
             if key in self.histograms and not gate.is_float:
                 self.histograms[key].set_range(gate, method, percentile)
+
+    def analytic_histograms(self) -> dict[str, Histogram]:
+        """Of all tensors whose distribution batch norms determine, by the names they have in the static graph, where a
+        layer that a batch norm dissolves into gives what the norm gave."""
+        layers = {fold.norm: layer for layer, fold in batch_norm_folds(Constants(self.module)).items()}
+        histograms: dict[str, Histogram] = {}
+        for node, values in self.known.items():
+            histogram = histograms[layers.get(node, node).name] = Histogram()
+            histogram.add(values, self._density().expand_as(values))
+        return histograms
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -244,20 +243,39 @@ class Observations(fx.Interpreter):
         if isinstance(module, BatchNorm):
             self.known[node] = self._normal(node)
             return
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or source not in self.known or len(node.all_input_nodes) != 1:
+        sources = node.all_input_nodes
+        if not sources or not all(source in self.known for source in sources):
             return
-        values = self.known[source]
-        facts = facts_of(node.target)
-        if facts.moves or isinstance(module, (nn.Dropout, SuperBitQuantizer)):
-            self.known[node] = values
+        values, facts = [self.known[source] for source in sources], facts_of(node.target)
+        if len(sources) > 1:
+            if node.target is aten.add.Tensor and not node.kwargs and values[0].shape == values[1].shape:
+                self.known[node] = self._sum(*values)
+            return
+        if facts.moves or self._is_mean(node) or isinstance(module, (nn.Dropout, SuperBitQuantizer)):
+            self.known[node] = values[0]
         elif facts.elementwise:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: values)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: values[0])
             self.known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         if module is not None and id(module) in self.activations and id(module) not in self.analytic:
             self.analytic.add(id(module))
             self.histograms.pop(id(module), None)  # reason: the synthetic run has been here just before
-            self._count(module, values, self._density().expand_as(values))
+            self._count(module, values[0], self._density().expand_as(values[0]))
+
+    @staticmethod
+    def _is_mean(node: fx.Node) -> bool:
+        """Whether it takes the mean over places. Images differ in more than noise: it may be as far out as a value."""
+        if facts_of(node.target).codes != "mean":
+            return False
+        rank = node.all_input_nodes[0].meta["val"].ndim
+        dims: Any = node.args[1] if node.target is aten.mean.dim else ()
+        return node.target is not aten.mean.default and all(dim % rank > 1 for dim in dims)
+
+    def _sum(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of two that know nothing of each other: means add up, deviations as squares."""
+        density = self._density() / self._density().sum()
+        mean_x, mean_y = (x * density).sum(0), (y * density).sum(0)
+        deviation = torch.hypot(x - mean_x, y - mean_y)
+        return mean_x + mean_y + self.deviations.sign() * deviation  # type: ignore[union-attr]
 
     def _normal(self, node: fx.Node) -> Tensor:
         """beta + z * |gamma| at the deviations z, shape (points, channels)."""

@@ -9,9 +9,9 @@ drawn to the float weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -63,9 +63,7 @@ class Moments:
         """`centred`: an intercept takes the means; else they are part of what the weight has to give."""
         x, y, xx, yx, yy = (s / self.samples for s in self.sums)
         xx, yx, yy = xx - x[:, :, None] * x[:, None], yx - y[:, :, None] * x[:, None], yy - y.square()
-        mean_x, mean_y = (
-            m + s[:, :, 0].double() for m, s in zip((x, y), self.shifts, strict=True)
-        )
+        mean_x, mean_y = (m + s[:, :, 0].double() for m, s in zip((x, y), self.shifts, strict=True))
         if not centred:
             xx, yx = xx + mean_x[:, :, None] * mean_x[:, None], yx + mean_y[:, :, None] * mean_x[:, None]
             yy = yy + mean_y.square()
@@ -134,10 +132,13 @@ class Refits:
             for name, (node, product) in products(gated).items()
             if name in parameters and node.name in self.alike
         }
+        self._reset(fold.norm for fold in batch_norm_folds(Constants(gated)).values())
         self.folds = batch_norm_folds(Constants(gated))
         self.joins, self.affine = self._joins(), self._affine()
 
-    def observe(self, begin: str | None, ends: Sequence[str], real: Sequence[Tensors]) -> tuple[list[Tensors], Observed]:
+    def observe(
+        self, begin: str | None, ends: Sequence[str], real: Sequence[Tensors]
+    ) -> tuple[list[Tensors], Observed]:
         """What the float network gives at the ends of the block behind `begin`, and samples of what its layers give.
         real: batches of what the block reads."""
         part = subgraph(self.teacher, begin, ends)
@@ -170,10 +171,11 @@ class Refits:
     @torch.no_grad()
     def _refit(self, name: str, begin: str | None, now: Sequence[Tensors], observed: Observed) -> None:
         node, product, parameter, gate = self.layers[name]
-        other, factor = self.joins.get(name, (None, None))
-        part = subgraph(self.gated, begin, [node.args[0].name, *([other] if other else [])])  # type: ignore[union-attr]
+        other, factor = self.joins.get(name, ("", torch.ones(())))
+        source, own = cast("tuple[fx.Node, fx.Node | None]", (node.args[0], node.args[2]))
+        part = subgraph(self.gated, begin, [source.name, *([other] if other else [])])
         bias, mean = self._additive(node)
-        fixed = attribute(self.gated, str(node.args[2].target)) if bias is mean is None and node.args[2] else None
+        fixed = attribute(self.gated, str(own.target)) if bias is mean is None and own is not None else None
         moments = Moments()
         for batch, tensors in enumerate(now):
             x, *others = part(*tensors)
@@ -189,6 +191,14 @@ class Refits:
             bias.copy_(added)
         elif mean is not None:
             mean.sub_(added)
+
+    def _reset(self, norms: Iterable[fx.Node]) -> None:
+        """The statistics of the float network, which is what layers are fitted to."""
+        for norm in norms:
+            for source in norm.args[3:5]:
+                if isinstance(source, fx.Node) and source.op == "get_attr":
+                    name = str(source.target)
+                    attribute(self.gated, name).detach().copy_(self.index.tensor(self.teacher, name))
 
     def _joins(self) -> dict[str, tuple[str, Tensor]]:
         """Layer -> the tensor that was there before it and that its result is added to, and what a difference of that

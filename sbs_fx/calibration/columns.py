@@ -147,5 +147,6 @@ def _stuffed(x: Tensor, stride: Sequence[int]) -> Tensor:
         return x
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
     result = x.new_zeros(*x.shape[:2], *sizes)
-    result[(..., *(slice(None, None, s) for s in stride))] = x
+    places: Any = (..., *(slice(None, None, s) for s in stride))
+    result[places] = x
     return result

@@ -99,13 +99,18 @@ def reconstruct(
     now, real = images, images  # what the block reads in the gated network, and in the float one
     rows = []
     requires = {p: p.requires_grad for p in gated.parameters()}
+    state, whole = _state(gated), _ends(gated, groups)
     try:
         with mode(gated, training=False):
-            for ends in _ends(gated, groups):
+            before = work.error_of_all(images, whole[-1])
+            for ends in whole:
                 row, given, wanted = work.reconstruct(begin, ends, now, real)
                 rows.append(row)
                 begin = ends[0]
                 now, real = ([(*x, y[0]) for x, y in zip(images, ys, strict=True)] for ys in (given, wanted))
+            if rows[-1].after > before:  # reason: blocks that are each better need not be so together
+                gated.load_state_dict(state)
+                rows = [Reconstructed(row.ends, row.before, row.before) for row in rows]
     finally:
         for parameter, value in requires.items():
             parameter.requires_grad_(value)
@@ -153,25 +158,39 @@ class _Work:
         self.calls = _calls(gated)
         self.refits = Refits(gated, teacher, index, seed)
 
+    def error_of_all(self, images: list[Tensors], ends: tuple[str, ...]) -> float:
+        """Of the whole network on the batches that judge."""
+        judged = images[self._fitted(images) :]
+        wanted, given = (self._run(subgraph(g, None, ends), judged) for g in (self.teacher, self.gated))
+        return _error(given, self._targets(wanted, ends))
+
+    def _targets(self, wanted: Sequence[Tensors], ends: Sequence[str]) -> list[Tensors]:
+        """Tensors of the float network at the coordinates that the gated one has kept."""
+        types = [self.types[end] for end in ends]
+        return [tuple(self.index.select(y, t) for y, t in zip(ys, types, strict=True)) for ys in wanted]
+
+    @staticmethod
+    def _fitted(batches: Sequence[Any]) -> int:
+        """How many batches are fitted on; the last one judges. 0: all do both, as they are few."""
+        return len(batches) - 1 if len(batches) >= _HELD_OUT else 0
+
     def reconstruct(
         self, begin: str | None, ends: tuple[str, ...], now: list[Tensors], real: list[Tensors]
     ) -> tuple[Reconstructed, list[Tensors], list[Tensors]]:
         """One block; also what it gives now and what the float network gives at its ends, batch by batch."""
         wanted, observed = self.refits.observe(begin, ends, real)
-        types = [self.types[end] for end in ends]
-        targets = [tuple(self.index.select(y, t) for y, t in zip(ys, types, strict=True)) for ys in wanted]
-        part = subgraph(self.gated, begin, ends)
-        fitted = len(now) - 1 if len(now) >= _HELD_OUT else 0  # the last batch judges; all of them where they are few
+        targets = self._targets(wanted, ends)
+        part, fitted = subgraph(self.gated, begin, ends), self._fitted(now)
         before = best = _error(self._run(part, now[fitted:]), targets[fitted:])
         signal = _error([tuple(torch.zeros_like(t) for t in ts) for ts in targets[fitted:]], targets[fitted:])
         if before <= self.settings.tolerance * signal:
             return Reconstructed(ends, before, before), self._run(part, now), wanted
-        state = _state(part)
-        fit = fitted or len(now)
-        self.refits(part, begin, now[:fit], real[:fit], observed)
-        for change in (None, self._by_gradient):
-            if change is not None and (not self.settings.steps or not change(part, now[:fit], targets[:fit])):
-                continue
+        state, fit = _state(part), fitted or len(now)
+        for step in (
+            lambda: self.refits(part, begin, now[:fit], real[:fit], observed),
+            lambda: self._by_gradient(part, now[:fit], targets[:fit]),
+        ):
+            step()
             if (after := _error(self._run(part, now[fitted:]), targets[fitted:])) < best:
                 best, state = after, _state(part)
             else:
@@ -184,13 +203,12 @@ class _Work:
 
     # -- by gradient ---------------------------------------------------------------------------------------------------
 
-    def _by_gradient(self, part: fx.GraphModule, now: list[Tensors], targets: list[Tensors]) -> bool:
-        """Adam on weights (straight through their rounding), ranges, biases and norms, on the squared error; False
-        where there is nothing to move."""
+    def _by_gradient(self, part: fx.GraphModule, now: list[Tensors], targets: list[Tensors]) -> None:
+        """Adam on weights (straight through their rounding), ranges, biases and norms, on the squared error."""
         s = self.settings
-        rates, weights = self._variables(part)
+        rates, weights = self._variables(part) if s.steps else ([], {})
         if not rates:
-            return False
+            return
         inputs, wanted = joined_inputs(now), joined_inputs(targets)
         optimiser = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in rates])
         count = len(inputs[0])
@@ -212,7 +230,6 @@ class _Work:
         with torch.no_grad():
             for name, gate in self._gates(part, weights):
                 self.parameters[name].copy_(gate(self.parameters[name]))
-        return True
 
     def _variables(
         self, part: fx.GraphModule
@@ -250,12 +267,14 @@ class _Work:
 
 
 def _calls(graph_module: fx.GraphModule) -> dict[str, int]:
-    """How often each module is called and each parameter read."""
+    """How often each module is called, and how often each parameter and what a gate gives is read."""
     counts: dict[str, int] = {}
     for node in graph_module.graph.nodes:
         if node.op in ("get_attr", "call_module"):
-            times = len(node.users) if node.op == "get_attr" else 1
-            counts[str(node.target)] = counts.get(str(node.target), 0) + times
+            is_call = node.op == "call_module" and not isinstance(
+                graph_module.get_submodule(str(node.target)), SuperBitQuantizer
+            )
+            counts[str(node.target)] = counts.get(str(node.target), 0) + (1 if is_call else len(node.users))
     return counts
 
 

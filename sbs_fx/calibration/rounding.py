@@ -70,7 +70,7 @@ class _Moments(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n in self.read:
-            x, (name, product) = self.env[n.args[0]], self.read[n]
+            x, (name, product) = self.env[n.all_input_nodes[0]], self.read[n]
             rows = max(_LEAST_ROWS, _ROWS * product.width) * self.share
             places = product.places(result, max(1, round(rows / len(x))), self.generator)
             columns = product.columns(x, result.shape, places)

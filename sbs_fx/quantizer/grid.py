@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+Sides = tuple[float, float]  # where x is cut off, in units of the range: (-1, 1), (0, 1) or in between
+
 
 class Level(NamedTuple):
     """Integer grid of one bitwidth: values are code * range / divisor, codes from low to high."""

@@ -106,8 +106,7 @@ def squared_error(values: Tensor, top: Tensor, grid: Grid, weights: Tensor | Non
     alike = len(grid[1]) == 1  # reason: numbers as bounds are four times as fast as tensors
     rows = max(1, _BLOCK // values.shape[1])
     errors = []
-    shared = weights is None or weights.ndim == 1
-    own = values if shared else weights  # reason: something to split
+    own = values if weights is None or weights.ndim == 1 else weights  # reason: something to split
     for part, s, lo, hi, each in zip(*(t.split(rows) for t in (values, scale, low, high, own)), strict=True):
         code = (part / s).round_()
         code = code.clamp_(float(lo[0]), float(hi[0])) if alike else torch.minimum(torch.maximum(code, lo), hi)
@@ -115,7 +114,7 @@ def squared_error(values: Tensor, top: Tensor, grid: Grid, weights: Tensor | Non
         if weights is None:
             errors.append(error.sum(1))
         else:
-            errors.append(error.to(weights.dtype) @ weights if shared else error.mul_(each).sum(1))
+            errors.append(error.to(weights.dtype) @ weights if weights.ndim == 1 else error.mul_(each).sum(1))
     return torch.cat(errors)
 
 

@@ -8,8 +8,9 @@ kept for the backward pass is the input, the ranges and a few numbers per gate, 
 One *range* v serves all bitwidths: s_b = 2v/(2^b - 1) on a signed grid, whose outer levels are +-1, +-7, +-127 at 2, 4
 and 8 bits with a half step to spare at either end, and s_b = v/(2^b - 1) on an unsigned one, with levels 0 to 3, 15,
 255. An affine grid has the steps of the signed one and all 2^b levels, of which a share `below` lies under zero; zero
-is one of them. z_b is x rounded on the grid of b, whatever the coarser candidates are. Where each bitwidth divides the next, as in
-2, 4, 8, the step sizes nest (s_4 = s_2/5, s_8 = s_4/17) and that is the paper's z_2 plus rounded residuals, ties apart.
+is one of them. z_b is x rounded on the grid of b, whatever the coarser candidates are. Where each bitwidth divides the
+next, as in 2, 4, 8, the step sizes nest (s_4 = s_2/5, s_8 = s_4/17) and that is the paper's z_2 plus rounded residuals,
+ties apart; on an affine grid but for the place of zero, which each bitwidth rounds by itself.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from sbs_fx.plan.bits import BITS, FLOAT_BITS
 from sbs_fx.plan.errors import InputError, PolicyError
-from sbs_fx.quantizer.grid import Grid, Level, level
+from sbs_fx.quantizer.grid import Grid, Level, Sides, level
 
-Sides = tuple[float, float]  # where x is cut off, in units of the range: (-1, 1), (0, 1) or in between
 Bounds = tuple[Any, Any, Any]  # low, high, divisor: three numbers, or three tensors that broadcast over the input
 SEARCHING = -1  # how a searching quantiser is written in a state dict
 LEAST_RANGE = 2.0**-40  # reason: a channel of zeros has range 0; below this, a range acts as if it were this wide

@@ -86,7 +86,11 @@ class Together(nn.Module):
 def test_every_network_calibrates_with_and_without_data() -> None:
     x = example(NETWORKS[0])
     gated = gated_network(Together(NETWORKS), x)
-    tensors = {n: t.clone() for n, t in gated.state_dict().items() if ".range" not in n}
+    tensors = {
+        n: t.clone()
+        for n, t in gated.state_dict().items()
+        if not n.startswith("activation_gates") and ".range" not in n
+    }
     state = torch.get_rng_state()
     results = []
     for data in (None, [(x, torch.zeros(2, dtype=torch.int64)), x]):
@@ -125,9 +129,12 @@ def test_minmax_takes_in_exactly_what_occurs() -> None:
     gated = gated_network(module, batches[0])
     calibrate(gated, [(b, torch.zeros(4, dtype=torch.int64)) for b in batches], inputs=(batches[0],), method="minmax")
     with torch.no_grad():
-        expected = [max(float(module[:stop](b).abs().max()) for b in batches) for stop in (0, 5, 9)]
-    found = [float(g.scale()) * float(grid_of(g)[1]) for g in activation_gates(gated).values()]
-    assert found == pytest.approx(expected, rel=1e-5)
+        values = [torch.cat([module[:stop](b).flatten() for b in batches]) for stop in (0, 5, 9)]
+    for gate, x in zip(activation_gates(gated).values(), values, strict=True):
+        low, high, _ = (float(g) * float(gate.scale()) for g in grid_of(gate))
+        ends = min(float(x.min()), 0), float(x.max())
+        assert (low, high) == pytest.approx(ends, abs=0.51 * float(gate.scale()))  # as zero is on the grid
+        assert high - low == pytest.approx(ends[1] - ends[0], rel=1e-5)
     weight = module[0].weight.detach()
     gate = weight_gates(gated)["0"]
     assert torch.allclose(gate(weight).abs().amax((1, 2, 3)), weight.abs().amax((1, 2, 3)))
@@ -159,7 +166,7 @@ def test_data_free_ranges_are_those_of_the_batch_norms(spread: float) -> None:
     assert pooled.range.item() == pytest.approx(float((beta + spread * gamma).max()), rel=1e-6)
     beta, gamma = module[6].bias.detach(), module[6].weight.detach().abs()
     values = nn.functional.silu(beta + torch.linspace(-spread, spread, 2001)[:, None] * gamma)
-    assert flat.range.item() * float(grid_of(flat)[1] / grid_of(flat)[2]) == pytest.approx(float(values.abs().max()))
+    assert 2 * flat.range.item() == pytest.approx(float(values.max() - values.min()), rel=1e-3)
 
 
 def test_data_free_least_error_is_that_of_the_channels_distribution() -> None:
@@ -259,8 +266,8 @@ def test_mode_is_kept_and_several_inputs_are_taken() -> None:
     gated.train()
     calibrate(gated, [(x, y), ((x, y), torch.zeros(3, dtype=torch.int64))], inputs=(x, y), method="minmax")
     assert gated.training
-    tops = [float(g.scale()) * 127 for g in activation_gates(gated).values()]
-    assert tops == pytest.approx([float(x.abs().max()), float(y.abs().max())])
+    widths = [2 * float(g.range) for g in activation_gates(gated).values()]
+    assert widths == pytest.approx([float(x.max() - x.min()), float(y.max() - y.min())])
     calibrate(gated, inputs=(x, y))
     with pytest.raises(InputError, match="1 example inputs for a graph that takes 2"):
         calibrate(gated, inputs=(x,))

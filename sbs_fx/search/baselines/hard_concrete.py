@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sbs_fx.quantizer.channel_gate import ChannelGate
-from sbs_fx.quantizer.superbit import Level, SuperBitQuantizer, _chain, _inside, _ranges, _straight_through
+from sbs_fx.quantizer.grid import Level, Sides
+from sbs_fx.quantizer.superbit import SuperBitQuantizer, _chain, _inside, _ranges, _straight_through
 
 BETA, ZETA, GAMMA = 2 / 3, 1.1, -0.1
 FIRST_PHI = 6.0
