@@ -250,5 +250,5 @@ def _in_order(graph: fx.Graph, activations: Activations) -> Activations:
     result = {}
     for _, last in quantizers(graph):
         name, activation = by_values[last.name]
-        result[name] = activation._replace(codes=last.args[0].name)
+        result[name] = activation._replace(codes=last.args[0].name, zero_point=last.args[2])
     return result

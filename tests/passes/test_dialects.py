@@ -156,7 +156,7 @@ SPOILT: dict[str, tuple[type, Callable[[fx.GraphModule], Any], str]] = {
     "unstated": (Static, lambda g: set_dialect(g, replace(static_of(g), activations={})), "does not state"),
     "zero point": (Static, lambda g: set_activations(g, zero_point=7), "not the activation 'x' as stated"),
     "values": (Static, lambda g: set_activations(g, values="y"), "does not state"),
-    "too many codes": (Static, lambda g: set_activations(g, bits=2), "255 codes at 2 bits"),
+    "too many codes": (Static, lambda g: set_activations(g, bits=2), "256 codes at 2 bits"),
     "another scale": (Static, lambda g: node(g, DEQUANTIZE).update_arg(1, 0.7), "dequantises otherwise"),
     "not dequantised": (
         Static,

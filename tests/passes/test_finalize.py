@@ -98,39 +98,43 @@ def test_the_canonical_nodes_are_the_quantiser_bit_for_bit(bits: int, signed: bo
         assert torch.equal(static(x), gated(x))
 
 
-@pytest.mark.parametrize(
-    ("bits", "signed", "clamps"),
-    [
-        (8, False, []),
-        (8, True, [(aten.clamp_min.default, 1)]),
-        (4, False, [(aten.clamp_max.default, 15)]),
-        (4, True, [(aten.clamp_max.default, 135), (aten.clamp_min.default, 121)]),
-        (6, False, [(aten.clamp_max.default, 63)]),
-        (6, True, [(aten.clamp_max.default, 159), (aten.clamp_min.default, 97)]),
-        (3, False, [(aten.clamp_max.default, 7)]),
-        (3, True, [(aten.clamp_max.default, 131), (aten.clamp_min.default, 125)]),
-        (2, False, [(aten.clamp_max.default, 3)]),
-        (2, True, [(aten.clamp_max.default, 129), (aten.clamp_min.default, 127)]),
-    ],
-)
-def test_canonical_form(bits: int, signed: bool, clamps: list[tuple[Any, int]]) -> None:
-    model = nn.Sequential(*([] if signed else [nn.ReLU()]), nn.Conv2d(3, 4, 1)).eval()
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", ["unsigned", "affine", "symmetric"])
+def test_canonical_form(bits: int, kind: str) -> None:
+    """Codes from zero up; from wherever zero is; on both sides of 128, for products of two activations alone."""
+
+    class Square(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ x.mT
+
+    first = [nn.ReLU()] if kind == "unsigned" else []
+    model = Square() if kind == "symmetric" else nn.Sequential(*first, nn.Conv2d(3, 4, 1)).eval()
     gated = fixed(gate(model, torch.randn(2, 3, 4, 4)), bits)
     apply_bits(gated, {}, dict.fromkeys(activation_gates(gated), bits))
+    quantiser = next(iter(activation_gates(gated).values()))
+    if kind == "affine":
+        quantiser.set_ends(-0.25, 0.75)
     static = finalize(gated)
-    (quantize,) = static.graph.find_nodes(op="call_function", target=decomposed.quantize_per_tensor.default)
-    zero = 128 if signed else 0
+    quantize = static.graph.find_nodes(op="call_function", target=decomposed.quantize_per_tensor.default)[0]
+    zero = {"unsigned": 0, "affine": round((2**bits - 1) / 4), "symmetric": 128}[kind]
     assert quantize.args[2:] == (zero, 0, 255, torch.uint8)
+    top = 2**bits - 1 if kind != "symmetric" else 127 + 2 ** (bits - 1)
+    clamps = [(aten.clamp_max.default, top)] if top < 255 else []
+    if kind == "symmetric":
+        clamps.append((aten.clamp_min.default, 129 - 2 ** (bits - 1)))
     node = quantize
     for target, bound in clamps:
         (node,) = node.users
         assert (node.target, node.args[1]) == (target, bound)
-    (last,) = node.users
+    last = next(iter(node.users))
     assert last.target is decomposed.dequantize_per_tensor.default
     assert last.args[1:] == quantize.args[1:]
-    (stored,) = static_of(static).weights.items()
-    assert stored == ("0.weight" if signed else "1.weight", StoredWeight(bits, 0))
-    assert static.get_buffer(stored[0]).dtype == torch.int8
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(static(x), gated(x))
+    if kind != "symmetric":
+        (stored,) = static_of(static).weights.items()
+        assert stored == (f"{len(first)}.weight", StoredWeight(bits, 0))
+        assert static.get_buffer(stored[0]).dtype == torch.int8
 
 
 # Contracts

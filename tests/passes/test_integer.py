@@ -76,10 +76,16 @@ def test_a_tensor_is_quantised_once(bits: int) -> None:
     assert len(sources) == len(set(sources))
 
 
-def test_signed_codes_of_eight_bits_need_no_clip() -> None:
-    """From -127 on in a static graph; integer kernels save the clip and give -128 too."""
-    static = residual(8)
-    assert [node.args[1] for node in nodes(static, aten.clamp_min.default)] == [1]
+def test_codes_of_eight_bits_need_no_clip() -> None:
+    """Affine ones have all of them; symmetric ones -127 on in a static graph, where integer kernels give -128 too."""
+
+    class Square(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ x.mT
+
+    assert not nodes(residual(8), aten.clamp_min.default, aten.clamp_max.default)
+    static = finalize(fixed(gate(Square(), IMAGES), 8))
+    assert [node.args[1] for node in nodes(static, aten.clamp_min.default)] == [1, 1]
     assert not nodes(integer_joins(static, [(IMAGES,)]), aten.clamp_min.default)
 
 
