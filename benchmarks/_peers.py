@@ -77,3 +77,32 @@ def openvino_nncf(model: nn.Module, x: Tensor, threads: int) -> Any:
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
     compiled = openvino.Core().compile_model(quantised, "CPU", settings)
     return lambda x: compiled([x.numpy()])[0]
+
+
+def torchao_int8(model: nn.Module, batches: list[Tensor]) -> Any:
+    """PT2E as it comes, calibrated on all batches; run as it is, uncompiled. Takes batches of any size."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    batch = torch.export.Dim("batch", min=2)
+    with torch.no_grad():
+        program = torch.export.export(model, (batches[0],), dynamic_shapes=({0: batch},))
+        prepared = prepare_pt2e(program.module(), quantizer)
+        for x in batches:
+            prepared(x)
+        return convert_pt2e(prepared)
+
+
+def nncf_int8(model: nn.Module, batches: list[Tensor]) -> Any:
+    """NNCF's quantisation for OpenVINO as it comes, on all pictures."""
+    import nncf
+    import openvino
+
+    found = openvino.convert_model(model, example_input=batches[0])
+    found.reshape([-1, *batches[0].shape[1:]])
+    pictures = [x for batch in batches for x in batch.split(1)]
+    quantised = nncf.quantize(found, nncf.Dataset(pictures, lambda x: x.numpy()), subset_size=len(pictures))
+    compiled = openvino.Core().compile_model(quantised, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda x: compiled([x.numpy()])[0]

@@ -214,7 +214,7 @@ def _traced(
     card = input_config(module)
     _, inputs = Signature.of(module, called)
     check_runs(graph, inputs)
-    metadata = {key: list(card[key]) for key in ("mean", "std") if key in card}
+    metadata: dict[str, Any] = {key: list(card[key]) for key in ("mean", "std") if key in card}
     set_bounds(graph, inputs, metadata)
     return _Traced(graph, inputs, metadata)
 

@@ -27,6 +27,8 @@ from sbs_fx.quantizer.superbit import SuperBitQuantizer
 aten = torch.ops.aten
 
 BITS = 8
+_IMAGES = 64  # that ranges are taken from
+_VALUES = 1 << 20  # of a tensor that are counted in a batch
 Activations = dict[str, StaticActivation]
 
 
@@ -114,7 +116,7 @@ class _Observer(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
         super().__init__(module)
-        self.histograms = {node: Histogram() for node in nodes}
+        self.histograms = {node: Histogram(_VALUES) for node in nodes}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -132,8 +134,12 @@ def _ranges(
     known: Mapping[str, Histogram],
 ) -> dict[fx.Node, SuperBitQuantizer]:
     observer = _Observer(module, (node for node in sites if node.name not in known))
+    seen = 0
     with torch.no_grad():
-        for batch in batches:
+        for batch in batches if observer.histograms else ():
+            if seen >= _IMAGES:
+                break
+            seen += len(batch[0])
             for half in zip(*(x.chunk(2) for x in batch), strict=True):  # reason: half the memory
                 observer.run(*half)
     unsigned = non_negative(module.graph.nodes)

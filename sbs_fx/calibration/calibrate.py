@@ -32,6 +32,7 @@ METHODS = ("mse", "minmax", "percentile")
 # CIFAR-10: at 8-bit activations all within 0.5 points; at 4 bits "minmax" was best with 4 and 1.7 points worse with 6.
 SPREAD = 4.0
 _STATISTICS = 16  # values of a channel that are too few for a batch norm's statistics
+_VALUES = 1 << 20  # of a tensor that are counted in a batch, at even distances; its ends are those of all
 _POINTS = 65  # of the distribution that stands for a batch norm's output
 
 
@@ -230,7 +231,7 @@ class Observations(fx.Interpreter):
 
     def _count(self, module: nn.Module, x: Tensor, weights: Tensor | None = None) -> None:
         name, gate = self.activations[id(module)]
-        if not gate.is_float and not self.histograms.setdefault(id(module), Histogram()).add(x, weights):
+        if not gate.is_float and not self.histograms.setdefault(id(module), Histogram(_VALUES)).add(x, weights):
             cause = "this data" if self.deviations is None else "synthetic input: give data"
             raise DataError(
                 f"the activation {name!r} is NaN or Inf at batch {self.batch}, whose input is finite; the "

@@ -3,8 +3,8 @@
 In: second moments of what a layer reads now and of what it is to give, its weight and gate. Out: weight on the gate's
 grid, range of the gate, and the bias that the means ask for. Source: least squares on quantised inputs with rounding
 of GPTQ (arXiv 2210.17323) behind it; channels that went and bits that went are the same thing to it.
-Holds: every value is a level of the gate; the same moments give the same weight; what is too few samples for a fit is
-drawn to the float weight.
+Holds: every value is a level of the gate; the same moments give the same weight; where samples are few, it is drawn to
+the float weight.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from sbs_fx.calibration.blocks import subgraph
 from sbs_fx.calibration.columns import Product
-from sbs_fx.calibration.rounding import compensated, products, weight_parameters
+from sbs_fx.calibration.rounding import compensated, damping_of, products, weight_parameters
 from sbs_fx.data.batches import Tensors
 from sbs_fx.passes import weight_gates
 from sbs_fx.passes.channels.slim import Slices
@@ -31,8 +31,6 @@ from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
 
-DAMPING = 0.01  # of the mean of the moments' diagonal, as in GPTQ
-_ENOUGH = 4  # samples for each column that a fit is trusted with
 _LEAST_FACTOR = 1e-6  # of a batch norm; a channel multiplied by less can mend nothing
 _LEAST_SPREAD, _SCALES = 1e-3, (0.5, 2.0)  # of a channel, for its scale to be fitted, and what that may become
 _PLACES, _SAMPLES, _EACH = 96, 8192, 24  # of an image at most; of all images at least, and for each column
@@ -91,13 +89,12 @@ class Statistics:
 def refit(weight: Tensor, gate: SuperBitQuantizer, product: Product, statistics: Statistics) -> Tensor:
     """The weight with which the layer gives y on x, rounded by the gate, whose range is set.
 
-    Least squares, drawn to the given weight by a share of the moments' diagonal; as it is where samples are too few.
+    Least squares, drawn to the given weight by a share of the moments' diagonal, the more the fewer samples there are.
     """
     rows, moments = product.rows(weight).double(), statistics.xx
-    damping = DAMPING * moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)[:, None, None]
+    damping = damping_of(moments, statistics.samples)
     damped = moments + damping * torch.eye(moments.shape[1]).to(moments)
-    if statistics.samples >= _ENOUGH * moments.shape[1]:
-        rows = torch.linalg.solve(damped, (statistics.yx + damping * rows).mT).mT
+    rows = torch.linalg.solve(damped, (statistics.yx + damping * rows).mT).mT
     fitted = product.weight(rows).to(weight.dtype)
     if gate.is_float:
         return fitted

@@ -9,7 +9,7 @@ error than by rounding to the nearest level.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +22,8 @@ from sbs_fx.passes.graph import attribute
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.training.evaluation import mode
 
-_DAMPING = 0.01  # of the mean of the diagonal, as in the paper
+DAMPING = 0.01  # of the mean of the moments' diagonal, as in the paper
+_ENOUGH = 4  # samples for each column that a fit is trusted with
 _ROWS = 4  # samples of a layer's input for each of its columns, about
 _LEAST_ROWS = 4096
 _BLOCK = 64  # columns whose error is passed on within the block first
@@ -43,9 +44,22 @@ def products(network: fx.GraphModule) -> dict[str, tuple[fx.Node, Product]]:
     return found
 
 
-def input_moments(network: fx.GraphModule, batches: Iterable[Tensors], names: Iterable[str]) -> dict[str, Tensor]:
-    """Weight name -> E[x x^T] (groups, columns, columns) of the columns that the weight is multiplied with, at random
-    places; weights that no `Product` describes are left out.
+def damping_of(moments: Tensor, samples: int) -> Tensor:
+    """What is added to the diagonal of (groups, columns, columns) moments, (groups, 1, 1): a share of its mean, more
+    where there are fewer than a few samples for each column."""
+    share = DAMPING * max(1.0, _ENOUGH * moments.shape[1] / samples)
+    return share * moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)[:, None, None]
+
+
+class InputMoments(NamedTuple):
+    """E[x x^T] of the columns that a weight is multiplied with, (groups, columns, columns), of so many samples."""
+
+    matrix: Tensor
+    samples: int
+
+
+def input_moments(network: fx.GraphModule, batches: Iterable[Tensors], names: Iterable[str]) -> dict[str, InputMoments]:
+    """Moments by weight name, at random places; weights that no `Product` describes are left out.
 
     Args:
         network: gated, all gates open.
@@ -56,7 +70,7 @@ def input_moments(network: fx.GraphModule, batches: Iterable[Tensors], names: It
         for inputs in batches:
             moments.share = len(inputs[0]) / sum(len(b[0]) for b in batches)
             moments.run(*inputs)
-    return moments.sums
+    return {name: InputMoments(matrix, moments.samples[name]) for name, matrix in moments.sums.items()}
 
 
 class _Moments(fx.Interpreter):
@@ -64,6 +78,7 @@ class _Moments(fx.Interpreter):
         super().__init__(network)
         self.read = {node: (name, p) for name, (node, p) in products(network).items() if name in names}
         self.sums: dict[str, Tensor] = {}
+        self.samples: dict[str, int] = {}
         self.share = 1.0
         self.generator = torch.Generator().manual_seed(0)
 
@@ -76,6 +91,7 @@ class _Moments(fx.Interpreter):
             columns = product.columns(x, result.shape, places)
             moments = columns @ columns.mT / columns.shape[2] * self.share
             self.sums[name] = self.sums.get(name, 0) + moments
+            self.samples[name] = self.samples.get(name, 0) + columns.shape[2]
         return result
 
 
@@ -119,7 +135,7 @@ def compensated(weight: Tensor, gate: SuperBitQuantizer, product: Product, momen
 def _factor(moments: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse, (groups, columns, columns)."""
     moments = moments.double()
-    damping = _DAMPING * moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    damping = DAMPING * moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     moments = moments + damping[:, None, None] * torch.eye(moments.shape[1]).to(moments)
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True).float()
 

@@ -123,11 +123,15 @@ class Histogram:
 
     A value beyond the last bin doubles the width, which merges neighbouring bins, until it fits.
 
+    Args:
+        most: values that are counted of one tensor, about; None: all.
+
     Attributes:
         low, high: of all values, and zero.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
         self.counts = torch.zeros(2, BINS, dtype=torch.float64)  # of values above zero, and below it
         self.zeros, self.low, self.high, self.width = 0.0, 0.0, 0.0, 0.0
 
@@ -145,7 +149,10 @@ class Histogram:
             return False
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._grow()
-        parts = x.detach().reshape(-1).split(_CHUNK)
+        values = x.detach().reshape(-1)
+        if self.most is not None and weights is None:
+            values = values[:: _odd(len(values) // self.most)]
+        parts = values.split(_CHUNK)
         counted = [None] * len(parts) if weights is None else weights.double().reshape(-1).split(_CHUNK)
         for part, weight in zip(parts, counted, strict=True):
             self._count(part, weight)
@@ -243,3 +250,8 @@ class Histogram:
         values = [torch.zeros(1), *(m if i == 0 else -m for i, m in enumerate(middles))]
         held = [torch.tensor([self.zeros], dtype=torch.float64), *(r[u] for r, u in zip(rows, used, strict=True))]
         return torch.cat(values), torch.cat(held)
+
+
+def _odd(step: int) -> int:
+    """Reason: places an even number apart may all be of one column of an image."""
+    return max(1, step | 1 if step > 1 else step)

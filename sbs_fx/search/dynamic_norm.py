@@ -25,6 +25,7 @@ from sbs_fx.passes.gates.insertion import BatchNorm
 from sbs_fx.plan import Plan
 from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.search.ranges import Ranges, put_at
+from sbs_fx.search.refitted import Reading
 from sbs_fx.training.evaluation import device_of, mode
 from sbs_fx.training.task import task_of
 
@@ -39,6 +40,7 @@ class Predictor:
         ranges: of each gate at each bitwidth.
         forms: weight name -> bits -> the parameter as that many bits have it; what is not there is rounded by its gate.
         inputs: one batch, the images first. teacher: the float graph.
+        readings: layers that are refitted to the channels that stay.
 
     Attributes:
         passes: how many plans were predicted so far.
@@ -51,10 +53,12 @@ class Predictor:
         forms: Mapping[str, Mapping[int, Tensor]],
         inputs: Tensors,
         teacher: fx.GraphModule,
+        readings: Mapping[str, Reading] | None = None,
     ) -> None:
-        self.network, self.ranges, self.forms = network, ranges, forms
+        self.network, self.ranges, self.forms, self.readings = network, ranges, forms, readings or {}
         self.passes, self.task = 0, task_of(network)
-        self.parameters = {n: p for n, p in weight_parameters(network).items() if n in forms}
+        changed = forms.keys() | self.readings.keys()
+        self.parameters = {n: p for n, p in weight_parameters(network).items() if n in changed}
         self.originals = {n: p.detach().clone() for n, p in self.parameters.items()}
         self.inputs = tuple(x.to(device_of(network)) for x in inputs)
         self.norms = [m for m in network.modules() if isinstance(m, BatchNorm)]
@@ -109,7 +113,9 @@ class Predictor:
         put_at(self.network, plan, self.ranges)
         for name, parameter in self.parameters.items():
             bits: Any = plan.weight_bits[name]
-            parameter.copy_(self.forms[name].get(bits, self.originals[name]))
+            value = self.forms.get(name, {}).get(bits, self.originals[name])
+            reading = self.readings.get(name)
+            parameter.copy_(value if reading is None else reading.refitted(value, plan.kept))
 
     def reset(self) -> None:
         """Weights as they were, every gate open."""

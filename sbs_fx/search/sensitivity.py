@@ -21,10 +21,13 @@ from sbs_fx.data.batches import Tensors, check_labels
 from sbs_fx.passes import ChannelGroups, activation_gates, weight_gates
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis, Dim
+from sbs_fx.passes.folding import WITH_BIAS
 from sbs_fx.plan.errors import DataError, WeightsError
 from sbs_fx.plan.plan import Kind
 from sbs_fx.training.evaluation import mode
 from sbs_fx.training.task import task_of
+
+aten = torch.ops.aten
 
 Forms = Mapping[int, Callable[[Tensor], Tensor]]  # bits -> the tensor as that many bits have it
 
@@ -37,11 +40,14 @@ class Sensitivity:
         bits: kind ("weight" or "activation") -> name -> bits -> loss.
         channels: group -> (images, size): what the loss of each image changes by, to first order, when a channel goes;
             a set R of channels costs 1/2 mean_n (sum_{c in R} channels[n, c])^2.
+        outputs: weight -> (outputs,): the squared gradient at each output of its layer, added up over places, the mean
+            over images; half of it times a squared error is what that error costs. Convolutions and linears alone.
         labelled: False where the model's own predictions stood in for labels.
     """
 
     bits: dict[Kind, dict[str, dict[int, float]]] = field(default_factory=dict)
     channels: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
     labelled: bool = True
 
     def of_removing(self, group: str, gone: Sequence[int]) -> float:
@@ -93,6 +99,7 @@ def sensitivity(
             for kind, sums in recorder.sums.items()
         },
         {n: torch.cat(rows) for n, rows in recorder.rows.items()},
+        {n: squares / images for n, squares in recorder.squares.items()},
         labelled,
     )
 
@@ -116,6 +123,7 @@ class _Recorder(fx.Interpreter):
             kind: {name: dict.fromkeys(table, 0.0) for name, table in of_kind.items()}
             for kind, of_kind in forms.items()
         }
+        self.squares: dict[str, Tensor] = {}
         self.rows: dict[str, list[Tensor]] = {name: [] for name in prunable}
         self.axes = {groups[name].axis: name for name in self.rows}
         self.types = {node.name: dims for node, dims in groups.inference.dims.items()}
@@ -160,6 +168,10 @@ class _Recorder(fx.Interpreter):
         for node, read, args, kwargs, y in reversed(self.layers):  # an error names the layer where it begins
             grad = self._gradient(y, node.name)
             for name, weight in read.items():
+                if node.target in WITH_BIAS:
+                    channel = grad.ndim - 1 if node.target is aten.linear.default else 1
+                    squares = grad.double().square().sum([i for i in range(grad.ndim) if i != channel]).cpu()
+                    self.squares[name] = self.squares.get(name, 0) + squares
                 for bits, form in self.forms["weight"].get(name, {}).items():
                     changed = form(weight)
                     swap = lambda a, w=weight, c=changed: c if a is w else a  # noqa: E731

@@ -11,15 +11,16 @@ Holds: no weight is trained; the same seed gives the same plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, fx
+from torch import Tensor
 
-from sbs_fx.calibration.rounding import compensated, input_moments, products, weight_parameters
+from sbs_fx.calibration.columns import Product
+from sbs_fx.calibration.rounding import InputMoments, compensated, input_moments, products, weight_parameters
 from sbs_fx.data.batches import Tensors, has_rows, joined_inputs, read_batches, split_inputs, start_epoch
 from sbs_fx.passes import activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.plan import Plan, Value
@@ -31,6 +32,7 @@ from sbs_fx.search.allocation import Allocator, Candidate, Decision
 from sbs_fx.search.dynamic_norm import Predictor
 from sbs_fx.search.problem import Considered, Problem, SearchResult
 from sbs_fx.search.ranges import gates_by_bits
+from sbs_fx.search.refitted import Reading, readers_of, readings, removal
 from sbs_fx.search.registry import Run, method
 from sbs_fx.search.sensitivity import Sensitivity, sensitivity
 
@@ -60,7 +62,7 @@ class TwoStage(Value):
     measured: int = Field(default=64, ge=0)
     rounds: int = Field(default=2, ge=0)
     levels: int = Field(default=8, ge=2)
-    effort: float = Field(default=6e12, gt=0)
+    effort: float = Field(default=2e12, gt=0)
     time_limit: float = Field(default=20.0, gt=0)
 
 
@@ -89,9 +91,10 @@ def two_stage(problem: Problem, run: Run) -> SearchResult:
     judged = int(search.effort / (macs * (search.measured + 2 * len(free) + 2 * len(counts))))
     judged = min(search.judged, max(_FEWEST_JUDGED, judged))
     evidence, predictor = evidence_of(problem, run, search.model_copy(update={"judged": judged}))
+    readers = readers_of(problem.cost, predictor.readings, evidence.outputs)
     decisions = [
         *(Decision(k, n, space.values(k, n), _losses(evidence, k, n, space.values(k, n))) for k, n in free),
-        *(_channel_decision(evidence, n, counts[n]) for n in counts),
+        *(_channel_decision(evidence, n, counts[n], readers.get(n, ())) for n in counts),
     ]
     start = space.most
     opened = replace(
@@ -127,8 +130,8 @@ def evidence_of(problem: Problem, run: Run, search: TwoStage) -> tuple[Sensitivi
     """All that is learned from the data: estimates for all that is free, and what predicts the loss of any plan.
     Raises: as `two_stage`."""
     device, space = problem.inputs[0].device, problem.space
-    read = _read(run.data, search.images, len(problem.inputs))
-    batches = [(tuple(x.to(device) for x in inputs), targets) for inputs, targets in read]
+    data = _read(run.data, search.images, len(problem.inputs))
+    batches = [(tuple(x.to(device) for x in inputs), targets) for inputs, targets in data]
     images = [inputs for inputs, _ in batches]
     prunable = [n for n in problem.groups if space.may_be_pruned(n)]
     network = insert_gates(problem.graph, problem.groups, channels=space.settings.prune)
@@ -137,7 +140,10 @@ def evidence_of(problem: Problem, run: Run, search: TwoStage) -> tuple[Sensitivi
     apply_bits(network, *(dict.fromkeys(each, FLOAT_BITS) for each in names))
     ranges = {key: gate.grid for key, gate in gates.items()}
     judged = split_inputs(joined_inputs(images), search.judged)[0]
-    rounded = _rounded(network, split_inputs(judged, len(images[0][0])), gates)
+    parameters, product = weight_parameters(network), {n: p for n, (_, p) in products(network).items()}
+    moments = input_moments(network, images, parameters)
+    rounded = _rounded(parameters, product, moments, gates)
+    read = readings(problem.cost, product, parameters, moments)
     forms: dict[Kind, dict[str, Any]] = {
         kind: {n: {b: gates[kind, n, b] for b in space.values(kind, n)} for n in space.free(kind)}
         for kind in KINDS_OF_BITS
@@ -145,7 +151,7 @@ def evidence_of(problem: Problem, run: Run, search: TwoStage) -> tuple[Sensitivi
     for name, of_name in forms["weight"].items():
         forms["weight"][name] = {**of_name, **{b: _constant(value) for b, value in rounded.get(name, {}).items()}}
     evidence = sensitivity(network, problem.groups, batches, forms, prunable, problem.seed)
-    return evidence, Predictor(network, ranges, rounded, judged, problem.graph)
+    return evidence, Predictor(network, ranges, rounded, judged, problem.graph, read)
 
 
 def _read(data: Iterable[Any], count: int, tensors: int) -> list[tuple[Tensors, Tensor | None]]:
@@ -173,15 +179,18 @@ def _levels(counts: Sequence[int], levels: int) -> tuple[int, ...]:
 
 
 def _rounded(
-    network: fx.GraphModule, images: Iterable[Tensors], gates: dict[tuple[Kind, str, int], SuperBitQuantizer]
+    parameters: Mapping[str, Tensor],
+    product: Mapping[str, Product],
+    moments: Mapping[str, InputMoments],
+    gates: dict[tuple[Kind, str, int], SuperBitQuantizer],
 ) -> dict[str, dict[int, Tensor]]:
     """Weight name -> bits -> the parameter, rounded in closed form where the layer allows it."""
-    parameters = weight_parameters(network)
-    moments, product = input_moments(network, images, parameters), products(network)
     rounded: dict[str, dict[int, Tensor]] = {}
     for (kind, name, bits), gate in gates.items():
         if kind == "weight" and name in moments and not gate.is_float:
-            rounded.setdefault(name, {})[bits] = compensated(parameters[name], gate, product[name][1], moments[name])
+            rounded.setdefault(name, {})[bits] = compensated(
+                parameters[name], gate, product[name], moments[name].matrix
+            )
     return rounded
 
 
@@ -193,9 +202,17 @@ def _losses(evidence: Sensitivity, kind: Kind, name: str, values: Sequence[int])
     return tuple(evidence.bits[kind][name][b] for b in values)
 
 
-def _channel_decision(evidence: Sensitivity, name: str, counts: Sequence[int]) -> Decision:
-    order = evidence.channels[name].square().mean(0).argsort(stable=True).tolist()
-    losses = tuple(evidence.of_removing(name, order[: len(order) - count]) for count in counts)
+def _channel_decision(
+    evidence: Sensitivity, name: str, counts: Sequence[int], readers: Sequence[tuple[Reading, Tensor]]
+) -> Decision:
+    """By what is lost once the layers that read the channels are refitted; by what channels do, where one cannot be."""
+    if readers:
+        order, lost = removal(name, counts[0], counts[-1], readers)
+        losses = tuple(lost[counts[0] - count] for count in counts)
+        order += sorted(set(range(counts[0])) - set(order))
+    else:
+        order = evidence.channels[name].square().mean(0).argsort(stable=True).tolist()
+        losses = tuple(evidence.of_removing(name, order[: len(order) - count]) for count in counts)
     return Decision("channels", name, tuple(counts), losses, order)
 
 

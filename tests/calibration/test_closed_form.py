@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sbs_fx.calibration.closed_form import DAMPING, Moments, intercept, refit
+from sbs_fx.calibration.closed_form import Moments, intercept, refit
 from sbs_fx.calibration.columns import Product
 from sbs_fx.calibration.reconstruction import Reconstruction, reconstruct
+from sbs_fx.calibration.rounding import DAMPING
 from sbs_fx.passes import activation_gates, apply_bits, channel_groups, insert_gates, slim, trace, weight_gates
 from tests.calibration.test_reconstruction import distance, prepared
 from tests.oracles.gated import check_static, quantiser
@@ -87,9 +88,10 @@ def test_a_fit_is_least_squares_drawn_to_the_weight() -> None:
     assert torch.allclose(fitted.double(), expected, atol=1e-5)
     added = intercept(product.rows(fitted), statistics)
     assert torch.allclose((fitted @ x).mean(1) + added.float(), y.mean(1), atol=1e-4)
-    few = Moments()
-    few.add(x[None, :, :20], y[None, :, :20])
-    assert torch.equal(refit(weight, gate, product, few.finished(centred=True)), weight)
+    one = Moments()  # a sample says little of six columns
+    one.add(x[None, :, :2], y[None, :, :2])
+    moved = refit(weight, gate, product, one.finished(centred=True))
+    assert 0 < float((moved - weight).norm()) < 0.5 * float((fitted - weight).norm())
 
 
 class Twins(nn.Module):

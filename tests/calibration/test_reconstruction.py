@@ -199,7 +199,7 @@ def test_moments_are_those_of_the_output_and_rounding_lowers_its_error(layer: An
     mixed = torch.randn(shape) + torch.randn(shape[0], *[1] * (len(shape) - 1))  # so that columns go together
     graph = trace(nn.Sequential(layer).eval(), torch.randn(2, *shape[1:]))
     gated = insert_gates(graph, channel_groups(graph), channels=False)
-    moments = input_moments(gated, [(x,) for x in mixed.split(16)], ["0"])["0"]
+    moments = input_moments(gated, [(x,) for x in mixed.split(16)], ["0"])["0"].matrix
     weight, (_, product) = layer.weight.detach(), products(gated)["0"]
 
     def power(w: Tensor) -> Tensor:

