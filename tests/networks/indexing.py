@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import deform_conv2d
+from torchvision.ops import deform_conv2d, ps_roi_align, ps_roi_pool, roi_align, roi_pool
 
 from tests.networks.operators import CASES, CHANNELS, SIDE, Function, both, case
 
@@ -114,6 +114,28 @@ def unsafe_parts(p: nn.ParameterDict, y: Tensor) -> Tensor:
     a, b = torch.unsafe_split(F.linear(y.mean((2, 3)), p["of_input"]), 5, 1)
     c, e = torch.unsafe_split_with_sizes(y.mean((2, 3)), [5, 7], 1)
     return both(a * b.sigmoid() + c, e)
+
+
+def boxes_of(y: Tensor) -> Tensor:
+    """Two boxes an image, (number of the image, corners): (B, C, H, W) -> (2 B, 5)."""
+    number = torch.arange(y.shape[0], dtype=y.dtype)[:, None]
+    corner = y[:, :2, 0, 0].sigmoid()
+    rows = [torch.cat([number, corner, corner + size], 1) for size in (3, 4)]
+    return torch.stack(rows, 1).flatten(0, 1)
+
+
+@case()
+def boxes_aligned(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    boxes = boxes_of(y.detach())
+    parts = roi_align(y, boxes, 2, sampling_ratio=2, aligned=True), roi_pool(y, boxes, (1, 2))
+    return both(*(x.unflatten(0, (-1, 2)) for x in parts))
+
+
+@case()
+def boxes_by_position(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    boxes = boxes_of(y.detach())
+    parts = ps_roi_align(y, boxes, (1, 2), sampling_ratio=1), ps_roi_pool(y, boxes, (2, 1))
+    return both(*(x.unflatten(0, (-1, 2)) for x in parts))
 
 
 @case(free=False, of_input=(5, 36), of_hidden=(5, 5))
