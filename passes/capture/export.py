@@ -93,15 +93,22 @@ def exported(module: nn.Module, signature: Signature, tensors: tuple[Tensor, ...
             return plain()
         except Exception as first:  # whatever torch raises; the second form may be able to
             error = first
+    def automatic(called: nn.Module, form: Signature) -> Captured:
+        program = _program(called, form, tensors, [dict.fromkeys(d, Dim.AUTO) for d in dims])
+        spec = _spec_of(program, module, signature, tensors, dims)
+        return _graph(program, form), spec
+
     result, reason = None, error
     try:
-        program = _program(called, signature, tensors, [dict.fromkeys(d, Dim.AUTO) for d in dims])
-        spec = _spec_of(program, module, signature, tensors, dims)
-        result = _graph(program, signature), spec
+        result = automatic(called, signature)
     except TraceError as fixed:
         reason = fixed
     except Exception as second:
         reason = error or second
+    if result is not None and result[1].relates_sizes():
+        with suppress(Exception):  # reason: a model in which they differ cannot be captured as if they did not
+            one = automatic(_Call(module, signature, dims), replace(signature, plain=False))
+            result = min((one, result), key=lambda captured: len(captured[1].guards))
     if batch_alone and (result is None or result[1].guards):
         with suppress(Exception):  # reason: what was said before says more
             return _beside_caches(called, tensors, dims, plain)
@@ -181,14 +188,18 @@ def quiet_torch() -> Iterator[None]:
 
 
 class _Call(nn.Module):
-    """A module as a function of tensors alone."""
+    """A module as a function of tensors alone, whose dimensions of one name in `dims` have one size."""
 
-    def __init__(self, module: nn.Module, signature: Signature) -> None:
+    def __init__(self, module: nn.Module, signature: Signature, dims: Dims = ()) -> None:
         super().__init__()
-        self.module, self.signature = module, signature
+        self.module, self.signature, self.dims = module, signature, dims
         self.training = module.training
 
     def forward(self, *tensors: Tensor) -> Any:
+        sizes: dict[str, Any] = {}
+        for x, of_tensor in zip(tensors, self.dims, strict=False):
+            for place, name in of_tensor.items():
+                torch._check(x.shape[place] == sizes.setdefault(name, x.shape[place]))
         args, kwargs = self.signature.call(tensors)
         return self.module(*args, **kwargs)
 
