@@ -93,6 +93,7 @@ def exported(module: nn.Module, signature: Signature, tensors: tuple[Tensor, ...
             return plain()
         except Exception as first:  # whatever torch raises; the second form may be able to
             error = first
+
     def automatic(called: nn.Module, form: Signature) -> Captured:
         program = _program(called, form, tensors, [dict.fromkeys(d, Dim.AUTO) for d in dims])
         spec = _spec_of(program, module, signature, tensors, dims)

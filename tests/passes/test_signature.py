@@ -308,7 +308,8 @@ def test_sizes_that_depend_on_one_another_are_one() -> None:
     model = Correlation().eval()
     graph = trace(model, {"left": x(2), "right": x(2) + 1})
     spec = inputs_of(graph)
-    assert spec is not None and spec.ranges == {"batch": (1, None)}
+    assert spec is not None
+    assert spec.ranges == {"batch": (1, None)}
     for batch in (1, 2, 5):
         assert torch.equal(graph(x(batch), x(batch) + 1), model(x(batch), x(batch) + 1))
     assert sbs_fx.compress(model, (x(2), x(2)), budget=0.9).model(x(5), x(5) + 1).shape == (5, 8, 8, 2)
