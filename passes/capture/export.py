@@ -108,8 +108,10 @@ def exported(module: nn.Module, signature: Signature, tensors: tuple[Tensor, ...
         reason = error or second
     if result is not None and result[1].relates_sizes():
         with suppress(Exception):  # reason: a model in which they differ cannot be captured as if they did not
-            one = automatic(_Call(module, signature, dims), replace(signature, plain=False))
-            result = min((one, result), key=lambda captured: len(captured[1].guards))
+            tied = _Call(module, signature, dims)
+            one = automatic(tied, replace(signature, plain=False))
+            if len(one[1].guards) < len(result[1].guards):
+                return one[0], _with_single(one[0], tied, tensors, dims, one[1])
     if batch_alone and (result is None or result[1].guards):
         with suppress(Exception):  # reason: what was said before says more
             return _beside_caches(called, tensors, dims, plain)
