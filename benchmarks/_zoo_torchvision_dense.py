@@ -75,14 +75,14 @@ for _name, _build in _SEGMENTERS.items():
 # -- detection ---------------------------------------------------------------------------------------------------------
 
 
-def _pyramid(levels: int, extra: str | None = None) -> nn.Module:
+def _pyramid(levels: int, extra: str | None = None, width: int = 32) -> nn.Module:
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
     from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-    blocks = {None: LastLevelMaxPool, "p6p7": lambda: LastLevelP6P7(32, 32)}[extra]()
+    blocks = {None: LastLevelMaxPool, "p6p7": lambda: LastLevelP6P7(width, width)}[extra]()
     layers = {f"layer{i}": str(i) for i in range(5 - levels, 5)}
     widths = [64, 128, 256, 512][4 - levels :]
-    return BackboneWithFPN(_resnet(), layers, widths, 32, extra_blocks=blocks)
+    return BackboneWithFPN(_resnet(), layers, widths, width, extra_blocks=blocks)
 
 
 def _detector(kind: str) -> nn.Module:
@@ -90,7 +90,9 @@ def _detector(kind: str) -> nn.Module:
 
     size = {"min_size": 64, "max_size": 64}
     if kind in ("RetinaNet", "FCOS"):
-        return getattr(d, kind)(_pyramid(3, "p6p7"), num_classes=5, topk_candidates=50, **size)
+        # reason: a group norm of 32 groups in the head, which takes no single value a group, as of one image's last map
+        width = 64 if kind == "FCOS" else 32
+        return getattr(d, kind)(_pyramid(3, "p6p7", width), num_classes=5, topk_candidates=50, **size)
     mask, keypoint = d.mask_rcnn, d.keypoint_rcnn
     options: dict[str, Any] = {
         "FasterRCNN": {},

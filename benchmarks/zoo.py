@@ -111,7 +111,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kinds", type=lambda text: text.split(","), help="only these kinds of rows, by comma")
     parser.add_argument("--models", type=lambda text: text.split(","), help="only these rows, by comma")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--timeout", type=float, default=240, help="seconds a network may take")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds a network may take")
     parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run")
     parser.add_argument("--retry", help="with --resume: but not those whose outcome holds this text, such as faulty")
     parser.add_argument("--quick", action="store_true", help="without what needs a whole compression")

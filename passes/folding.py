@@ -26,6 +26,8 @@ CONVOLUTIONS = {
 TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 WITH_BIAS = CONVOLUTIONS | TRANSPOSED | {aten.linear.default}
 RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}  # weights are argument 2
+CELLS = {aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default}
+WEIGHTS_OF_CELL = slice(2, 4)  # places among their arguments
 WEIGHT, BIAS = 1, 2  # places among their arguments
 
 # Operators that multiply and add up; of parameters alone they are no work of a layer.

@@ -15,7 +15,11 @@ from torch import fx
 
 aten = torch.ops.aten
 
-_RENAMED = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+_RENAMED = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
+}
 _BOOKKEEPING = {
     aten._assert_tensor_metadata.default,
     aten._assert_async.msg,
@@ -120,6 +124,7 @@ _SPLITS = {
     aten.chunk.default,
     aten.unsafe_chunk.default,
     aten.split.Tensor,
+    aten.unsafe_split.Tensor,
     aten.split.sizes,
     aten.split_copy.Tensor,
     aten.tensor_split.sections,

@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from sbs_fx.passes.capture.attributes import RealAttributes
 from sbs_fx.passes.capture.caches import BATCH, Dims, of_any_batch, resized
 from sbs_fx.passes.capture.functional import decompositions, make_functional
 from sbs_fx.passes.capture.inputs import InputSpec, TensorSpec, is_guard
@@ -93,15 +94,25 @@ def exported(module: nn.Module, signature: Signature, tensors: tuple[Tensor, ...
             return plain()
         except Exception as first:  # whatever torch raises; the second form may be able to
             error = first
+
+    def automatic(called: nn.Module, form: Signature) -> Captured:
+        program = _program(called, form, tensors, [dict.fromkeys(d, Dim.AUTO) for d in dims])
+        spec = _spec_of(program, module, signature, tensors, dims)
+        return _graph(program, form), spec
+
     result, reason = None, error
     try:
-        program = _program(called, signature, tensors, [dict.fromkeys(d, Dim.AUTO) for d in dims])
-        spec = _spec_of(program, module, signature, tensors, dims)
-        result = _graph(program, signature), spec
+        result = automatic(called, signature)
     except TraceError as fixed:
         reason = fixed
     except Exception as second:
         reason = error or second
+    if result is not None and result[1].relates_sizes():
+        with suppress(Exception):  # reason: a model in which they differ cannot be captured as if they did not
+            tied = _Call(module, signature, dims)
+            one = automatic(tied, replace(signature, plain=False))
+            if len(one[1].guards) < len(result[1].guards):
+                return one[0], _with_single(one[0], tied, tensors, dims, one[1])
     if batch_alone and (result is None or result[1].guards):
         with suppress(Exception):  # reason: what was said before says more
             return _beside_caches(called, tensors, dims, plain)
@@ -118,9 +129,10 @@ def _program(
 ) -> ExportedProgram:
     dynamic: Any = tuple(dict(s) for s in shapes)
     with quiet_torch():
-        program = torch.export.export(
-            called, tensors, dynamic_shapes=dynamic if signature.plain else (dynamic,), strict=False
-        )
+        with RealAttributes():
+            program = torch.export.export(
+                called, tensors, dynamic_shapes=dynamic if signature.plain else (dynamic,), strict=False
+            )
         table = decompositions(program.graph)
         if table or not make_functional(program.graph):
             # This traces again, which removes in-place operators and sub-graphs too, even with an empty table.
@@ -181,14 +193,18 @@ def quiet_torch() -> Iterator[None]:
 
 
 class _Call(nn.Module):
-    """A module as a function of tensors alone."""
+    """A module as a function of tensors alone, whose dimensions of one name in `dims` have one size."""
 
-    def __init__(self, module: nn.Module, signature: Signature) -> None:
+    def __init__(self, module: nn.Module, signature: Signature, dims: Dims = ()) -> None:
         super().__init__()
-        self.module, self.signature = module, signature
+        self.module, self.signature, self.dims = module, signature, dims
         self.training = module.training
 
     def forward(self, *tensors: Tensor) -> Any:
+        sizes: dict[str, Any] = {}
+        for x, of_tensor in zip(tensors, self.dims, strict=False):
+            for place, name in of_tensor.items():
+                torch._check(x.shape[place] == sizes.setdefault(name, x.shape[place]))
         args, kwargs = self.signature.call(tensors)
         return self.module(*args, **kwargs)
 

@@ -107,6 +107,10 @@ class InputSpec:
             f"dynamic={ {spec.name: named | {place: side}}!r} for a size that may change"
         )
 
+    def relates_sizes(self) -> bool:
+        """Whether torch found that dimensions, told apart, depend on one another."""
+        return any(len(set(_checked_names(guard)) & self.ranges.keys()) > 1 for guard in self.guards)
+
     def to_json(self) -> dict[str, Any]:
         return {"tensors": [asdict(t) for t in self.tensors], "ranges": dict(self.ranges), "guards": [*self.guards]}
 

@@ -53,6 +53,7 @@ def trace(module: Any, example_inputs: Inputs, *, dynamic: Dynamic | None = None
     load_rules()
     module = unwrapped(module)
     signature, tensors = Signature.of(module, example_inputs)
+    tensors = _apart(tensors)
     dims = dynamic_dims(signature, tensors, dynamic)
     _check_tensors(module, signature, tensors, dims)
     with unchanged(module):
@@ -72,6 +73,11 @@ def trace(module: Any, example_inputs: Inputs, *, dynamic: Dynamic | None = None
     set_dialect(graph_module, Traced())
     set_inputs(graph_module, spec)
     return graph_module
+
+
+def _apart(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Each a tensor of its own: of one that is given twice, torch would read the second place alone."""
+    return tuple(x.clone() if any(x is other for other in tensors[:i]) else x for i, x in enumerate(tensors))
 
 
 def _check_tensors(

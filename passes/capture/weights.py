@@ -26,7 +26,15 @@ from torch import Tensor, fx, nn
 
 from sbs_fx.passes.channels.facts import facts_of
 from sbs_fx.passes.channels.inference import load_rules, rule_of
-from sbs_fx.passes.folding import CONSTANT_PRODUCTS, RECURRENT, WEIGHT, WITH_BIAS, constant_nodes
+from sbs_fx.passes.folding import (
+    CELLS,
+    CONSTANT_PRODUCTS,
+    RECURRENT,
+    WEIGHT,
+    WEIGHTS_OF_CELL,
+    WITH_BIAS,
+    constant_nodes,
+)
 from sbs_fx.passes.graph import attribute
 
 aten = torch.ops.aten
@@ -82,6 +90,7 @@ def _computed_weights(graph: fx.Graph, constants: set[fx.Node]) -> Iterator[tupl
             continue
         operands = [layer.args[WEIGHT]] if layer.target in WITH_BIAS else []
         operands += layer.args[2] if layer.target in RECURRENT else []
+        operands += layer.args[WEIGHTS_OF_CELL] if layer.target in CELLS else []
         for weight in operands:
             if weight in constants and weight.op == "call_function":
                 yield layer, weight

@@ -40,6 +40,13 @@ def _sampled(args: Sequence[Any], out: Sequence[Tensor]) -> int:
     return out[0].numel() * 2 ** (out[0].ndim - 2)
 
 
+def _aligned(args: Sequence[Any], out: Sequence[Tensor]) -> int:
+    """Four neighbours of each sampled place; where the size of a box says how many, those of the whole map."""
+    space, cells, ratio = args[0].shape[2:], out[0].shape[2:], args[5]
+    samples = ratio**2 if ratio > 0 else math.prod(math.ceil(n / m) for n, m in zip(space, cells, strict=True))
+    return out[0].numel() * 4 * samples
+
+
 def _fourier(args: Sequence[Any], out: Sequence[Tensor]) -> int:
     """2.5 n log2 n, half of the 5 n log2 n operations by which transforms are compared (Cooley and Tukey, radix 2)."""
     whole = max((x for x in (args[0], out[0])), key=lambda x: x.numel())
@@ -68,6 +75,8 @@ _FORMULAS: Mapping[str, Callable[[Sequence[Any], Sequence[Tensor]], int]] = {
     "aten::grid_sampler": _sampled,
     "aten::grid_sampler_2d": _sampled,
     "aten::grid_sampler_3d": _sampled,
+    "torchvision::roi_align": _aligned,
+    "torchvision::ps_roi_align": _aligned,
     "aten::_fft_r2c": _fourier,
     "aten::_fft_c2c": _fourier,
     "aten::_fft_c2r": _fourier,
@@ -110,6 +119,7 @@ def all_layers(inference: Inference) -> tuple[tuple[LayerExpression, ...], dict[
         elif macs:
             # reason: what has a rule does as much for each coordinate of its result
             types = () if node.name in inference.unknown else inference[node]
+            types = types[0] if types and isinstance(types[0], tuple) else types  # of several results the first
             dims = tuple(dim for dim in types if d.axes(dim))
             scale = macs // math.prod(dim.size for dim in dims)
             name = f"{str(node.target).removesuffix('.default')} ({node.name})"

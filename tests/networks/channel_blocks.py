@@ -344,3 +344,28 @@ class Recurrent(Block):
             y, _ = self.cell(sequence, (first, second) if isinstance(self.cell, nn.LSTM) else first)
         y = self.project(y).reshape(b, rows, length, c)
         return x + y.permute((0, 3, 2, 1) if self.axis == "columns" else (0, 3, 1, 2))
+
+
+@block("cells", "image", cell=("lstm", "gru", "tanh", "relu"), start=("zero", "mean"))
+class Cells(Block):
+    """A cell of one step, called for each column with the state that the last one left; the last state, added."""
+
+    def __init__(self, state: State, *, cell: str, start: str) -> None:
+        super().__init__(state)
+        c, self.hidden = state.channels, state.channels // 2 + 1
+        kinds = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
+        self.cell = kinds.get(cell, partial(nn.RNNCell, nonlinearity=cell))(c, self.hidden)
+        self.start = pointwise(c, self.hidden) if start == "mean" else None
+        self.project = nn.Linear(self.hidden, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], self.hidden)
+        if self.start is not None:
+            state = self.start(x).mean((2, 3))
+        memory = torch.zeros_like(state)
+        for column in x.mean(2).unbind(2):
+            if isinstance(self.cell, nn.LSTMCell):
+                state, memory = self.cell(column, (state, memory))
+            else:
+                state = self.cell(column, state)
+        return x + self.project(state)[..., None, None]

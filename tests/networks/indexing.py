@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import deform_conv2d
+from torchvision.ops import deform_conv2d, ps_roi_align, ps_roi_pool, roi_align, roi_pool
 
 from tests.networks.operators import CASES, CHANNELS, SIDE, Function, both, case
 
@@ -85,6 +85,57 @@ def cells(y: Tensor, p: nn.ParameterDict, operator: Function, state: Tensor) -> 
 @case(of_input=(15, 12), of_hidden=(15, 5))
 def recurrent_over_pixels(p: nn.ParameterDict, y: Tensor) -> Tensor:
     return cells(y.flatten(2).mT, p, torch.gru, y.new_zeros(1, y.shape[0], 5))  # type: ignore[arg-type]
+
+
+@case(of_input=(15, 12), of_hidden=(15, 5), bias=(15,), other_bias=(15,))
+def gru_cell_over_rows(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    state = y.new_zeros(y.shape[0], 5)
+    for row in y.mean(3).unbind(2):
+        state = torch.gru_cell(row, state, p["of_input"], p["of_hidden"], p["bias"], p["other_bias"])
+    return state
+
+
+@case(of_input=(20, 12), of_hidden=(20, 5))
+def lstm_cell_over_rows(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    states = (y[:, :5, 0, 0], y[:, :5, 1, 1].exp())
+    for row in y.mean(3).unbind(2)[:3]:
+        states = torch.lstm_cell(row, states, p["of_input"], p["of_hidden"])
+    return both(*states)
+
+
+@case(of_input=(12, 12), of_hidden=(12, 12), bias=(12,), other_bias=(12,))
+def plain_cells(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    weights = (p["of_input"], p["of_hidden"], p["bias"], p["other_bias"])
+    return torch.rnn_relu_cell(y[:, :, 1, 1], torch.rnn_tanh_cell(y[:, :, 0, 0], y[:, :, 0, 1], *weights), *weights)
+
+
+@case(of_input=(10, 12))
+def unsafe_parts(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    a, b = torch.unsafe_split(F.linear(y.mean((2, 3)), p["of_input"]), 5, 1)
+    c, e = torch.unsafe_split_with_sizes(y.mean((2, 3)), [5, 7], 1)
+    return both(a * b.sigmoid() + c, e)
+
+
+def boxes_of(y: Tensor) -> Tensor:
+    """Two boxes an image, (number of the image, corners): (B, C, H, W) -> (2 B, 5)."""
+    number = torch.arange(y.shape[0], dtype=y.dtype)[:, None]
+    corner = y[:, :2, 0, 0].sigmoid()
+    rows = [torch.cat([number, corner, corner + size], 1) for size in (3, 4)]
+    return torch.stack(rows, 1).flatten(0, 1)
+
+
+@case()
+def boxes_aligned(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    boxes = boxes_of(y.detach())
+    parts = roi_align(y, boxes, 2, sampling_ratio=2, aligned=True), roi_pool(y, boxes, (1, 2))
+    return both(*(x.unflatten(0, (-1, 2)) for x in parts))
+
+
+@case()
+def boxes_by_position(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    boxes = boxes_of(y.detach())
+    parts = ps_roi_align(y, boxes, (1, 2), sampling_ratio=1), ps_roi_pool(y, boxes, (2, 1))
+    return both(*(x.unflatten(0, (-1, 2)) for x in parts))
 
 
 @case(free=False, of_input=(5, 36), of_hidden=(5, 5))

@@ -43,6 +43,7 @@ KINDS = (
     "transposed_conv",
     "linear",
     "lstm",
+    "cells",
 )
 BUNDLES = bundles(KINDS)
 

@@ -196,3 +196,25 @@ def test_overlaps_of_boxes_are_counted_however_many_stay() -> None:
     cost = cost_model(graph, channel_groups(graph))
     assert not cost.uncounted
     assert cost.reference.macs == 3 * 5 * 48 + 48**2
+
+
+def test_what_is_read_in_boxes_is_counted_and_passes_channels() -> None:
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 5, 1), nn.Linear(5 * 4, 2)
+
+        def forward(self, x: Tensor, boxes: Tensor) -> Tensor:
+            number = torch.arange(x.shape[0], dtype=x.dtype)[:, None, None].expand(-1, boxes.shape[1], 1)
+            rows, y = torch.cat([number, boxes], -1).flatten(0, 1), self.conv(x)
+            fixed = torchvision.ops.roi_align(y, rows, 2, sampling_ratio=3)
+            return self.head((fixed + torchvision.ops.roi_align(y, rows, 2)).flatten(1))
+
+    graph = trace(Boxes().eval(), (X, torch.rand(2, 7, 4)))
+    groups = channel_groups(graph)
+    cost = cost_model(graph, groups)
+    assert not cost.uncounted
+    assert [len(g.members) for g in groups.values()] == [3]
+    height, width = (-(-n // 2) for n in X.shape[2:])
+    each = 7 * 5 * 2 * 2 * 4
+    assert cost.reference.macs == 3 * 5 * 48 + each * (3 * 3 + height * width) + 7 * 5 * 4 * 2

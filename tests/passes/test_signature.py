@@ -289,6 +289,38 @@ def test_two_images_through_one_encoder() -> None:
         result.model(x(2), x(5))
 
 
+def test_sizes_that_depend_on_one_another_are_one() -> None:
+    """The batch of what comes out of the encoder is half of both together, for torch another size than either."""
+
+    class Correlation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(4, 2)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            one, other = self.encoder(torch.cat([left, right], 0)).chunk(2, 0)
+            batch, _, height, width = one.shape
+            volume = (one.flatten(2).mT @ other.flatten(2)).reshape(batch * height * width, 1, height, width)
+            places = left.new_zeros(left.shape[0] * height * width, 2, 2, 2)
+            samples = nn.functional.grid_sample(volume, places, align_corners=True)
+            return self.head(samples.view(left.shape[0], height, width, 4))
+
+    model = Correlation().eval()
+    graph = trace(model, {"left": x(2), "right": x(2) + 1})
+    spec = inputs_of(graph)
+    assert spec is not None
+    assert spec.ranges == {"batch": (1, None)}
+    for batch in (1, 2, 5):
+        assert torch.equal(graph(x(batch), x(batch) + 1), model(x(batch), x(batch) + 1))
+    assert sbs_fx.compress(model, (x(2), x(2)), budget=0.9).model(x(5), x(5) + 1).shape == (5, 8, 8, 2)
+
+
+def test_a_tensor_that_is_given_twice_is_two() -> None:
+    model, same = CASES["any number"][0].eval(), x(2)
+    graph = trace(model, (same, same, same))
+    assert torch.equal(graph(x(3), x(3) + 1, x(3) - 2)["logits"], model(x(3), x(3) + 1, x(3) - 2)["logits"])
+
+
 def test_data_of_models_with_several_inputs() -> None:
     model, inputs, _ = CASES["any number"]
     data = [{"inputs_2": x(4), "inputs_1": x(4) + 1, "inputs_0": x(4), "labels": torch.zeros(4).long()}] * 2

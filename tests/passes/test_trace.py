@@ -247,3 +247,39 @@ def test_control_flow_on_values_names_the_sub_module() -> None:
     assert caught.value.submodule.startswith("Branch")
     assert caught.value.reason
     assert module.training
+
+
+class Strides(nn.Module):
+    """What is at a place times its stride, as the heads of detectors have it; strides are a plain attribute."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.how = nn.Conv2d(3, 4, 3, padding=1), how
+        self.strides, self.count = torch.tensor([4.0, 8.0]), torch.tensor(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        shape = (y.shape[2] * y.shape[3], 1)
+        if self.how == "number":
+            scales = [torch.full(shape, float(stride)) for stride in self.strides]
+        elif self.how == "tensor":
+            scales = [torch.full(shape, stride) for stride in self.strides]
+        elif self.how == "place":
+            scales = [y.new_full(shape, self.strides[i]) for i in range(int(self.count))]
+        else:
+            self.count.add_(1)
+            scales = [y.new_full(shape, float(self.count))]
+        return y.flatten(2).mT * torch.cat(scales, 1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("how", ["number", "tensor", "place"])
+def test_numbers_in_plain_attributes_are_read(how: str) -> None:
+    model = Strides(how).eval()
+    graph = trace(model, torch.randn(2, 3, 8, 6), dynamic=("batch", "height", "width"))
+    x = torch.randn(3, 3, 5, 9)
+    assert torch.equal(graph(x), model(x))
+
+
+def test_a_plain_attribute_that_a_forward_changes_is_not_read() -> None:
+    with pytest.raises(TraceError, match="data-dependent|changes"):
+        trace(Strides("counted").eval(), torch.randn(2, 3, 8, 6))

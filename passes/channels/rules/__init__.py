@@ -2,6 +2,7 @@
 folder."""
 
 from sbs_fx.passes.channels.rules import (
+    boxes,
     contraction,
     convolution,
     deformable,
@@ -16,6 +17,7 @@ from sbs_fx.passes.channels.rules import (
 )
 
 __all__ = [
+    "boxes",
     "contraction",
     "convolution",
     "deformable",

@@ -1,4 +1,5 @@
-"""Recurrent layers: one node for all steps, layers and directions. Without a rule `trace` would unroll them.
+"""Recurrent layers: one node for all steps, layers and directions, or for one step of a cell. Without a rule `trace`
+would take them apart, and what they are made of rounds otherwise in another memory layout.
 
 Each parameter has gates x hidden rows; both directions share the width of the initial state. What a gate computes plays
 no part: a hidden coordinate reads the others through weights alone, whose columns go with them.
@@ -38,6 +39,44 @@ def _rnn_tanh(t: Inference, node: fx.Node) -> tuple[Dims, ...]:
 @rule(aten.rnn_relu.input, facts=Facts(always))
 def _rnn_relu(t: Inference, node: fx.Node) -> tuple[Dims, ...]:
     return _recurrent(t, node, "rnn", 1, [node.args[1]])
+
+
+@rule(aten.gru_cell, facts=Facts())
+def _gru_cell(t: Inference, node: fx.Node) -> Dims:
+    return _cell(t, node, "gru", 3, [node.args[1]])[0]
+
+
+@rule(aten.lstm_cell, facts=Facts())
+def _lstm_cell(t: Inference, node: fx.Node) -> tuple[Dims, ...]:
+    return _cell(t, node, "lstm", 4, node.args[1])
+
+
+@rule(aten.rnn_tanh_cell, facts=Facts())
+def _rnn_tanh_cell(t: Inference, node: fx.Node) -> Dims:
+    return _cell(t, node, "rnn", 1, [node.args[1]])[0]
+
+
+@rule(aten.rnn_relu_cell, facts=Facts(always))
+def _rnn_relu_cell(t: Inference, node: fx.Node) -> Dims:
+    return _cell(t, node, "rnn", 1, [node.args[1]])[0]
+
+
+def _cell(t: Inference, node: fx.Node, kind: str, gates: int, initial: Sequence[fx.Node]) -> tuple[Dims, ...]:
+    """The states after one step, as many as before it, which stay in float as those inside a layer do."""
+    x, states, weights = t[node.args[0]], [t[s] for s in initial], node.args[2:4]
+    hidden = states[0][1]
+    for state in states:
+        t.unify(node, x[0], state[0])
+        t.unify(node, hidden, state[1])
+    for weight, source in zip(weights, (x[1], hidden), strict=True):
+        t.unify(node, t[weight][1], source)
+    for parameter in node.args[2:]:
+        if t[parameter]:
+            _unify_rows(t, node, t[parameter][0], hidden)
+    outer = ((x[0], node.args[0].meta["val"].shape[0]), (Const(gates), gates), extent(hidden))
+    terms = (Term((*outer, extent(x[1])), ((0,), (2,))), Term((*outer, extent(hidden)), (None, (3,))))
+    t.layer(node, kind, *terms)
+    return tuple(tuple(d.resolve(dim) for dim in state) for state in states)
 
 
 def _recurrent(t: Inference, node: fx.Node, kind: str, gates: int, initial: Sequence[fx.Node]) -> tuple[Dims, ...]:
