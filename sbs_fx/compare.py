@@ -24,8 +24,10 @@ from sbs_fx.compress import Data, Job, Progress, compress, tune
 from sbs_fx.config import Config
 from sbs_fx.data.prepared import Prepare
 from sbs_fx.models import create_model
-from sbs_fx.passes import finalize
+from sbs_fx.models import example_inputs as derive_inputs
+from sbs_fx.passes import finalize, trace
 from sbs_fx.passes.capture.export import Dynamic
+from sbs_fx.passes.capture.part import Part
 from sbs_fx.passes.capture.signature import Inputs
 from sbs_fx.plan import Budget, current_versions, write_atomic
 from sbs_fx.plan.errors import InputError, Interrupted, SbsError
@@ -48,6 +50,7 @@ def compare(
     *,
     methods: Sequence[str] = ("uniform", "sbs"),
     example_inputs: Inputs | None = None,
+    part: str | None = None,
     dynamic: Dynamic | None = None,
     task: Task | str | None = None,
     prepare: Prepare | None = None,
@@ -63,6 +66,8 @@ def compare(
     Args:
         model, example_inputs, dynamic, task, prepare: as for `compress`. data: (images, targets), iterable more than
             once: what methods calibrate, search and fine-tune on.
+        part: as for `compress`: data and validation are still the whole's, and what is measured are the part's outputs
+            against the float part's, unless `task` says otherwise.
         budget: one, or several for a curve.
         methods: names as for `compress`.
         validation: held-out (images, targets) that the task's metric is measured on; None: `data` itself.
@@ -72,7 +77,8 @@ def compare(
             weights; the table, the JSON and the plot as well.
 
     Raises:
-        MethodError: an unknown method. SbsError: the model cannot be measured. Errors of a method become its point's.
+        MethodError: an unknown method. SbsError: the model cannot be measured, or has no such part. Errors of a
+            method become its point's.
     """
     for name in methods:
         if name != "auto":
@@ -86,13 +92,20 @@ def compare(
     limits = [Budget.of(b) for b in budgets]
     config = (config or Config()).model_copy(update={"epochs": 0})
     module = create_model(model) if isinstance(model, str) else model
-    judged = data if validation is None else validation
+    judged: Any = data if validation is None else validation
     directory = None if output_dir is None else prepare_directory(output_dir)
     call: dict[str, Any] = {"example_inputs": example_inputs, "dynamic": dynamic, "task": task, "prepare": prepare}
-    trial = _Trial(module, call, data, judged, epochs, config, observer)
+    measured, of_part = module, None
+    if part is not None:
+        of_part = Part(module, part, derive_inputs(module) if example_inputs is None else example_inputs)
+        measured = trace(of_part.module, of_part.call, dynamic=dynamic)
+        judged = of_part.data(judged, prepare)
+        call["part"] = part
+    trial = _Trial(module, measured, of_part, call, data, judged, epochs, config, observer)
     weights, of_task = _digest(module), trial.task
     comparison = Comparison(
-        float_accuracy=trial.accuracy(module),
+        part="" if of_part is None else str(of_part),
+        float_accuracy=trial.accuracy(measured),
         metric=metric_name(of_task),
         held_out=validation is not None,
         epochs=epochs,
@@ -100,6 +113,7 @@ def compare(
     for limit, method in itertools.product(limits, methods):
         settings = {
             "weights": weights,
+            "part": part,
             "method": method,
             "task": of_task.name,
             "budget": limit.limits,
@@ -126,9 +140,11 @@ class _Trial:
     """What all points of a comparison share."""
 
     module: nn.Module
+    measured: nn.Module  # the float model, or the part of it as a graph
+    part: Part | None
     call: dict[str, Any]  # what `compress` is called with
     data: Data
-    judged: Data
+    judged: Any  # of `measured`
     epochs: int
     config: Config
     observer: Observer | None
@@ -136,15 +152,18 @@ class _Trial:
     @property
     def task(self) -> Task:
         task = self.call["task"]
-        return CLASSIFICATION if task is None else Task.of(task)
+        if task is None:
+            return CLASSIFICATION if self.part is None else Task("matching")
+        return Task.of(task)
 
     def accuracy(self, module: nn.Module) -> float:
         """The task's metric; where it is none of targets, how far the model agrees with the float one."""
-        return evaluate(module, self.judged, task=self.task, prepare=self.call["prepare"], reference=self.reference)
+        prepare = self.call["prepare"] if self.part is None else None
+        return evaluate(module, self.judged, task=self.task, prepare=prepare, reference=self.reference)
 
     @property
     def reference(self) -> nn.Module | None:
-        return self.module if self.task.name in ("matching", "embedding", "detection") else None
+        return self.measured if self.task.name in ("matching", "embedding", "detection") else None
 
     def point(self, method: str, limit: Budget, place: str | None, settings: dict[str, Any]) -> Point:
         try:
@@ -183,9 +202,10 @@ class _Trial:
                 checkpoints = stack.enter_context(Checkpoints(os.path.join(place, "fine-tuning"), settings))
             config = self.config.model_copy(update={"epochs": self.epochs})
             job = Job(config, self.data, observer=self.observer)
+            job.part = self.part
             job.prepare(result.gated, self.call["prepare"])
             job.checkpoints = checkpoints
-            tune(result.gated, self.module, job, frozen_masks=bool(result.policy.nonzeros))
+            tune(result.gated, self.measured, job, frozen_masks=bool(result.policy.nonzeros))
         return self.accuracy(finalize(result.gated))
 
 

@@ -284,7 +284,8 @@ def _realised(traced: _Traced, cost: CostModel, searched: SearchResult, policy: 
     report = Report.of(groups, cost, policy, total, (*of_part, *searched.notes, *uncounted))
     job.close()
     guarded(static)
-    return Result(static, policy, total, report, gated, traced.inputs, job.seconds, traced.metadata)
+    metadata = traced.metadata if job.path is None else {**traced.metadata, "part": job.path}
+    return Result(static, policy, total, report, gated, traced.inputs, job.seconds, metadata)
 
 
 def _listed(operators: Mapping[str, str]) -> str:

@@ -27,7 +27,8 @@ class Result:
         policy: the plan it was made from. cost, baseline_cost: of the graph and of the float model.
         report: layers, groups and pins as text and as data.
         gated: the same network with fake quantisation, for further training; `finalize` turns it into `model` again.
-        metadata: kept in files: "mean" and "std" of images, where the model's configuration has them.
+        metadata: kept in files: "mean" and "std" of images, where the model's configuration has them; "part": the path
+            of the sub-module that was compressed in place of the whole.
         seconds: time spent per stage.
     """
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import sbs_fx
 from sbs_fx.compare import compare
@@ -27,6 +28,33 @@ def test_a_point_is_what_compress_gives(tmp_path: Path) -> None:
         assert point.bops == alone.cost.bops <= budget * alone.baseline_cost.bops
         tuned = sbs_fx.apply(net(), alone.policy, EXAMPLE, data=batches(), config=sbs_fx.Config(epochs=1))
         assert point.tuned_accuracy == evaluate(tuned.model, batches())
+
+
+def test_a_point_of_a_part_is_what_compress_gives() -> None:
+    """Of the part's outputs against the float part's, whatever the whole makes of them; labels are not read."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.scale = net(), nn.Linear(4, 4)
+
+        def forward(self, images: list[Tensor]) -> int:
+            return int((self.scale(self.features(torch.stack(images))) > 0).sum().item())
+
+    model = Counts().eval()
+    listed = [(list(x), "no labels") for x, _ in batches(2)]
+    options: dict[str, Any] = {"example_inputs": (list(EXAMPLE),), "part": "features"}
+    found = compare(model, listed, 0.05, methods=["uniform"], validation=listed[:1], epochs=1, **options)
+    alone = sbs_fx.compress(model, data=listed, budget=0.05, method="uniform", **options)
+    plain: dict[str, Any] = {"task": "matching", "reference": model.features}
+    assert found.points[0].accuracy == evaluate(alone.model, [torch.stack(listed[0][0])], **plain) < 100
+    tuned = sbs_fx.apply(model, alone.policy, data=listed, config=sbs_fx.Config(epochs=1), **options)
+    whole = evaluate(tuned.model, [torch.stack(listed[0][0])], **plain)
+    assert found.points[0].tuned_accuracy == pytest.approx(whole, rel=1e-3)  # reason: `compress` also rounds joins
+    assert found.float_accuracy == 100
+    assert str(found).startswith("this is the part 'features' (Sequential), 99.6 % of the model's parameters")
+    with pytest.raises(InputError, match="no sub-module 'feature' to be its part; there are features"):
+        compare(model, listed, 0.05, example_inputs=(list(EXAMPLE),), part="feature")
 
 
 def test_masked_weights_are_tuned_as_compress_tunes_them() -> None:

@@ -136,12 +136,15 @@ def trace_error(module: nn.Module, error: Exception) -> TraceError:
     text = re.sub(r"\n\s*The error above occurred when.*", "", str(error).strip(), flags=re.DOTALL)
     text = re.sub(r" ?For more information, run with TORCH_LOGS=\S+", "", text)
     text = re.sub(r"(For extended logs|If you suspect|For more debugging|For C\+\+ stack).*", "", text)
-    remedy = (
-        "put torch.where or torch.cond where a branch depends on values"
-        if "DataDependent" in type(error).__name__
-        else "change that line of the model"
-    )
     reason = " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__
+    remedy = "change that line of the model"
+    if "DataDependent" in type(error).__name__:
+        remedy = "put torch.where or torch.cond where a branch depends on values"
+        if "Could not extract specialized integer" in reason:
+            remedy = "keep what int(...) or .item() reads there as a plain number of the model, made in __init__"
+    elif "fake tensor in the exported program constant" in reason:
+        reason = "what forward computes comes back as a constant, as by torch.autograd.grad inside it"
+        remedy = "write that as operators on tensors, torch.func.grad among them, or compress the part before it"
     inside = f" (sub-module {submodule})" if submodule else ""
     return TraceError(
         f"torch.export could not capture {type(module).__name__}{inside}: {type(error).__name__}: {reason}; {remedy}",

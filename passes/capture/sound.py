@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from sbs_fx.plan.errors import InputError, WeightsError
 
@@ -27,8 +28,14 @@ def check_weights(module: nn.Module) -> None:
 
 
 def check_runs(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
-    """Refuse statistics that are NaN, and what capture does not see: operators that real tensors do not go through.
-    Raises WeightsError, InputError."""
+    """Refuse statistics that are NaN, texts among the outputs, which no file can hold, and what capture does not see:
+    operators that real tensors do not go through. Raises WeightsError, InputError."""
+    (output,) = graph.graph.find_nodes(op="output")
+    if texts := [leaf for leaf in pytree.tree_leaves(output.args) if isinstance(leaf, str)]:
+        raise InputError(
+            f"the text {texts[0]!r} is among the model's outputs, which cannot be saved; return tensors, numbers and "
+            "None alone"
+        )
     # reason: of what the graph reads; a buffer that nothing reads may hold anything, a mask may hold -Inf
     if names := [n for n, b in graph.named_buffers() if b.is_floating_point() and bool(torch.isnan(b).any())]:
         raise WeightsError(f"NaN in {len(names)} buffers, the first: {names[:3]}; load sound ones", names=names)

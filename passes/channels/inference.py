@@ -308,6 +308,14 @@ class Inference:
         for dims, tensor in pairs:
             if isinstance(tensor, torch.Tensor):
                 sizes, shape = tuple(x.size for x in dims), tuple(self.size(s) for s in tensor.shape)
+                if sizes != shape and _is_divided(tensor):
+                    raise GraphError(
+                        f"({_operator_name(node)}) divides the batch, so that examples share a row of its result; "
+                        "write x.view(len(x), ...) or x.flatten(1) where -1 stands for the batch, or give inputs that "
+                        "hold such examples in a dimension behind the batch",
+                        pass_name="channel_groups",
+                        node=node.name,
+                    )
                 if sizes != shape:
                     raise GraphError(
                         f"({_operator_name(node)}) types "
@@ -316,6 +324,13 @@ class Inference:
                         pass_name="channel_groups",
                         node=node.name,
                     )
+
+
+def _is_divided(tensor: torch.Tensor) -> bool:
+    """Whether the first size is a part of symbolic ones, as the batch's half."""
+    size = tensor.shape[0] if tensor.ndim else 1
+    expression = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+    return bool(expression.atoms(sympy.Function)) or expression.as_numer_denom()[1] != 1
 
 
 def _operator_name(node: fx.Node) -> str:

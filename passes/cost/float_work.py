@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.inference import Inference
-from sbs_fx.passes.cost.layers import LayerExpression, Product, layer_expression, symbol_values, traced_sizes
+from sbs_fx.passes.cost.layers import LayerExpression, Product, layer_expression, symbol_values
 
 KIND = "float"
 _EINSUM = torch.ops.aten.einsum.default
@@ -96,10 +96,12 @@ _FORMULAS: Mapping[str, Callable[[Sequence[Any], Sequence[Tensor]], int]] = {
 _OF_INPUTS: Mapping[str, Callable[[Sequence[Any]], int]] = {"torchvision::nms": lambda args: args[0].shape[0] ** 2}
 
 
-def all_layers(inference: Inference) -> tuple[tuple[LayerExpression, ...], dict[str, str]]:
-    """What multiplies, in graph order, and node -> operator of what cannot be counted."""
+def all_layers(
+    inference: Inference, traced_sizes: Mapping[sympy.Symbol, int]
+) -> tuple[tuple[LayerExpression, ...], dict[str, str]]:
+    """What multiplies, in graph order, and node -> operator of what cannot be counted, at the sizes of the trace."""
     symbols = symbol_values(inference)
-    sizes = {s: 1 if v is None else v for s, v in symbols.items()} | traced_sizes(inference)
+    sizes = {s: 1 if v is None else v for s, v in symbols.items()} | {**traced_sizes}
     nodes = {node.name: node for node in inference.graph_module.graph.nodes}
     layers, uncounted = [], {}
     for node in nodes.values():

@@ -34,9 +34,10 @@ from sbs_fx.passes.cost.polynomial import Array, Polynomial, Together, Variable
 from sbs_fx.plan import Cost, LayerCost, Plan
 from sbs_fx.plan.bits import FLOAT_BITS, place_bits
 from sbs_fx.plan.errors import GraphError, PolicyError
-from sbs_fx.plan.plan import Kind
+from sbs_fx.plan.plan import FIELDS, Kind
 
 SCALE_BITS = 32  # whatever the dtype of the model
+_KINDS = ("channel group", "weight", "activation tensor")
 Bits = Callable[[tuple[str, str] | None], Any]  # of an operand
 
 
@@ -71,7 +72,7 @@ class CostModel:
         inference = groups.inference
         nodes = {n.name: n for n in inference.graph_module.graph.nodes}
         self._traced_sizes = traced_sizes(inference)
-        self.layers, self.uncounted = all_layers(inference)
+        self.layers, self.uncounted = all_layers(inference, self._traced_sizes)
         self.weights, self.activations = quantized_tensors(groups)
         self._stored, self._others = stored_tensors(inference, nodes, self.weights)
         self._adapted = [tensor for tensor in self._others if tensor.adapted]
@@ -166,9 +167,17 @@ class CostModel:
         return {place: choices, place + 1: (choices < FLOAT_BITS).astype(float)}
 
     def price(self, plan: Plan) -> dict[str, Any]:
-        """Cost of a plan by measure, whole numbers but for latency: what `evaluate` adds up to, many times faster."""
-        bits = slim_bits(self.groups, plan)
-        price = dict(zip(self.polynomials, self._together(*self._values(plan, bits)), strict=True))
+        """Cost of a plan by measure, whole numbers but for latency: what `evaluate` adds up to, many times faster.
+        Raises PolicyError for names that the model has not."""
+        try:
+            bits = slim_bits(self.groups, plan)
+            values = self._values(plan, bits)
+        except KeyError:
+            for kind, known, table in zip(_KINDS, self._places, FIELDS.values(), strict=True):
+                for name in getattr(plan, table).keys() - known.keys():
+                    raise PolicyError.unknown_name(kind, name, known) from None
+            raise
+        price = dict(zip(self.polynomials, self._together(*values), strict=True))
         price["size"] += sum(self._coding(plan, bits).values()) + self._adapters(plan)
         return price
 

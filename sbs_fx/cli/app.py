@@ -34,6 +34,7 @@ from sbs_fx.cli.options import (
     NumClasses,
     Only,
     Overrides,
+    PartPath,
     Pretrained,
     Ranges,
     Rate,
@@ -74,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
     except SbsError as error:
         message = " ".join(str(error).split())
+        if parts := getattr(error, "parts", ()):
+            message += f"; here: --part {parts[0]}"
         errors.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -129,6 +132,7 @@ def compress(
     data_dir: DataDir = None,
     batch_size: BatchSize = 64,
     device: Device = "cpu",
+    part: PartPath = None,
     method: Annotated[str, typer.Option(help="auto, or a name that `sbs-fx methods` lists")] = "auto",
     keep: Keep = None,
     no_prune: NoPrune = None,
@@ -188,17 +192,18 @@ def compress(
         result = run(
             made.module,
             made.example_inputs,
+            part=part,
             budget=limits,
             data=train,
             method=method,
             config=config,
             output_dir=out,
-            validation=test,
+            validation=test if part is None else None,
             restart=restart,
             progress=progress,
             observer=observer,
         )
-        report = _measured(made.module, result, test, progress)
+        report = _measured(made.module, result, test, progress, part)
     _finish(made, result, report, out, json)
 
 
@@ -216,6 +221,7 @@ def apply(
     ranges: Ranges = "mse",
     seed: Seed = 0,
     settings: Overrides = None,
+    part: PartPath = None,
     checkpoint: Checkpoint = None,
     pretrained: Pretrained = False,
     input_size: InputSize = None,
@@ -239,14 +245,15 @@ def apply(
             made.module,
             plan,
             made.example_inputs,
+            part=part,
             budget=budget,
             data=train,
             config=config,
-            validation=test,
+            validation=test if part is None else None,
             progress=progress,
             observer=observer,
         )
-        report = _measured(made.module, result, test, progress)
+        report = _measured(made.module, result, test, progress, part)
     _finish(made, result, report, out, json)
 
 
@@ -262,18 +269,22 @@ def evaluate(
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
+    with_part: Annotated[
+        str | None, typer.Option(metavar="MODEL.pt2", help="a saved part, put in its place in the model")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Top-1 accuracy of a model or of a saved result on the held-out part of the data."""
-    from sbs_fx.cli.models import load_saved, make_model, open_split
+    """Top-1 accuracy of a model or of a saved result on data that were held out."""
+    from sbs_fx.cli.models import load_saved, make_model, open_split, with_saved_part
     from sbs_fx.training import evaluate as run
 
+    if device != "cpu" and (model.endswith(".pt2") or with_part is not None):
+        raise typer.BadParameter(f"--device {device}: a saved result runs on the CPU")
     if model.endswith(".pt2"):
-        if device != "cpu":
-            raise typer.BadParameter(f"--device {device}: a saved result runs on the CPU")
         made = load_saved(model)
     else:
         made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans, device)
+        made = made if with_part is None else with_saved_part(made, with_part)
     accuracy = run(made.module, open_split(made, data, data_dir, "test", batch_size, 0))
     typer.echo(dumps({"model": model, "accuracy": accuracy}) if json else f"{model}: {accuracy:.2f} % top-1")
 
@@ -314,14 +325,19 @@ def _check_output(directory: str | None) -> None:
 
 
 def _measured(
-    module: nn.Module, result: Result, test: Batches | None, progress: Callable[[str, float], None]
+    module: nn.Module, result: Result, test: Batches | None, progress: Callable[[str, float], None], part: str | None
 ) -> Report:
+    """The report with the accuracy of the model before and after, of the whole where a part was compressed."""
     if test is None:
         return result.report
+    from sbs_fx.passes.capture.part import with_part
     from sbs_fx.training import evaluate
 
     progress("evaluate", 0.95)
-    return result.report.with_accuracy(evaluate(module, test), evaluate(result.model, test))
+    static = result.model if part is None else with_part(module, part, result.model)
+    report = result.report.with_accuracy(evaluate(module, test), evaluate(static, test))
+    notes = () if part is None else ("the accuracy is the whole model's, with the part in its place",)
+    return report.model_copy(update={"notes": (*report.notes, *notes)})
 
 
 def _finish(made: NamedModel, result: Result, report: Report, directory: str | None, json: bool) -> None:
@@ -345,7 +361,7 @@ def _finish(made: NamedModel, result: Result, report: Report, directory: str | N
 def _save(made: NamedModel, result: Result, report: Report, directory: str) -> None:
     """What `Result.save` writes, with the accuracy in the report and in the file the normalisation that was used, so
     that `evaluate` prepares images as they were prepared here."""
-    metadata = {k: list(v) for k, v in made.normalisation.items()}
+    metadata = {**result.metadata, **{k: list(v) for k, v in made.normalisation.items()}}
     dataclasses.replace(result, report=report, metadata=metadata).save(directory)
 
 

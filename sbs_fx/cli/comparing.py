@@ -21,6 +21,7 @@ from sbs_fx.cli.options import (
     Model,
     NumClasses,
     Overrides,
+    PartPath,
     Pretrained,
     Rate,
     Seed,
@@ -40,6 +41,7 @@ def compare(
     data: LabelledData,
     budget: Annotated[str, typer.Option(help="share of the float model: 5%, or bops=5%,size=20%")] = "5%",
     methods: Methods = "uniform,sbs",
+    part: PartPath = None,
     epochs: Epochs = 0,
     data_dir: DataDir = None,
     batch_size: BatchSize = 64,
@@ -57,7 +59,7 @@ def compare(
     """Several methods on one model at one budget: accuracy, costs and time, in one table."""
     model_options = (model, checkpoint, pretrained, input_size, num_classes, in_chans)
     data_options = (data, data_dir, batch_size, seed)
-    _compare(model_options, data_options, [budget], methods, epochs, lr, settings or [], out, json)
+    _compare(model_options, data_options, [budget], methods, part, epochs, lr, settings or [], out, json)
 
 
 def sweep(
@@ -65,6 +67,7 @@ def sweep(
     data: LabelledData,
     budgets: Annotated[str, typer.Option(help="shares of the float model's BOPs, by comma")] = "10%,5%,3%,2%,1.5%,1%",
     methods: Methods = "uniform,sbs",
+    part: PartPath = None,
     epochs: Epochs = 0,
     data_dir: DataDir = None,
     batch_size: BatchSize = 64,
@@ -82,7 +85,7 @@ def sweep(
     """The same at several budgets, with the Pareto front of accuracy over bit operations."""
     model_options = (model, checkpoint, pretrained, input_size, num_classes, in_chans)
     data_options = (data, data_dir, batch_size, seed)
-    _compare(model_options, data_options, budgets.split(","), methods, epochs, lr, settings or [], out, json)
+    _compare(model_options, data_options, budgets.split(","), methods, part, epochs, lr, settings or [], out, json)
 
 
 def _compare(
@@ -90,6 +93,7 @@ def _compare(
     data: tuple[str, str | None, int, int],
     budgets: Sequence[str],
     methods: str,
+    part: str | None,
     epochs: int,
     lr: float | None,
     settings: list[str],
@@ -110,6 +114,7 @@ def _compare(
             list(budgets),
             methods=[name.strip() for name in methods.split(",")],
             example_inputs=made.example_inputs,
+            part=part,
             validation=test,
             epochs=epochs,
             config=config,

@@ -29,14 +29,18 @@ def export(
     static, inputs = load_saved(model)
     written = run(static, inputs, format, out, metadata=static_of(static).metadata, low_bits=low_bits)
     exactly = "bit for bit" if static_of(static).exact else "up to rounding ties"
-    typer.echo(f"{out}: computes what torch computes, {exactly}")
+    part = static_of(static).metadata.get("part")
+    of_part = "" if part is None else f"the part {part!r} of the model, "
+    typer.echo(f"{out}: {of_part}computes what torch computes, {exactly}")
     if written.kernels is not None:
         typer.echo(f"{written.name}: {written.kernels}")
 
 
 def bench(
     model: Saved,
-    against: Annotated[str | None, typer.Option(metavar="MODEL", help="timm model to time beside it, in float")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="timm model to time beside it, or its part")
+    ] = None,
     checkpoint: Checkpoint = None,
     backends: Annotated[str | None, typer.Option(help="by comma; default: all that are installed")] = None,
     batch_sizes: Annotated[str, typer.Option(help="by comma")] = "1,8",
@@ -49,9 +53,14 @@ def bench(
     from sbs_fx.export import load_saved
     from sbs_fx.export.benchmark import benchmark
     from sbs_fx.models import create_model
+    from sbs_fx.passes.capture.part import submodule
+    from sbs_fx.passes.dialects import static_of
     from sbs_fx.plan.errors import InputError
 
     static, inputs = load_saved(model)
+    beside = create_model(against, checkpoint=checkpoint).eval() if against else None
+    if beside is not None and (part := static_of(static).metadata.get("part")):
+        beside = submodule(beside, part)
     try:
         sizes = [int(size) for size in batch_sizes.split(",")]
     except ValueError:
@@ -61,7 +70,7 @@ def bench(
     timings = benchmark(
         static,
         inputs,
-        float_model=create_model(against, checkpoint=checkpoint).eval() if against else None,
+        float_model=beside,
         backends=backends.split(",") if backends else None,
         batch_sizes=sizes,
         threads=threads,

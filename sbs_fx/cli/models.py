@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sbs_fx.data.datasets import Batches, open_data
 from sbs_fx.export import load_saved as load_static
 from sbs_fx.models import create_model, input_config
+from sbs_fx.passes.capture.part import with_part
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.plan.errors import FileError, InputError
 
@@ -111,8 +112,22 @@ def load_saved(path: str) -> NamedModel:
     """A saved result; its file says which images it takes."""
     module, inputs = load_static(path)
     metadata = static_of(module).metadata
+    if "part" in metadata:
+        raise InputError(
+            f"{path!r} is the part {metadata['part']!r} of a model and gives no classes by itself; give the "
+            f"model's name and --with-part {path}"
+        )
     normalisation = {k: metadata[k] for k in ("mean", "std") if k in metadata}
     return NamedModel(module, inputs[0], normalisation)
+
+
+def with_saved_part(made: NamedModel, path: str) -> NamedModel:
+    """A model with a saved part of it in its place. Raises InputError for a result that is no part of it."""
+    static, _ = load_static(path)
+    part = static_of(static).metadata.get("part")
+    if part is None:
+        raise InputError(f"{path!r} is no part of a model; give it in place of the model's name")
+    return made._replace(module=with_part(made.module, part, static))
 
 
 def open_split(made: NamedModel, spec: str, data_dir: str | None, split: str, batch_size: int, seed: int) -> Batches:

@@ -20,6 +20,9 @@ Pretrained = Annotated[bool, typer.Option(help="download the weights that timm n
 InputSize = Annotated[str | None, typer.Option(metavar="C,H,W", help="default: the model's own")]
 NumClasses = Annotated[int | None, typer.Option(help="default: the model's own")]
 InChans = Annotated[int | None, typer.Option(help="input channels; default: the model's own")]
+PartPath = Annotated[
+    str | None, typer.Option(metavar="PATH", help="sub-module in place of the whole, such as 'layer3'")
+]
 Data = Annotated[str | None, typer.Option(help="'digits', a folder, or a timm data set such as torch/cifar100")]
 DataDir = Annotated[str | None, typer.Option(help="where data sets are kept")]
 BatchSize = Annotated[int, typer.Option(min=1)]

@@ -24,6 +24,7 @@ Holds: every class can be built from its message alone, so that an exception sur
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Self
 
@@ -114,6 +115,13 @@ class ConstraintError(SbsError, ValueError):
 
 class PolicyError(SbsError, ValueError):
     """A policy with unknown, duplicated or out-of-range entries, or of a format that this version does not read."""
+
+    @classmethod
+    def unknown_name(cls, kind: str, name: str, known: Iterable[str]) -> Self:
+        """For a name that the model has not, with the nearest that it has."""
+        names = list(known)
+        near = difflib.get_close_matches(name, names, 3) or names[:3]
+        return cls(f"the model has no {kind} {name!r}; it has {', '.join(map(repr, near)) or 'none'}")
 
 
 class PolicyMismatch(PolicyError):

@@ -51,6 +51,7 @@ class Comparison(BaseModel):
         float_accuracy: the metric in percent. metric: its name.
         held_out: whether accuracies are of images that methods did not see.
         epochs: of fine-tuning behind `tuned_accuracy`.
+        part: what all figures are of, where it is not the whole model; else "".
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,6 +60,7 @@ class Comparison(BaseModel):
     metric: str = "top-1"
     held_out: bool
     epochs: int
+    part: str = ""
     points: tuple[Point, ...] = ()
 
     @property
@@ -101,6 +103,7 @@ class Comparison(BaseModel):
         ]
         table = [row if self.epochs else [*row[:3], *row[4:]] for row in ([*heads, ""], *rows)]
         lines = columns(table[0], table[1:], left=2)
+        lines[:0] = [self.part] if self.part else []
         lines.append("* no other point is as accurate at as few BOPs")
         if not self.held_out:
             lines.append("accuracy is of the images that methods were given; nothing was held out")

@@ -70,6 +70,32 @@ def test_compress_leaves_policy_model_and_report(output: Path, capsys: Captured)
     assert capsys.readouterr().out == (output / "out" / "report.txt").read_text()
 
 
+def test_a_part_is_saved_as_one(output: Path, tmp_path: Path, capsys: Captured) -> None:
+    """What is measured is the whole with the part in its place, there and by `evaluate`; the file says what it is."""
+    model = [*MODEL, "--checkpoint", str(output / "weights.pth")]
+    made, out = ["--data", "digits", "--part", "blocks.0"], str(tmp_path / "out")
+    saved = str(tmp_path / "out" / "model.pt2")
+    assert _run(["compress", *model, *made, "--budget", "5%", "--method", "uniform", "--out", out]) == 0
+    report = Report.from_json((tmp_path / "out" / "report.json").read_text())
+    assert report.notes[0].startswith("this is the part 'blocks.0' (")
+    assert report.notes[-1] == "the accuracy is the whole model's, with the part in its place"
+    assert report.accuracy is not None
+    capsys.readouterr()
+    assert _run(["evaluate", *model, "--data", "digits", "--with-part", saved, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == report.accuracy[1]
+    assert _run(["export", saved, "--format", "pt2", "--out", str(tmp_path / "again.pt2")]) == 0
+    assert "again.pt2: the part 'blocks.0' of the model, computes what torch computes" in capsys.readouterr().out
+    assert _run(["apply", *model, str(tmp_path / "out" / "policy.json"), *made]) == 0
+    assert "the accuracy is the whole model's" in capsys.readouterr().out
+    assert _run(["sweep", *model, *made, "--methods", "uniform", "--budgets", "10%"]) == 0
+    assert capsys.readouterr().out.startswith("this is the part 'blocks.0'")
+    for path, said in [(str(tmp_path / "again.pt2"), "'blocks.0' of a model and gives no classes by itself; give"),
+                       (str(output / "out" / "model.pt2"), "is no part of a model")]:  # fmt: skip
+        arguments = [*model, "--with-part", path] if "no part" in said else [path]
+        assert _run(["evaluate", *arguments, "--data", "digits"]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_sweep_prints_a_table_and_leaves_its_points(output: Path, tmp_path: Path, capsys: Captured) -> None:
     arguments = ["sweep", *MODEL, "--checkpoint", str(output / "weights.pth"), "--data", "digits"]
     arguments += ["--methods", "uniform", "--budgets", "10%,5%"]

@@ -17,6 +17,7 @@ import sbs_fx
 from sbs_fx.cli import main
 from sbs_fx.export import TARGETS, load_saved, onnx, runner, runtime
 from sbs_fx.export.benchmark import benchmark
+from sbs_fx.export.executorch import run_executorch
 from sbs_fx.export.inductor import run_inductor
 from sbs_fx.export.onnx import onnx_model, run_onnx
 from sbs_fx.export.onnx_graph import for_integer_products
@@ -122,17 +123,27 @@ def test_layers_without_an_int8_kernel_are_named() -> None:
     assert not runner(result.model, (IMAGES,), "openvino").kernels.floating  # type: ignore[union-attr]
 
 
-def test_executorch_holds_what_it_can_and_refuses_the_rest(small: sbs_fx.Result) -> None:
+@pytest.fixture(scope="module")
+def executorch_file(small: sbs_fx.Result, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, runtime.Kernels]:
+    """A program, which takes long to make; each test loads it anew."""
     pytest.importorskip("executorch")
-    last = layer_names(small.model)[-1]  # its result is not quantised
-    found = runner(small.model, (IMAGES,), "executorch")
+    path = tmp_path_factory.mktemp("program") / "model.pte"
+    kernels = small.export("executorch", path).kernels
+    assert kernels is not None
+    return path.read_bytes(), kernels
+
+
+def test_executorch_holds_what_it_can_and_refuses_the_rest(
+    small: sbs_fx.Result, executorch_file: tuple[bytes, runtime.Kernels], mixed: fx.GraphModule
+) -> None:
+    found = run_executorch(*executorch_file)
     assert found.kernels is not None
-    assert found.kernels.floating == (last,)
+    assert found.kernels.floating == (layer_names(small.model)[-1],)  # its result is not quantised
     with pytest.raises(BackendError, match="at most 8 images"):
         found(torch.randn(9, 3, 64, 64))
-    exact = compressed("resnet10t", 8, exact=True).model
+    exact = mixed, IMAGES[:, :, :16, :16]
     with suppress(BackendError):  # its additions may round otherwise, and then it says so
-        assert torch.equal(flat(runner(exact, (IMAGES,), "executorch")(IMAGES))[0], exact(IMAGES))
+        assert torch.equal(flat(runner(exact[0], exact[1:], "executorch")(exact[1]))[0], mixed(exact[1]))
     config = sbs_fx.Config(weight_bits=8, activation_bits=8, exact=True)
     plain = sbs_fx.compress(net(), EXAMPLE, budget=0.08, method="uniform", config=config)  # no additions
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -170,11 +181,12 @@ def test_every_layer_of_a_small_transformer_reaches_an_int8_kernel(backend: str)
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_computes_what_the_graph_does_at_any_batch_size(
-    small: sbs_fx.Result, format: str, tmp_path: Path
+    small: sbs_fx.Result, format: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if format == "executorch":
-        pytest.importorskip("executorch")
-    found = small.export(format, tmp_path / f"model{SUFFIX[format]}")
+        found = run_executorch(*request.getfixturevalue("executorch_file"))
+    else:
+        found = small.export(format, tmp_path / f"model{SUFFIX[format]}")
     for batch in (1, 3):
         images = torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))
         want, have = small.model(images), flat(found(images))[0]

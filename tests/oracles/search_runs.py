@@ -1,7 +1,7 @@
 """A small search that tests run in processes of their own: killed and begun again, interrupted, or spread over two.
 
-`python -m tests.oracles.search_runs kill DIR COUNT SEED` forks a child for each run, so that torch is imported once;
-it prints JSON.
+`python -m tests.oracles.search_runs kill DIR COUNT SEED` forks a child for each run, so that all is imported and traced
+once; it prints JSON.
 `torchrun ... -m tests.oracles.search_runs spread DIR` is one run over all processes. Both write `state.safetensors`.
 """
 
@@ -65,9 +65,10 @@ def search(
     settings: Training = SETTINGS,
     writes: bool = True,
     observer: Any = None,
+    given: Problem | None = None,
 ) -> tuple[Problem, SearchResult]:
-    """The problem and the result of one search, with checkpoints if there is a directory for them."""
-    given = problem(norm=norm)
+    """The problem, `given` or made here, and the result of one search, with checkpoints if there is a directory."""
+    given = given or problem(norm=norm)
     run = Run(digits(), SEARCH, settings, observer=observer)
     if directory is None:
         return given, sbs(given, run)
@@ -80,7 +81,7 @@ def _written(found: tuple[Problem, SearchResult], path: Path) -> None:
     save_file(dict(result.tensors), path, {"policy": given.policy(result.plan, "sbs").to_json()})
 
 
-def _child(directory: Path) -> tuple[int, int]:
+def _child(directory: Path, given: Problem) -> tuple[int, int]:
     """Run to the end in a forked process; returns its number, and a pipe that gets a byte after each step."""
     reads, writes = os.pipe()
     number = os.fork()
@@ -89,7 +90,7 @@ def _child(directory: Path) -> tuple[int, int]:
         return number, reads
     code = 1
     try:
-        found = search(directory, observer=lambda _: os.write(writes, b".") and None)
+        found = search(directory, observer=lambda _: os.write(writes, b".") and None, given=given)
         _written(found, directory / "state.tmp")
         os.replace(directory / "state.tmp", directory / "state.safetensors")
         code = 0
@@ -113,9 +114,11 @@ def _same(first: Path, second: Path) -> bool:
 
 def kill(directory: Path, count: int, seed: int) -> dict[str, Any]:
     """One undisturbed run, `count` runs killed at a random moment and begun again, one stopped by SIGINT."""
+    given = problem(Budget(bops=1 / 70))  # reason: its search begins with no plan of another method, in half the time
+    digits()  # reason: imports what children would each import again
     whole = directory / "whole"
     whole.mkdir()
-    child = _child(whole)
+    child = _child(whole, given)
     times = []
     while os.read(child[1], 1):
         times.append(time.monotonic())
@@ -126,14 +129,14 @@ def kill(directory: Path, count: int, seed: int) -> dict[str, Any]:
     for index in range(count + 1):
         place = directory / str(index)
         place.mkdir()
-        child = _child(place)
+        child = _child(place, given)
         for _ in range(draw.randrange(1, steps - 2) if index < count else steps // 2):
             os.read(child[1], 1)
         time.sleep(draw.uniform(0, 2) * seconds)
         os.kill(child[0], signal.SIGKILL if index < count else signal.SIGINT)
         code = _wait(child)
         kept = (place / "checkpoints" / "search.safetensors").exists()
-        again = 0 if code == 0 else _wait(_child(place))
+        again = 0 if code == 0 else _wait(_child(place, given))
         (outcomes if index < count else interrupted).append((code, kept, again, _same(whole, place)))
     return {"killed": outcomes, "interrupted": interrupted[0]}
 

@@ -104,6 +104,17 @@ def test_bits_by_channel_are_those_of_the_float_model(residual: CostModel, given
             read(plan)
 
 
+def test_names_that_the_model_has_not_are_refused_with_the_nearest(residual: CostModel) -> None:
+    (group, *_), (weight, *_) = residual.groups, residual.weights
+    for plan, said in (
+        (Plan({f"{group}_": [0]}), f"no channel group '{group}_'; it has '{group}'"),
+        (Plan(weight_bits={f"{weight}s": 4}), f"no weight '{weight}s'; it has '{weight}'"),
+        (Plan(activation_bits={"y": 4}), "no activation tensor 'y'; it has '"),
+    ):
+        with pytest.raises(PolicyError, match=said):
+            residual.price(plan)
+
+
 def test_single_weights_are_counted(residual: CostModel) -> None:
     bits = {"left": 4, "inner": 3}
     dense, sparse = Plan({}, bits), Plan({}, bits, {}, {"left": 100, "inner": 7})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sbs_fx
 from sbs_fx.passes import trace
 from sbs_fx.passes.capture.inputs import inputs_of
-from sbs_fx.plan.errors import GraphError, SbsError, TraceError
+from sbs_fx.plan.errors import GraphError, InputError, SbsError, TraceError
 
 
 class Head(nn.Module):
@@ -55,6 +55,31 @@ class ByStride(Head):
             self.last = x.shape
             self.kept = torch.full((self.rows or len(x), 16), float(torch.tensor([4.0, 8.0])[1])).log()
         return self.linear(self.features(x) + self.kept)
+
+
+class Pairs(Head):
+    """Two images give one row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.features(x).view(-1, 2, 16).mean(1))
+
+
+class Slope(Head):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = self.features(x).detach().requires_grad_(True)
+            (slope,) = torch.autograd.grad(self.linear(y).square().sum(), y, create_graph=True)
+        return slope
+
+
+class Number(Head):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.features(x)) * torch.arange(int((x > 9).sum()) + 1)[-1:]
+
+
+class Named(Head):
+    def forward(self, x: Tensor) -> Any:
+        return {"scores": self.linear(self.features(x)), "kind": "softmax"}
 
 
 class ByStrideAndImage(ByStride):
@@ -155,6 +180,24 @@ def test_a_model_of_another_kind_says_what_to_give(name: str) -> None:
     build, error, message = NEXT[name]
     with pytest.raises(error, match=message):
         sbs_fx.compress(build(), images().double() if name == "double" else images(), budget=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "said"),
+    [
+        (
+            Pairs,
+            GraphError,
+            r"\(reshape\) divides the batch, so that examples share a row of .*; write x.view\(len",
+        ),
+        (Slope, TraceError, "comes back as a constant, as by torch.autograd.grad inside it; write that as operators"),
+        (Named, InputError, "the text 'softmax' is among the model's outputs, which cannot be saved; return tensors"),
+        (Number, TraceError, r"keep what int\(...\) or .item\(\) reads there as a plain number of the model"),
+    ],
+)
+def test_what_no_graph_can_hold_is_named(kind: type[Head], error: type[SbsError], said: str) -> None:
+    with pytest.raises(error, match=said):
+        sbs_fx.compress(kind().eval(), torch.randn(4, 3, 8, 8), budget=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
