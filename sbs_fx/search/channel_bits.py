@@ -72,7 +72,7 @@ class ChannelBits:
             if not self.problem.space.may_be_pruned(group.name):
                 continue
             makers = [
-                (n, _coordinates(dim, group.axis))
+                (n, coordinates(dim, group.axis))
                 for n, dim in self.problem.groups.outputs.items()
                 if group.axis in d.axes(dim)
             ]
@@ -168,16 +168,16 @@ def _successors(levels: Sequence[int]) -> dict[int, int]:
     return dict(zip(bits, bits[1:], strict=False))
 
 
-def _coordinates(dim: Dim, axis: Axis) -> Tensor:
+def coordinates(dim: Dim, axis: Axis) -> Tensor:
     """Which coordinate of an axis each position of a type belongs to, int64 (size,); -1 where to none."""
     dim = d.resolve(dim)
     if isinstance(dim, Axis):
         return torch.arange(dim.size) if dim == axis else torch.full((dim.size,), -1)
     if isinstance(dim, d.Sum):
-        return torch.cat([_coordinates(item, axis) for item in dim.items])
+        return torch.cat([coordinates(item, axis) for item in dim.items])
     result = torch.full((1,), -1)
     for part in dim.factors if isinstance(dim, d.Prod) else ():
-        inner = _coordinates(part, axis)
+        inner = coordinates(part, axis)
         result = torch.maximum(result[:, None], inner[None, :]).flatten()
     return result if isinstance(dim, d.Prod) else torch.full((dim.size,), -1)
 

@@ -18,7 +18,7 @@ from sbs_fx.calibration.columns import Product
 from sbs_fx.calibration.rounding import InputMoments, damping_of
 from sbs_fx.passes import CostModel
 from sbs_fx.passes.channels import dims as d
-from sbs_fx.passes.channels.dims import Axis, Dim
+from sbs_fx.search.channel_bits import coordinates
 
 _AT_ONCE = 256  # channels of a group that are looked at one by one; of larger groups, as many go at once
 
@@ -78,7 +78,7 @@ def readings(
             columns = {}
             for group in cost.groups.values():
                 if group.axis in d.axes(inputs):
-                    owner = owners(inputs, group.axis)
+                    owner = coordinates(inputs, group.axis)
                     places = [(owner == c).nonzero().flatten() for c in range(group.size)]
                     if len({len(p) for p in places}) == 1:
                         first = torch.stack(places) * width
@@ -113,23 +113,6 @@ def _refittable(cost: CostModel, read: Mapping[str, Reading]) -> set[str]:
                 if i != out % len(dims):
                     result -= {names[axis] for axis in d.axes(dim) if axis in names} - of_weight.keys()
     return result & {group for reading in read.values() for group in reading.columns}
-
-
-def owners(dim: Dim, axis: Axis) -> Tensor:
-    """The coordinate of an axis that each coordinate of a dimension belongs to, (size,); -1: to none."""
-    dim = d.resolve(dim)
-    if isinstance(dim, Axis):
-        return torch.arange(dim.size) if dim is axis else torch.full((dim.size,), -1)
-    if isinstance(dim, d.Sum):
-        return torch.cat([owners(item, axis) for item in dim.items])
-    if isinstance(dim, d.Prod):
-        result = torch.full([f.size for f in dim.factors], -1)
-        for i, factor in enumerate(dim.factors):
-            if axis in d.axes(factor):
-                shape = [-1 if k == i else 1 for k in range(len(dim.factors))]
-                result = torch.maximum(result, owners(factor, axis).view(shape))
-        return result.flatten()
-    return torch.full((dim.size,), -1)
 
 
 class _Left:

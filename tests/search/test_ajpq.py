@@ -192,11 +192,10 @@ def test_the_gated_network_is_the_slim_one(cost: CostModel) -> None:
         apply_bits(gated, slim_bits(groups, plan), plan.activation_bits)
         for gates_in in (weight_gates, activation_gates):
             for name, gate in gates_in(gated).items():
-                value = gates_in(reward.network)[name].range
+                grid = gates_in(reward.network)[name].grid
                 if gates_in is weight_gates:
-                    value = value[Slices(groups, plan.kept).index(groups.outputs[name])]
-                with torch.no_grad():
-                    gate.range.copy_(value)
+                    grid = grid._replace(range=grid.range[Slices(groups, plan.kept).index(groups.outputs[name])])
+                gate.use(grid)
         x = batches()[0][0]
         with torch.no_grad():
             assert torch.allclose(gated(x), reward.network(x), atol=1e-4)

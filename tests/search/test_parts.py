@@ -15,7 +15,7 @@ from sbs_fx.passes import CostModel, channel_gates, insert_gates, weight_gates
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.plan import Budget, Plan
 from sbs_fx.plan.plan import KINDS_OF_BITS
-from sbs_fx.quantizer.grid import max_level
+from sbs_fx.quantizer.grid import Grid, max_level
 from sbs_fx.search import Problem, Search, channel_bits, sparse
 from sbs_fx.search.allocation import Allocator, Candidate, Decision
 from sbs_fx.search.channel_bits import ChannelBits
@@ -279,7 +279,7 @@ def test_ranges_are_of_their_bits(cost: CostModel) -> None:
     assert {bits for kind, name, bits in gates if (kind, name) == ("weight", "first")} == {2, 4, 8}
     assert all(gate.bits == bits for (_, _, bits), gate in gates.items())
     assert not torch.equal(gates["weight", "first", 2].range, gates["weight", "first", 8].range)
-    ranges = {("weight", "first", bits): torch.full((8,), float(bits)) for bits in (2, 4)}
+    ranges = {("weight", "first", bits): Grid(torch.full((8,), float(bits)), None) for bits in (2, 4)}
     for bits, value in ((2, 2.0), (4, 4.0), (8, 4.0)):  # of 8 bits there is none: it stays
         use_ranges(gated, Plan({}, {"first": bits}), ranges)
         assert weight_gates(gated)["first"].range.tolist() == [value] * 8
@@ -290,10 +290,10 @@ def test_ranges_are_of_their_bits(cost: CostModel) -> None:
 
 def test_coordinates_of_an_axis_in_a_type() -> None:
     axis, other = d.Axis(3), d.Axis(2)
-    assert channel_bits._coordinates(axis, axis).tolist() == [0, 1, 2]
-    assert channel_bits._coordinates(d.product([axis, d.Const(2)]), axis).tolist() == [0, 0, 1, 1, 2, 2]
-    assert channel_bits._coordinates(d.product([other, axis]), axis).tolist() == [0, 1, 2, 0, 1, 2]
-    assert channel_bits._coordinates(d.concatenate([other, axis, d.Const(1)]), axis).tolist() == [-1, -1, 0, 1, 2, -1]
+    assert channel_bits.coordinates(axis, axis).tolist() == [0, 1, 2]
+    assert channel_bits.coordinates(d.product([axis, d.Const(2)]), axis).tolist() == [0, 0, 1, 1, 2, 2]
+    assert channel_bits.coordinates(d.product([other, axis]), axis).tolist() == [0, 1, 2, 0, 1, 2]
+    assert channel_bits.coordinates(d.concatenate([other, axis, d.Const(1)]), axis).tolist() == [-1, -1, 0, 1, 2, -1]
 
 
 def test_the_fewest_bits_are_of_the_most_important_channels(cost: CostModel) -> None:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from sbs_fx.calibration.columns import Product
 from sbs_fx.calibration.rounding import InputMoments
 from sbs_fx.passes import channel_groups, cost_model, trace
-from sbs_fx.passes.channels import dims as d
-from sbs_fx.search.refitted import Reading, owners, readers_of, readings, removal
+from sbs_fx.search.refitted import Reading, readers_of, readings, removal
 
 
 def reading(outputs: int, channels: int, width: int) -> Reading:
@@ -66,14 +65,6 @@ def test_twins_cost_nothing_and_go_one_at_a_time() -> None:
     order, losses = removal("g", 8, 1, [(each, torch.ones(3))])
     assert {c % 4 for c in order[:4]} == {0, 1, 2, 3}
     assert losses[4] < 1e-2 * losses[5]
-
-
-def test_owners_of_sums_and_products() -> None:
-    a, b = d.fresh(2), d.fresh(3)
-    both = d.concatenate([a, b, a])
-    assert owners(both, d.axes(a)[0]).tolist() == [0, 1, -1, -1, -1, 0, 1]
-    assert owners(d.product([b, a]), d.axes(a)[0]).tolist() == [0, 1] * 3
-    assert owners(d.product([b, a]), d.axes(b)[0]).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 class Net(nn.Module):
