@@ -8,6 +8,7 @@ and its counts stay exact while its range grows.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -27,6 +28,7 @@ _CHANNEL_SAMPLES = 512
 # Shares of the largest value that are tried as top, then those around the best of them.
 _COARSE = tuple(0.85**k for k in range(29))
 _FINE = tuple(0.85 ** (k / 4) for k in (-3, -2, -1, 1, 2, 3))
+_SIDES = 14  # shares of either side of an affine grid, down to an eighth
 _ROUNDS = 4  # of moving one end after the other
 _HOPELESS = 4.0  # reason: past the best share the error only grows; this far past, nothing better is met
 
@@ -208,7 +210,7 @@ class Histogram:
         return best_top(values[None], largest, (low, high, divisor), weights)
 
     def _ends(self, gate: SuperBitQuantizer, method: str, percentile: float) -> tuple[float, float]:
-        """Ends of an affine grid. Of least error: both drawn in alike, then each by itself, over again."""
+        """Ends of an affine grid. Of least error: among shares of either side, then one moved after the other."""
         if method == "percentile":
             top = self.percentile(percentile)
             return max(self.low, -top), min(self.high, top)
@@ -228,8 +230,8 @@ class Histogram:
                 best = low, high, error
             return better
 
-        for share in _COARSE:
-            attempt(self.low * share, self.high * share)
+        for below, above in itertools.product(_COARSE[:_SIDES], repeat=2):
+            attempt(self.low * below, self.high * above)
         for _ in range(_ROUNDS):
             moved = False
             for factor in _FINE:
