@@ -124,26 +124,25 @@ def test_layers_without_an_int8_kernel_are_named() -> None:
 
 
 @pytest.fixture(scope="module")
-def executorch_file(small: sbs_fx.Result, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, runtime.Kernels]:
-    """A program, which takes long to make; each test loads it anew."""
+def executorch_file(small: sbs_fx.Result, tmp_path_factory: pytest.TempPathFactory) -> tuple[runtime.Runner, Path]:
+    """What `export` gives back and writes: it takes long."""
     pytest.importorskip("executorch")
     path = tmp_path_factory.mktemp("program") / "model.pte"
-    kernels = small.export("executorch", path).kernels
-    assert kernels is not None
-    return path.read_bytes(), kernels
+    return small.export("executorch", path), path
 
 
 def test_executorch_holds_what_it_can_and_refuses_the_rest(
-    small: sbs_fx.Result, executorch_file: tuple[bytes, runtime.Kernels], mixed: fx.GraphModule
+    small: sbs_fx.Result, executorch_file: tuple[runtime.Runner, Path], mixed: fx.GraphModule
 ) -> None:
-    found = run_executorch(*executorch_file)
-    assert found.kernels is not None
-    assert found.kernels.floating == (layer_names(small.model)[-1],)  # its result is not quantised
+    written, path = executorch_file
+    assert written.kernels is not None
+    assert written.kernels.floating == (layer_names(small.model)[-1],)  # its result is not quantised
+    again = run_executorch(path.read_bytes(), written.kernels)  # reason: a program that has failed stays so
     with pytest.raises(BackendError, match="at most 8 images"):
-        found(torch.randn(9, 3, 64, 64))
-    exact = mixed, IMAGES[:, :, :16, :16]
-    with suppress(BackendError):  # its additions may round otherwise, and then it says so
-        assert torch.equal(flat(runner(exact[0], exact[1:], "executorch")(exact[1]))[0], mixed(exact[1]))
+        again(torch.randn(9, 3, 64, 64))
+    x = IMAGES[:, :, :16, :16]
+    with suppress(BackendError):  # reason: its additions may round otherwise, and then it says so
+        assert torch.equal(flat(runner(mixed, (x,), "executorch")(x))[0], mixed(x))
     config = sbs_fx.Config(weight_bits=8, activation_bits=8, exact=True)
     plain = sbs_fx.compress(net(), EXAMPLE, budget=0.08, method="uniform", config=config)  # no additions
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -183,10 +182,11 @@ def test_every_layer_of_a_small_transformer_reaches_an_int8_kernel(backend: str)
 def test_a_file_computes_what_the_graph_does_at_any_batch_size(
     small: sbs_fx.Result, format: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    path = tmp_path / f"model{SUFFIX[format]}"
     if format == "executorch":
-        found = run_executorch(*request.getfixturevalue("executorch_file"))
+        found, path = request.getfixturevalue("executorch_file")
     else:
-        found = small.export(format, tmp_path / f"model{SUFFIX[format]}")
+        found = small.export(format, path)
     for batch in (1, 3):
         images = torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))
         want, have = small.model(images), flat(found(images))[0]
@@ -197,7 +197,7 @@ def test_a_file_computes_what_the_graph_does_at_any_batch_size(
     with pytest.raises(InputError, match="has 3 dimensions"):
         found(torch.randn(3, 64, 64))
     expected = {f"model{SUFFIX[format]}"} | ({"model.bin"} if format == "openvino" else set())
-    assert set(os.listdir(tmp_path)) == expected
+    assert set(os.listdir(path.parent)) == expected
 
 
 def test_onnx_files_hold_the_stored_bits(small: sbs_fx.Result, tmp_path: Path) -> None:
