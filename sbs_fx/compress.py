@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from sbs_fx.bisection import LARGEST, within_drop
 from sbs_fx.calibration.calibrate import calibrate, calibration_batches, observe
 from sbs_fx.calibration.reconstruction import reconstruct
 from sbs_fx.calibration.synthetic import bounds_of, set_bounds
@@ -75,7 +76,8 @@ def compress(
     part: str | None = None,
     dynamic: Dynamic | None = None,
     task: Task | str | None = None,
-    budget: Budget | float | str = 0.05,
+    budget: Budget | float | str | None = None,
+    max_drop: float | None = None,
     data: Data | None = None,
     prepare: Prepare | None = None,
     method: str = "auto",
@@ -101,7 +103,10 @@ def compress(
         task: what the outputs mean: "classification", "segmentation", "embedding", "regression", "matching" or a `Task`
             of your own; default: classification where the one output is (batch, classes), else every output is matched
             to the float model's.
-        budget: shares of the float model; a number or text means BOPs.
+        budget: shares of the float model; a number or text means BOPs; default: 5 % of them.
+        max_drop: in place of a given budget: the smallest cost whose metric on `validation` is lower than the float
+            model's by no more than this, 0.01 being one point of a metric in percent. The measure that `budget` limits
+            is bisected from there down, each step a compression of its own; default: from 12.5 % of the BOPs.
         data: iterable of (images, labels) or images, normalised as the model expects; None: data-free. Batches may be
             dicts and dataclasses too, by the names of the model's arguments or usual ones ("pixel_values", "labels").
         prepare: batch -> (arguments of the model, targets or None), for batches of any other form.
@@ -118,10 +123,19 @@ def compress(
         SbsError: any of `sbs_fx.plan.errors`; nothing is written in that case.
     """
     config = config or Config()
-    entry = chosen(method, data is not None, bool(config.epochs))
-    budget = Budget.of(budget)
     if output_dir is not None:
         prepare_directory(output_dir)
+    if max_drop is not None:
+        options: dict[str, Any] = {"example_inputs": example_inputs, "part": part, "dynamic": dynamic, "task": task}
+        options |= {"data": data, "prepare": prepare, "method": method, "config": config, "validation": validation}
+        options |= {"progress": progress, "observer": observer}
+        largest = LARGEST if budget is None else Budget.of(budget)
+        result = within_drop(compress, model, largest, max_drop, options)
+        if output_dir is not None:
+            result.save(output_dir)
+        return result
+    entry = chosen(method, data is not None, bool(config.epochs))
+    budget = Budget.of(0.05 if budget is None else budget)
     job = Job(config, data, validation, progress, observer, part)
     traced = _traced(model, example_inputs, dynamic, task, job)
     job.prepare(traced.graph, prepare)

@@ -20,6 +20,7 @@ FLOORS = (
     ("calibration", "report"),
     ("search", "export"),
     ("config", "result"),
+    ("bisection",),
     ("compress", "demo"),
     ("compare",),
     ("cli",),

@@ -41,6 +41,7 @@ from sbs_fx.cli.options import (
     Seed,
     constraints_of,
     make_config,
+    parse_share,
 )
 from sbs_fx.cli.progress import METRICS, errors, show_progress, show_steps
 
@@ -127,7 +128,12 @@ def methods() -> None:
 @app.command()
 def compress(
     model: Model,
-    budget: Annotated[str, typer.Option(help="share of the float model: 5%, or bops=5%,size=20%")] = "5%",
+    budget: Annotated[
+        str | None, typer.Option(help="share of the float model: 5% (the default), or bops=5%,size=20%")
+    ] = None,
+    max_drop: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="the smallest that loses no more of the metric, such as 1%")
+    ] = None,
     data: Data = None,
     data_dir: DataDir = None,
     batch_size: BatchSize = 64,
@@ -165,7 +171,7 @@ def compress(
     from sbs_fx.compress import compress as run
     from sbs_fx.plan import Budget
 
-    limits = Budget.parse(budget)
+    limits = None if budget is None else Budget.parse(budget)
     config = make_config(
         **constraints_of(keep, no_prune, only),
         candidates=None if candidates is None else candidates.split(","),
@@ -194,6 +200,7 @@ def compress(
             made.example_inputs,
             part=part,
             budget=limits,
+            max_drop=None if max_drop is None else parse_share(max_drop),
             data=train,
             method=method,
             config=config,

@@ -58,6 +58,14 @@ def constraints_of(keep: list[str] | None, no_prune: list[str] | None, only: str
     return {"constraints": constraints, "quantise": only != "prune", "prune": only != "quantise"}
 
 
+def parse_share(text: str) -> float:
+    """1% or 0.01."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: expected a share, such as 1%") from None
+
+
 def make_config(overrides: Sequence[str] = (), **settings: Any) -> Config:
     """Settings of the options that were given; the others keep their defaults."""
     from pydantic import ValidationError

@@ -13,9 +13,7 @@ from sbs_fx.calibration.columns import Product
 from sbs_fx.calibration.reconstruction import Reconstruction, reconstruct
 from sbs_fx.calibration.rounding import DAMPING
 from sbs_fx.passes import activation_gates, apply_bits, channel_groups, insert_gates, slim, trace, weight_gates
-from tests.calibration.test_reconstruction import distance, prepared
-from tests.oracles.gated import check_static, quantiser
-from tests.oracles.search_runs import IMAGES, network
+from tests.oracles.gated import quantiser
 
 LAYERS = [
     (nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2, bias=False), (6, 9, 11)),
@@ -148,13 +146,3 @@ def test_what_comes_in_wrong_by_the_other_way_is_made_good(norm: bool) -> None:
     with torch.no_grad():
         assert float((gated(x) - graph(x)).square().mean()) < 1e-4 * float(graph(x).square().mean())
     assert not weight_gates(gated)["stem"].is_float
-
-
-@pytest.mark.parametrize("bits", [2, 3])
-def test_the_closed_form_is_better_than_rounding(bits: int) -> None:
-    data = torch.randn(256, 1, 8, 8)
-    graph, groups, gated = prepared(network(), IMAGES, data, bits=bits)
-    before = distance(gated, graph, data)
-    reconstruct(gated, graph, [data], inputs=(IMAGES,), groups=groups)
-    assert distance(gated, graph, data) < 0.5 * before
-    check_static(gated, data)

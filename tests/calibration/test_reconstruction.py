@@ -142,6 +142,16 @@ def test_one_image_and_zero_weights() -> None:
     check_static(gated, IMAGES)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_closed_form_is_better_than_rounding(bits: int) -> None:
+    data = torch.randn(256, 1, 8, 8)
+    graph, groups, gated = prepared(network(), IMAGES, data, bits=bits)
+    before = distance(gated, graph, data)
+    reconstruct(gated, graph, [data], inputs=(IMAGES,), groups=groups)
+    assert distance(gated, graph, data) < 0.5 * before
+    check_static(gated, data)
+
+
 def test_what_cannot_be_reconstructed() -> None:
     graph, groups, gated = prepared(network(), IMAGES, IMAGES)
     with pytest.raises(DataError, match="no batch"):
