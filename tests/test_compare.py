@@ -47,7 +47,8 @@ def test_a_point_of_a_part_is_what_compress_gives() -> None:
     found = compare(model, listed, 0.05, methods=["uniform"], validation=listed[:1], epochs=1, **options)
     alone = sbs_fx.compress(model, data=listed, budget=0.05, method="uniform", **options)
     plain: dict[str, Any] = {"task": "matching", "reference": model.features}
-    assert found.points[0].accuracy == evaluate(alone.model, [torch.stack(listed[0][0])], **plain) < 100
+    assert found.points[0].accuracy == evaluate(alone.model, [torch.stack(listed[0][0])], **plain)
+    assert found.points[0].accuracy > 90
     tuned = sbs_fx.apply(model, alone.policy, data=listed, config=sbs_fx.Config(epochs=1), **options)
     whole = evaluate(tuned.model, [torch.stack(listed[0][0])], **plain)
     assert found.points[0].tuned_accuracy == pytest.approx(whole, rel=1e-3)  # reason: `compress` also rounds joins

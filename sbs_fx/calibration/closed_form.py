@@ -225,7 +225,7 @@ class Refits:
 
     @torch.no_grad()
     def _align(self, name: str, begin: str | None, now: Sequence[Tensors], real: Sequence[Tensors]) -> None:
-        """Scale and bias of a norm of its own, or the bias of a layer that is no `Product`: least squares in each
+        """Factor and bias of a norm of its own, or the bias of a layer that is no `Product`: least squares in each
         channel."""
         node, weight, bias = self.affine[name]
         channel = -1 if node.target is aten.linear.default else 1

@@ -208,6 +208,7 @@ CLAIMED: list[Case] = [
     lambda x, p: first(
         aten.rnn_relu.input(line(x), line(x)[:1], [matrix(x)] * 2, False, 1, 0.0, False, False, False)
     ),
+    lambda x, p: aten.rnn_relu_cell.default(matrix(x), matrix(x), matrix(x), matrix(x)),
     lambda x, p: aten.scaled_dot_product_attention.default(x, x, p),
     # parts and wholes
     lambda x, p: aten.cat.default([p, p], 1),

@@ -152,7 +152,6 @@ def spread(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     if sys.argv[1] == "kill":
         sys.stdout.write(json.dumps(kill(Path(sys.argv[2]), *map(int, sys.argv[3:]))) + "\n")
     else:

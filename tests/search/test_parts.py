@@ -176,7 +176,7 @@ def test_channels_that_matter_least_go_first() -> None:
         channels={"a": torch.tensor([[3.0, -1.0, 0.5], [-3.0, 1.0, 0.5]])},  # large ones that cancel
         of_removing=lambda name, gone: float(sum(10**i for i in gone)),
     )
-    decision = _channel_decision(evidence, "a", (3, 2, 1))  # type: ignore[arg-type]
+    decision = _channel_decision(evidence, "a", (3, 2, 1), ())  # type: ignore[arg-type]
     assert decision.order == [2, 1, 0]
     assert decision.losses == (0.0, 100.0, 110.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -280,7 +281,8 @@ def test_data_that_cannot_be_searched_on(cost: CostModel, data: Any, message: st
 def test_killed_and_interrupted_runs_end_bit_identical(seed: int, tmp_path: Path) -> None:
     """SIGKILL at 10 random moments, and SIGINT once; the same call again ends as a run that was never stopped."""
     command = [sys.executable, "-m", "tests.oracles.search_runs", "kill", str(tmp_path), "10", str(seed)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    single = {**os.environ, "OMP_NUM_THREADS": "1"}  # reason: a pool of threads does not outlive a fork
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=single)
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = json.loads(done.stdout.splitlines()[-1])
     assert [tuple(o[2:]) for o in outcomes["killed"]] == [(0, True)] * 10

@@ -86,7 +86,9 @@ def _recurrent(t: Inference, node: fx.Node, kind: str, gates: int, initial: Sequ
     per = len(parameters) // (layers * both)
     hidden, cell = states[0][-1], states[-1][-1]
     is_projected = per % 2 == 1  # the hidden state is the cell's, times the last parameter
-    if not is_projected:
+    if is_projected:  # reason: were the two as wide as each other, kernels would look for no projection
+        t.pin(node, "width of a cell with a projection", cell)
+    else:
         t.unify(node, hidden, cell)
     time = 1 if node.args[8] and len(x) == 3 else 0
     t.pin(node, "steps follow each other", x[time])
