@@ -51,7 +51,7 @@ def test_a_point_of_a_part_is_what_compress_gives() -> None:
     assert found.points[0].accuracy > 90
     tuned = sbs_fx.apply(model, alone.policy, data=listed, config=sbs_fx.Config(epochs=1), **options)
     whole = evaluate(tuned.model, [torch.stack(listed[0][0])], **plain)
-    assert found.points[0].tuned_accuracy == pytest.approx(whole, rel=1e-3)  # reason: `compress` also rounds joins
+    assert found.points[0].tuned_accuracy == pytest.approx(whole, rel=1e-2)  # reason: it begins refitted, without joins
     assert found.float_accuracy == 100
     assert str(found).startswith("this is the part 'features' (Sequential), 99.6 % of the model's parameters")
     with pytest.raises(InputError, match="no sub-module 'feature' to be its part; there are features"):
