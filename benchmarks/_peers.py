@@ -16,15 +16,9 @@ from torch import Tensor, nn
 
 def torchao_pt2e(model: nn.Module, x: Tensor) -> Any:
     from torch._inductor import config
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     with torch.no_grad(), config.patch(freezing=True):
-        prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
-        prepared(x)
-        compiled = torch.compile(convert_pt2e(prepared), dynamic=False)
+        compiled = torch.compile(_converted(model, [x]), dynamic=False)
         compiled(x)
 
     def run(x: Tensor) -> Any:
@@ -32,6 +26,25 @@ def torchao_pt2e(model: nn.Module, x: Tensor) -> Any:
             return compiled(x)
 
     return run
+
+
+def torchao_int8(model: nn.Module, batches: list[Tensor]) -> Any:
+    """The same, calibrated on all batches; run as it is, uncompiled. Takes batches of any size."""
+    return _converted(model, batches, ({0: torch.export.Dim("batch", min=2)},))
+
+
+def _converted(model: nn.Module, batches: list[Tensor], dynamic_shapes: Any = None) -> nn.Module:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    with torch.no_grad():
+        program = torch.export.export(model, (batches[0],), dynamic_shapes=dynamic_shapes)
+        prepared = prepare_pt2e(program.module(), quantizer)
+        for x in batches:
+            prepared(x)
+        return convert_pt2e(prepared)  # type: ignore[no-any-return]
 
 
 def onnxruntime_static(model: nn.Module, x: Tensor, threads: int, *, defaults: bool = False) -> Any:
@@ -77,22 +90,6 @@ def openvino_nncf(model: nn.Module, x: Tensor, threads: int) -> Any:
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
     compiled = openvino.Core().compile_model(quantised, "CPU", settings)
     return lambda x: compiled([x.numpy()])[0]
-
-
-def torchao_int8(model: nn.Module, batches: list[Tensor]) -> Any:
-    """PT2E as it comes, calibrated on all batches; run as it is, uncompiled. Takes batches of any size."""
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-
-    quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-    batch = torch.export.Dim("batch", min=2)
-    with torch.no_grad():
-        program = torch.export.export(model, (batches[0],), dynamic_shapes=({0: batch},))
-        prepared = prepare_pt2e(program.module(), quantizer)
-        for x in batches:
-            prepared(x)
-        return convert_pt2e(prepared)
 
 
 def nncf_int8(model: nn.Module, batches: list[Tensor]) -> Any:

@@ -21,7 +21,6 @@ from sbs_fx.training.task import task_of
 
 LARGEST = Budget(bops=0.125)
 _STEPS, _WIDEST = 5, 16.0  # of bisection; how far below the largest budget it looks
-_OF_REFERENCE = ("matching", "embedding", "detection")  # tasks that are measured against the float model's outputs
 
 
 class Step(NamedTuple):
@@ -96,7 +95,7 @@ def within_drop(
     cached: dict[str, float] = {}
 
     def metric(of: nn.Module, task: Any) -> float:
-        reference = module if task.name in _OF_REFERENCE else None
+        reference = module if task.is_of_reference else None
         return evaluate(of, options["validation"], task=task, prepare=options["prepare"], reference=reference)
 
     def lost(result: Result) -> float:

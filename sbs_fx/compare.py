@@ -163,7 +163,7 @@ class _Trial:
 
     @property
     def reference(self) -> nn.Module | None:
-        return self.measured if self.task.name in ("matching", "embedding", "detection") else None
+        return self.measured if self.task.is_of_reference else None
 
     def point(self, method: str, limit: Budget, place: str | None, settings: dict[str, Any]) -> Point:
         try:

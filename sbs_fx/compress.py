@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from sbs_fx.bisection import LARGEST, within_drop
-from sbs_fx.calibration.calibrate import calibrate, calibration_batches, observe
+from sbs_fx.calibration.calibrate import Observations, calibration_batches, observe
 from sbs_fx.calibration.reconstruction import reconstruct
 from sbs_fx.calibration.synthetic import bounds_of, set_bounds
 from sbs_fx.config import Config
@@ -276,11 +276,11 @@ def _realised(traced: _Traced, cost: CostModel, searched: SearchResult, policy: 
     job.stage("slim", 0.4)
     gated = insert_gates(slim(with_tensors(graph, searched.tensors), groups, plan.kept), groups, channels=False)
     apply_bits(gated, slim_bits(groups, plan), plan.activation_bits)
-    rounds = _rounds(plan)
-    if rounds:
+    observed = None
+    if _rounds(plan):
         job.stage("calibrate", 0.5)
-        batches = config.calibration_batches
-        calibrate(gated, data, inputs=traced.inputs, method=config.ranges, max_batches=batches)
+        observed = observe(gated, data, inputs=traced.inputs, max_batches=config.calibration_batches)
+        observed.set_ranges(config.ranges)
     if config.epochs and data is not None:
         job.stage("fine-tune", 0.6)
         tune(gated, graph, job, frozen_masks=bool(plan.nonzeros))
@@ -290,8 +290,8 @@ def _realised(traced: _Traced, cost: CostModel, searched: SearchResult, policy: 
         reconstruct(gated, graph, data, inputs=traced.inputs, groups=groups, kept=plan.kept, **options)
     job.stage("finalise", 0.9)
     static = finalize(gated, nonzeros=plan.nonzeros)
-    if rounds:
-        static = _integer(static, gated, traced.inputs, job)
+    if observed is not None:
+        static = _integer(static, observed, traced.inputs, job)
     total = cost.evaluate(plan)
     uncounted = [f"not in the cost, as nobody knows it: {_listed(cost.uncounted)}"] if cost.uncounted else []
     of_part = [] if job.part is None else [str(job.part)]
@@ -322,17 +322,15 @@ def _rounds(plan: Plan) -> bool:
 
 
 def _integer(
-    static: fx.GraphModule, gated: fx.GraphModule, inputs: tuple[torch.Tensor, ...], job: Job
+    static: fx.GraphModule, observed: Observations, inputs: tuple[torch.Tensor, ...], job: Job
 ) -> fx.GraphModule:
     """A static graph in the form that compilers for integer kernels keep whole."""
     config, data = job.config, job.data
     if config.integer_joins:
-        batches = calibration_batches(data, inputs, config.calibration_batches, bounds=bounds_of(gated))
-        if data is None:
-            known = observe(gated, None, inputs=inputs).analytic_histograms()
-            static = integer_joins(static, batches, method="minmax", known=known)  # reason: noise has no outliers
-        else:
-            static = integer_joins(static, batches, method=config.ranges)
+        batches = calibration_batches(data, inputs, config.calibration_batches, bounds=bounds_of(static))
+        # reason: synthetic input has no outliers to cut off
+        method = config.ranges if data is not None else "minmax"
+        static = integer_joins(static, batches, method=method, known=observed.analytic_histograms())
     return integer_grid(static, exact=config.exact)
 
 

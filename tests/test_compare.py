@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sbs_fx
+from sbs_fx.calibration.reconstruction import Reconstruction
 from sbs_fx.compare import compare
 from sbs_fx.plan.errors import BudgetError, DataError, InputError, MethodError
 from sbs_fx.report.comparison import Comparison, Point
@@ -44,14 +45,15 @@ def test_a_point_of_a_part_is_what_compress_gives() -> None:
     model = Counts().eval()
     listed = [(list(x), "no labels") for x, _ in batches(2)]
     options: dict[str, Any] = {"example_inputs": (list(EXAMPLE),), "part": "features"}
-    found = compare(model, listed, 0.05, methods=["uniform"], validation=listed[:1], epochs=1, **options)
-    alone = sbs_fx.compress(model, data=listed, budget=0.05, method="uniform", **options)
+    config = sbs_fx.Config(reconstruction=Reconstruction(tolerance=1e9))  # reason: `apply` tunes what is not refitted
+    call: dict[str, Any] = {"config": config, **options}
+    found = compare(model, listed, 0.05, methods=["uniform"], validation=listed[:1], epochs=1, **call)
+    alone = sbs_fx.compress(model, data=listed, budget=0.05, method="uniform", **call)
     plain: dict[str, Any] = {"task": "matching", "reference": model.features}
-    assert found.points[0].accuracy == evaluate(alone.model, [torch.stack(listed[0][0])], **plain)
-    assert found.points[0].accuracy > 90
+    assert found.points[0].accuracy == evaluate(alone.model, [torch.stack(listed[0][0])], **plain) < 100
     tuned = sbs_fx.apply(model, alone.policy, data=listed, config=sbs_fx.Config(epochs=1), **options)
     whole = evaluate(tuned.model, [torch.stack(listed[0][0])], **plain)
-    assert found.points[0].tuned_accuracy == pytest.approx(whole, rel=1e-2)  # reason: it begins refitted, without joins
+    assert found.points[0].tuned_accuracy == pytest.approx(whole, rel=1e-3)  # reason: `compress` also rounds joins
     assert found.float_accuracy == 100
     assert str(found).startswith("this is the part 'features' (Sequential), 99.6 % of the model's parameters")
     with pytest.raises(InputError, match="no sub-module 'feature' to be its part; there are features"):

@@ -21,14 +21,13 @@ from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, StaticActivation, quant
 from sbs_fx.passes.folding import CONVOLUTIONS
 from sbs_fx.passes.graph import copy_graph
 from sbs_fx.passes.static.finalize import MAX_CODE
-from sbs_fx.quantizer.ranges import Histogram
+from sbs_fx.quantizer.ranges import SAMPLED, Histogram
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
 
 BITS = 8
 _IMAGES = 64  # that ranges are taken from
-_VALUES = 1 << 20  # of a tensor that are counted in a batch
 Activations = dict[str, StaticActivation]
 
 
@@ -116,7 +115,7 @@ class _Observer(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
         super().__init__(module)
-        self.histograms = {node: Histogram(_VALUES) for node in nodes}
+        self.histograms = {node: Histogram(SAMPLED) for node in nodes}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

@@ -12,6 +12,14 @@ from collections.abc import Container, Sequence
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.passes import ChannelGroups
+
+
+def alike(groups: ChannelGroups) -> set[str]:
+    """Nodes that give in a slim graph what they give in the float graph, at the kept coordinates."""
+    # reason: an operator that runs at full width gives all coordinates, of which some mean nothing
+    return {node.name for node in groups.inference.dims if node.name not in groups.inference.adapters}
+
 
 def cut_points(graph_module: fx.GraphModule, layers: Container[str], among: Container[str]) -> list[str]:
     """Names of tensors at which the graph falls apart: behind each of `layers` (names of nodes), up to the next, the

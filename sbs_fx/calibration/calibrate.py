@@ -20,7 +20,7 @@ from sbs_fx.passes.channels.facts import facts_of
 from sbs_fx.passes.gates.insertion import BatchNorm, activation_gates, weight_gates
 from sbs_fx.passes.static.fold import Constants, batch_norm_folds
 from sbs_fx.plan.errors import DataError, InputError, MethodError, WeightsError
-from sbs_fx.quantizer.ranges import Histogram, set_range, weight_top
+from sbs_fx.quantizer.ranges import SAMPLED, Histogram, set_range, weight_top
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
@@ -32,7 +32,6 @@ METHODS = ("mse", "minmax", "percentile")
 # CIFAR-10: at 8-bit activations all within 0.5 points; at 4 bits "minmax" was best with 4 and 1.7 points worse with 6.
 SPREAD = 4.0
 _STATISTICS = 16  # values of a channel that are too few for a batch norm's statistics
-_VALUES = 1 << 20  # of a tensor that are counted in a batch, at even distances; its ends are those of all
 _POINTS = 65  # of the distribution that stands for a batch norm's output
 
 
@@ -194,7 +193,9 @@ class Observations(fx.Interpreter):
 
     def analytic_histograms(self) -> dict[str, Histogram]:
         """Of all tensors whose distribution batch norms determine, by the names they have in the static graph, where a
-        layer that a batch norm dissolves into gives what the norm gave."""
+        layer that a batch norm dissolves into gives what the norm gave; none where data was given."""
+        if not self.known:
+            return {}
         layers = {fold.norm: layer for layer, fold in batch_norm_folds(Constants(self.module)).items()}
         histograms: dict[str, Histogram] = {}
         for node, values in self.known.items():
@@ -231,7 +232,7 @@ class Observations(fx.Interpreter):
 
     def _count(self, module: nn.Module, x: Tensor, weights: Tensor | None = None) -> None:
         name, gate = self.activations[id(module)]
-        if not gate.is_float and not self.histograms.setdefault(id(module), Histogram(_VALUES)).add(x, weights):
+        if not gate.is_float and not self.histograms.setdefault(id(module), Histogram(SAMPLED)).add(x, weights):
             cause = "this data" if self.deviations is None else "synthetic input: give data"
             raise DataError(
                 f"the activation {name!r} is NaN or Inf at batch {self.batch}, whose input is finite; the "

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.calibration.blocks import subgraph
+from sbs_fx.calibration.blocks import alike, subgraph
 from sbs_fx.calibration.columns import Product
 from sbs_fx.calibration.rounding import compensated, damping_of, products, weight_parameters
 from sbs_fx.data.batches import Tensors
@@ -79,11 +79,6 @@ class Statistics:
     yx: Tensor
     yy: Tensor
 
-    def error(self, rows: Tensor) -> Tensor:
-        """Mean squared error of each output, (groups, outputs)."""
-        rows = rows.double()
-        return self.yy - 2 * (rows * self.yx).sum(2) + ((rows @ self.xx) * rows).sum(2)
-
 
 @torch.no_grad()
 def refit(weight: Tensor, gate: SuperBitQuantizer, product: Product, statistics: Statistics) -> Tensor:
@@ -123,11 +118,11 @@ class Refits:
         self.gated, self.teacher, self.index, self.seed = gated, teacher, index, seed
         self.types = {node.name: dims for node, dims in index.groups.inference.dims.items()}
         parameters, gates = weight_parameters(gated), weight_gates(gated)
-        self.alike = set(self.types) - set(index.groups.inference.adapters)
+        self.alike = alike(index.groups)
         self.layers = {
             node.name: (node, product, parameters[name], gates[name])
             for name, (node, product) in products(gated).items()
-            if name in parameters and node.name in self.alike
+            if name in parameters and node.name in self.alike and _has_plain_bias(node)
         }
         self._reset(fold.norm for fold in batch_norm_folds(Constants(gated)).values())
         self.folds = batch_norm_folds(Constants(gated))
@@ -247,28 +242,32 @@ class Refits:
         found: dict[str, tuple[fx.Node, Tensor | None, Tensor]] = {}
         folded = {fold.norm for fold in self.folds.values()}
 
-        def own(source: Any) -> Tensor | None:
-            alone = isinstance(source, fx.Node) and source.op == "get_attr" and len(source.users) == 1
-            return attribute(self.gated, str(source.target)).detach() if alone else None
-
         for node in self.gated.graph.nodes:
             is_norm = node.op == "call_module" and isinstance(self.gated.get_submodule(str(node.target)), BatchNorm)
             is_layer = node.target in CONVOLUTIONS | {aten.linear.default} and node.name not in self.layers
             if node.name in self.alike and node not in folded and (is_norm or is_layer):
-                bias = own(node.args[2])
+                bias = self._own(node.args[2])
                 if bias is not None:
-                    found[node.name] = node, own(node.args[1]) if is_norm else None, bias
+                    found[node.name] = node, self._own(node.args[1]) if is_norm else None, bias
         return found
 
     def _additive(self, node: fx.Node) -> tuple[Tensor | None, Tensor | None]:
         """What moves all values of an output channel and nothing else: the layer's bias, or the mean of the batch norm
         behind a layer without one."""
-        fold = self.folds.get(node)
-        source = node.args[2] if fold is None or node.args[2] is not None else fold.norm.args[3]
-        if not isinstance(source, fx.Node) or source.op != "get_attr" or len(source.users) > 1:
-            return None, None
-        value = attribute(self.gated, str(source.target)).detach()
-        return (value, None) if source is node.args[2] else (None, value)
+        if node.args[2] is not None:
+            return self._own(node.args[2]), None
+        return None, self._own(self.folds[node].norm.args[3]) if node in self.folds else None
+
+    def _own(self, source: Any) -> Tensor | None:
+        """A parameter or buffer that nothing else reads."""
+        alone = isinstance(source, fx.Node) and source.op == "get_attr" and len(source.users) == 1
+        return attribute(self.gated, str(source.target)).detach() if alone else None
+
+
+def _has_plain_bias(layer: fx.Node) -> bool:
+    """Whether it has none, or one that depends on no input."""
+    bias = layer.args[2]
+    return bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")
 
 
 class _Sample(NamedTuple):

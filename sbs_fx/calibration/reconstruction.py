@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sbs_fx.calibration.blocks import cut_points, subgraph
+from sbs_fx.calibration.blocks import alike, cut_points, subgraph
 from sbs_fx.calibration.closed_form import Refits
 from sbs_fx.calibration.rounding import weight_parameters
 from sbs_fx.data.batches import Tensors, joined_inputs, read_batches, split_inputs, start_epoch
@@ -136,14 +136,8 @@ def _images(data: Iterable[Any], inputs: Sequence[Tensor], settings: Reconstruct
 def _ends(gated: fx.GraphModule, groups: ChannelGroups) -> list[tuple[str, ...]]:
     """Ends of all blocks, tensors that the float graph has too; the last are those of the graph."""
     leaves = tuple(node.name for node in next(iter(gated.graph.find_nodes(op="output"))).all_input_nodes)
-    cuts = cut_points(gated, groups.inference.layers, _alike(groups))
+    cuts = cut_points(gated, groups.inference.layers, alike(groups))
     return [*((cut,) for cut in cuts if cut not in leaves), leaves]
-
-
-def _alike(groups: ChannelGroups) -> set[str]:
-    """Nodes that give in a slim graph what they give in the float graph, at the kept coordinates."""
-    # reason: an operator that runs at full width gives all coordinates, of which some mean nothing
-    return {node.name for node in groups.inference.dims if node.name not in groups.inference.adapters}
 
 
 class _Work:
@@ -185,17 +179,17 @@ class _Work:
         signal = _error([tuple(torch.zeros_like(t) for t in ts) for ts in targets[fitted:]], targets[fitted:])
         if before <= self.settings.tolerance * signal:
             return Reconstructed(ends, before, before), self._run(part, now), wanted
-        state, fit = _state(part), fitted or len(now)
-        for step in (
-            lambda: self.refits(part, begin, now[:fit], real[:fit], observed),
-            lambda: self._by_gradient(part, now[:fit], targets[:fit]),
-        ):
+        state, fit, given = _state(part), fitted or len(now), None
+        steps = [lambda: self.refits(part, begin, now[:fit], real[:fit], observed)]
+        steps += [lambda: self._by_gradient(part, now[:fit], targets[:fit])] if self.settings.steps else []
+        for step in steps:
             step()
-            if (after := _error(self._run(part, now[fitted:]), targets[fitted:])) < best:
-                best, state = after, _state(part)
+            changed = self._run(part, now)
+            if (after := _error(changed[fitted:], targets[fitted:])) < best:
+                best, state, given = after, _state(part), changed
             else:
                 part.load_state_dict(state)
-        return Reconstructed(ends, before, best), self._run(part, now), wanted
+        return Reconstructed(ends, before, best), given or self._run(part, now), wanted
 
     @torch.no_grad()
     def _run(self, part: fx.GraphModule, batches: Sequence[Tensors]) -> list[Tensors]:
@@ -206,7 +200,7 @@ class _Work:
     def _by_gradient(self, part: fx.GraphModule, now: list[Tensors], targets: list[Tensors]) -> None:
         """Adam on weights (straight through their rounding), ranges, biases and norms, on the squared error."""
         s = self.settings
-        rates, weights = self._variables(part) if s.steps else ([], {})
+        rates, weights = self._variables(part)
         if not rates:
             return
         inputs, wanted = joined_inputs(now), joined_inputs(targets)

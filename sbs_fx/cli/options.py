@@ -59,9 +59,11 @@ def constraints_of(keep: list[str] | None, no_prune: list[str] | None, only: str
 
 
 def parse_share(text: str) -> float:
-    """1% or 0.01."""
+    """What an option gives as 1% or 0.01."""
+    from sbs_fx.plan.budget import share_of
+
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        return share_of(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r}: expected a share, such as 1%") from None
 

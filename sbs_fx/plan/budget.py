@@ -111,10 +111,15 @@ class Budget(Value):
                 problem = "more than once" if name in limits else f"is unknown; expected one of {MEASURES}"
                 raise BudgetError(f"budget {text!r}: measure {name!r} {problem}. Write it like bops=5%,size=20%.")
             try:
-                limits[name] = float(number[:-1]) / 100 if number.endswith("%") else float(number)
+                limits[name] = share_of(number)
             except ValueError:
                 raise BudgetError(f"budget {text!r}: {number!r} is no share; expected one like 5% or 0.05") from None
         return cls(**limits)
+
+
+def share_of(text: str) -> float:
+    """A share as a number: "5%" and "0.05" are the same. Raises ValueError for any other text."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 def _largest(share: float, whole: Any) -> Any:

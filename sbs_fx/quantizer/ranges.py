@@ -19,6 +19,7 @@ from sbs_fx.quantizer.grid import level
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 BINS = 4096
+SAMPLED = 1 << 20  # values of an activation that are counted in a batch; its ends are those of all
 LEAST_TOP = 2.0**-30  # reason: a tensor of values this small is zero to every later layer
 _CHUNK = 1 << 20  # values that are counted at a time
 _BLOCK = 1 << 17  # values whose error is computed at a time, so that they stay in the cache
@@ -153,7 +154,8 @@ class Histogram:
         self._grow()
         values = x.detach().reshape(-1)
         if self.most is not None and weights is None:
-            values = values[:: _odd(len(values) // self.most)]
+            # reason: places an even number apart may all be of one column of an image
+            values = values[:: max(1, len(values) // self.most) | 1]
         parts = values.split(_CHUNK)
         counted = [None] * len(parts) if weights is None else weights.double().reshape(-1).split(_CHUNK)
         for part, weight in zip(parts, counted, strict=True):
@@ -252,8 +254,3 @@ class Histogram:
         values = [torch.zeros(1), *(m if i == 0 else -m for i, m in enumerate(middles))]
         held = [torch.tensor([self.zeros], dtype=torch.float64), *(r[u] for r, u in zip(rows, used, strict=True))]
         return torch.cat(values), torch.cat(held)
-
-
-def _odd(step: int) -> int:
-    """Reason: places an even number apart may all be of one column of an image."""
-    return max(1, step | 1 if step > 1 else step)

@@ -124,6 +124,11 @@ class Task:
             total = total + share * (noise * x).sum() / _variance(x.detach()).sqrt()
         return total
 
+    @property
+    def is_of_reference(self) -> bool:
+        """Whether outputs are compared with the float model's, by a loss or a metric that is not of its own."""
+        return self.name in ("matching", "embedding", "detection")
+
     # -- against targets -------------------------------------------------------------------------------------------
 
     def readable(self, targets: Any, images: int) -> Any:
@@ -132,7 +137,7 @@ class Task:
 
     def fits(self, output: Any, targets: Any) -> bool:
         """Whether targets are of the form that the task's loss reads."""
-        if targets is None or self.loss is None and self.name in ("matching", "embedding", "detection"):
+        if targets is None or self.loss is None and self.is_of_reference:
             return False
         if self.loss is not None:
             return True

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.calibration.closed_form import Moments, intercept, refit
 from sbs_fx.calibration.columns import Product
 from sbs_fx.calibration.reconstruction import Reconstruction, reconstruct
@@ -146,3 +147,24 @@ def test_what_comes_in_wrong_by_the_other_way_is_made_good(norm: bool) -> None:
     with torch.no_grad():
         assert float((gated(x) - graph(x)).square().mean()) < 1e-4 * float(graph(x).square().mean())
     assert not weight_gates(gated)["stem"].is_float
+
+
+def test_a_bias_that_is_computed_is_left_to_what_computes_it() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.shift, self.last = nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.first(x).relu(), self.last.weight, self.shift(x).mean(0))
+
+    x = torch.randn(64, 6)
+    graph = trace(Net().eval(), x[:2])
+    groups = channel_groups(graph)
+    gated = insert_gates(graph, groups, channels=False)
+    apply_bits(gated, dict.fromkeys(weight_gates(gated), 2), dict.fromkeys(activation_gates(gated), 8))
+    calibrate(gated, [x], inputs=(x[:2],))
+    with torch.no_grad():
+        before = float((gated(x) - graph(x)).square().mean())
+        reconstruct(gated, graph, [x], inputs=(x[:2],), groups=groups, settings=Reconstruction(tolerance=0))
+        assert float((gated(x) - graph(x)).square().mean()) < before
