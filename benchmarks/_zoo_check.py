@@ -197,9 +197,9 @@ def _counted(module: nn.Module, inputs: Inputs) -> int:
     reason: there, an LSTM and attention are made of the products that they stand for, so nothing is left uncounted.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
+    module = copy.deepcopy(module).requires_grad_(False)  # reason: the counter's hooks expect a gradient function
     try:
         moved = copy.deepcopy(module).to("meta")
-        moved.requires_grad_(False)  # reason: the counter's hooks expect a gradient function, even without gradients
         with counter, torch.no_grad():
             called(moved, pytree.tree_map_only(Tensor, lambda x: x.to("meta"), inputs))
     except Exception:

@@ -1,7 +1,7 @@
 """sbs-fx: prune and quantise vision models together, under a budget that is met."""
 
 from sbs_fx.compare import compare
-from sbs_fx.compress import apply, compress
+from sbs_fx.compress import apply, compress, replan
 from sbs_fx.config import Config
 from sbs_fx.export import load_pt2 as load
 from sbs_fx.passes.capture.part import with_part
@@ -13,5 +13,5 @@ from sbs_fx.training.task import Task
 
 __all__ = [
     "Budget", "Config", "Cost", "Keep", "Plan", "Policy", "Result", "SbsError", "Task", "apply", "compare",
-    "compress", "load", "with_part",
+    "compress", "load", "replan", "with_part",
 ]  # fmt: skip

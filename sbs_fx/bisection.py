@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -78,9 +79,15 @@ def smallest(
 
 
 def within_drop(
-    compress: Callable[..., Result], model: Any, largest: Budget, max_drop: float, options: dict[str, Any]
+    compress: Callable[..., Result],
+    apply: Callable[..., Result],
+    model: Any,
+    largest: Budget,
+    max_drop: float,
+    options: dict[str, Any],
 ) -> Result:
     """`compress(max_drop=)`: the smallest result by the metric of its task on `validation`; its report has the steps.
+    What the first compression measured is planned from again, where it left that.
 
     Raises:
         InputError: a share that is none, or a part of a model. DataError: nothing to measure on. As `smallest`.
@@ -93,6 +100,17 @@ def within_drop(
         raise DataError("max_drop is measured on validation=, held-out batches of (inputs, targets); give them")
     module: nn.Module = create_model(model) if isinstance(model, str) else model
     cached: dict[str, float] = {}
+    first: list[Result] = []
+
+    def compressed(budget: Budget) -> Result:
+        if not first or first[0].sensitivities is None:
+            first[:] = [compress(module, budget=budget, **options)]
+            return first[0]
+        replanned = {name: value for name, value in options.items() if name != "method"}
+        result = apply(module, first[0].replan(budget), budget=budget, **replanned)
+        return replace(
+            result, sensitivities=first[0].sensitivities, problem=first[0].problem, settings=first[0].settings
+        )
 
     def metric(of: nn.Module, task: Any) -> float:
         reference = module if task.is_of_reference else None
@@ -104,7 +122,7 @@ def within_drop(
             cached["float"] = metric(module, task)
         return cached["float"] - metric(result.model, task)
 
-    result, steps = smallest(lambda budget: compress(module, budget=budget, **options), lost, largest, 100 * max_drop)
+    result, steps = smallest(compressed, lost, largest, 100 * max_drop)
     taken = [step for step in steps if step.lost is not None and step.lost <= 100 * max_drop][-1]
     note = f"the smallest within {max_drop:.2%} of {cached['float']:.2f}: {', '.join(map(str, steps))}"
     report = result.report.model_copy(update={"notes": (*result.report.notes, note)})

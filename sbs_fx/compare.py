@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sbs_fx.compress import Data, Job, Progress, compress, tune
+from sbs_fx.compress import compress, tune
 from sbs_fx.config import Config
 from sbs_fx.data.prepared import Prepare
+from sbs_fx.job import Data, Job, Progress
 from sbs_fx.models import create_model
 from sbs_fx.models import example_inputs as derive_inputs
 from sbs_fx.passes import finalize, trace

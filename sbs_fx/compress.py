@@ -7,43 +7,24 @@ result that is returned meets the budget; what is saved is whole.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
 
 from sbs_fx.bisection import LARGEST, within_drop
 from sbs_fx.calibration.calibrate import Observations, calibration_batches, observe
 from sbs_fx.calibration.reconstruction import reconstruct
-from sbs_fx.calibration.synthetic import bounds_of, set_bounds
+from sbs_fx.calibration.synthetic import bounds_of
 from sbs_fx.config import Config
-from sbs_fx.data.prepared import Prepare, prepared
-from sbs_fx.export.latency import latency_model
-from sbs_fx.models import create_model, input_config
-from sbs_fx.models import example_inputs as derive_inputs
-from sbs_fx.passes import (
-    CostModel,
-    apply_bits,
-    channel_groups,
-    cost_model,
-    finalize,
-    insert_gates,
-    integer_grid,
-    integer_joins,
-    slim,
-    trace,
-)
+from sbs_fx.data.prepared import Prepare
+from sbs_fx.job import Data, Job, Model, Progress, Traced, listed, priced, traced_model
+from sbs_fx.passes import CostModel, apply_bits, finalize, insert_gates, integer_grid, integer_joins, slim
 from sbs_fx.passes.capture.export import Dynamic, own_context
 from sbs_fx.passes.capture.inputs import guarded
-from sbs_fx.passes.capture.models import unwrapped
-from sbs_fx.passes.capture.part import Part
-from sbs_fx.passes.capture.part_search import naming_parts
-from sbs_fx.passes.capture.signature import Inputs, Signature
-from sbs_fx.passes.capture.sound import check_runs, check_weights
+from sbs_fx.passes.capture.signature import Inputs
 from sbs_fx.passes.channels.slim import slim_bits
 from sbs_fx.passes.graph import with_tensors
 from sbs_fx.plan import Budget, Plan, Policy, current_versions
@@ -54,17 +35,15 @@ from sbs_fx.report import Report
 from sbs_fx.result import Result
 from sbs_fx.search.problem import Problem, SearchResult
 from sbs_fx.search.registry import Method, Run, chosen, methods
+from sbs_fx.search.replan import replanned
+from sbs_fx.search.sensitivities import Sensitivities
 from sbs_fx.search.space import Space
 from sbs_fx.training import Checkpoints, TrainingStage, fine_tune
 from sbs_fx.training.frozen import FrozenMasks
 from sbs_fx.training.processes import Processes
 from sbs_fx.training.progress import Observer
 from sbs_fx.training.randomness import random_state_kept
-from sbs_fx.training.task import Task, set_task
-
-Data = Iterable[Any]
-Progress = Callable[[str, float], None]
-Model = nn.Module | ExportedProgram | str
+from sbs_fx.training.task import Task
 
 
 @own_context()
@@ -106,7 +85,8 @@ def compress(
         budget: shares of the float model; a number or text means BOPs; default: 5 % of them.
         max_drop: in place of a given budget: the smallest cost whose metric on `validation` is lower than the float
             model's by no more than this, 0.01 being one point of a metric in percent. The measure that `budget` limits
-            is bisected from there down, each step a compression of its own; default: from 12.5 % of the BOPs.
+            is bisected from there down, each step planned anew (by `replan` where the method allows it) and measured;
+            default: from 12.5 % of the BOPs.
         data: iterable of (images, labels) or images, normalised as the model expects; None: data-free. Batches may be
             dicts and dataclasses too, by the names of the model's arguments or usual ones ("pixel_values", "labels").
         prepare: batch -> (arguments of the model, targets or None), for batches of any other form.
@@ -130,21 +110,23 @@ def compress(
         options |= {"data": data, "prepare": prepare, "method": method, "config": config, "validation": validation}
         options |= {"progress": progress, "observer": observer}
         largest = LARGEST if budget is None else Budget.of(budget)
-        result = within_drop(compress, model, largest, max_drop, options)
+        result = within_drop(compress, apply, model, largest, max_drop, options)
         if output_dir is not None:
             result.save(output_dir)
         return result
     entry = chosen(method, data is not None, bool(config.epochs))
     budget = Budget.of(0.05 if budget is None else budget)
     job = Job(config, data, validation, progress, observer, part)
-    traced = _traced(model, example_inputs, dynamic, task, job)
+    traced = traced_model(model, example_inputs, dynamic, task, job)
     job.prepare(traced.graph, prepare)
-    problem = Problem.of(_priced(traced, job, budget), budget, traced.inputs, config, config.seed)
+    problem = Problem.of(priced(traced, job, budget), budget, traced.inputs, config, config.seed)
     identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.limits}
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
         job.stage("search", 0.35)
         searched = _searched(problem, entry, job)
         result = _realised(traced, problem.cost, searched, problem.policy(searched.plan, entry.name), job)
+        result.sensitivities, result.problem = searched.sensitivities, problem
+        result.settings = config.of(entry)
         if not budget.is_satisfied_by(result.cost):
             raise GraphError(
                 f"the result costs {budget.shares(result.cost)} of the float model, over {budget}", pass_name="compress"
@@ -185,9 +167,9 @@ def apply(
     config = config or Config()
     job = Job(config, data, validation, progress, observer, part)
     limits = None if budget is None else Budget.of(budget)
-    traced = _traced(model, example_inputs, dynamic, task, job)
+    traced = traced_model(model, example_inputs, dynamic, task, job)
     job.prepare(traced.graph, prepare)
-    cost = _priced(traced, job, limits)
+    cost = priced(traced, job, limits)
     _check_policy(cost, policy)
     if limits is not None and not limits.is_satisfied_by(total := cost.evaluate(policy.plan)):
         raise BudgetError(
@@ -203,52 +185,32 @@ def apply(
     return _realised(traced, cost, restored, policy, job)
 
 
-class _Traced(NamedTuple):
-    """A float model as a graph; `metadata` has mean and std of images, if the model says so."""
+@own_context()
+@random_state_kept()
+def replan(
+    model: Model,
+    sensitivities: Sensitivities | str | os.PathLike[str],
+    budget: Budget | float | str,
+    example_inputs: Inputs | None = None,
+    *,
+    part: str | None = None,
+    dynamic: Dynamic | None = None,
+    config: Config | None = None,
+) -> Policy:
+    """A plan for another budget, or other constraints, from losses that an earlier search has measured; for `apply`.
 
-    graph: fx.GraphModule
-    inputs: tuple[torch.Tensor, ...]
-    metadata: dict[str, Any]
+    Args:
+        sensitivities: of an earlier result, or the path of its `sensitivity.json`. config: what may be decided.
 
-
-def _traced(
-    model: Model, example_inputs: Inputs | None, dynamic: Dynamic | None, task: Task | str | None, job: Job
-) -> _Traced:
-    job.stage("trace", 0.0)
-    given: Any = create_model(model) if isinstance(model, str) else model
-    if job.path is not None:
-        job.part = Part(given, job.path, derive_inputs(given) if example_inputs is None else example_inputs)
-        given, example_inputs, task = job.part.module, job.part.call, task or "matching"
-    module = unwrapped(given)
-    check_weights(module)
-    called = derive_inputs(module) if example_inputs is None else example_inputs
-    with naming_parts(module, called, dynamic, job.part):
-        graph = trace(module, called, dynamic=dynamic)
-    set_task(graph, task)
-    card = input_config(module)
-    _, inputs = Signature.of(module, called)
-    check_runs(graph, inputs)
-    metadata: dict[str, Any] = {key: list(card[key]) for key in ("mean", "std") if key in card}
-    set_bounds(graph, inputs, metadata)
-    return _Traced(graph, inputs, metadata)
-
-
-def _priced(traced: _Traced, job: Job, budget: Budget | None) -> CostModel:
-    graph = traced.graph
-    job.stage("channel groups", 0.3)
-    groups = channel_groups(graph, keep_outputs=job.config.keep_outputs)
-    cost = cost_model(graph, groups)
-    limits = {} if budget is None else budget.limits
-    if cost.uncounted and limits.keys() & {"bops", "macs"} and job.config.uncounted == "error":
-        raise BudgetError(
-            f"nobody knows what {_listed(cost.uncounted)} costs, so that a budget of BOPs or MACs would be met in name "
-            "alone; register a formula with torch.utils.flop_counter.register_flop_formula, limit size or latency, or "
-            'leave it out with Config(uncounted="ignore")'
-        )
-    if "latency" in limits:
-        job.stage("latency", 0.32)
-        cost = cost_model(graph, groups, latency_model(graph, groups, cost, traced.inputs, job.config.latency))
-    return cost
+    Raises:
+        PolicyMismatch: measured on another model. ConstraintError: what is asked for was not measured.
+        InfeasibleBudget: out of reach; says of what.
+    """
+    table = sensitivities if isinstance(sensitivities, Sensitivities) else Sensitivities.load(sensitivities)
+    job, limits = Job(config or Config(), path=part), Budget.of(budget)
+    traced = traced_model(model, example_inputs, dynamic, None, job)
+    cost = priced(traced, job, limits)
+    return replanned(Problem.of(cost, limits, traced.inputs, job.config, job.config.seed), table.method, table)
 
 
 def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:
@@ -268,7 +230,7 @@ def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:
     return result
 
 
-def _realised(traced: _Traced, cost: CostModel, searched: SearchResult, policy: Policy, job: Job) -> Result:
+def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: Policy, job: Job) -> Result:
     """Slim, gate, calibrate, maybe fine-tune or reconstruct, finalise."""
     plan, config, data = searched.plan, job.config, job.data
     groups, graph = cost.groups, traced.graph
@@ -293,21 +255,13 @@ def _realised(traced: _Traced, cost: CostModel, searched: SearchResult, policy: 
     if observed is not None:
         static = _integer(static, observed, traced.inputs, job)
     total = cost.evaluate(plan)
-    uncounted = [f"not in the cost, as nobody knows it: {_listed(cost.uncounted)}"] if cost.uncounted else []
+    uncounted = [f"not in the cost, as nobody knows it: {listed(cost.uncounted)}"] if cost.uncounted else []
     of_part = [] if job.part is None else [str(job.part)]
     report = Report.of(groups, cost, policy, total, (*of_part, *searched.notes, *uncounted))
     job.close()
     guarded(static)
     metadata = traced.metadata if job.path is None else {**traced.metadata, "part": job.path}
     return Result(static, policy, total, report, gated, traced.inputs, job.seconds, metadata)
-
-
-def _listed(operators: Mapping[str, str]) -> str:
-    """Operators by node, as "torch.ops.my.op (node my_op, my_op_1)"."""
-    nodes: dict[str, list[str]] = {}
-    for node, operator in operators.items():
-        nodes.setdefault(operator, []).append(node)
-    return ", ".join(f"{operator} (node {', '.join(names)})" for operator, names in nodes.items())
 
 
 def _check_policy(cost: CostModel, policy: Policy) -> None:
@@ -365,44 +319,3 @@ def _checkpoints(
     first, directory = Processes().is_first, os.path.join(output_dir, "checkpoints")
     with Checkpoints(directory, identity, restart=restart, writes=first) as checkpoints:
         yield checkpoints
-
-
-class Job:
-    """What a call brings along; reports stages and keeps their times."""
-
-    def __init__(
-        self,
-        config: Config,
-        data: Data | None = None,
-        validation: Data | None = None,
-        progress: Progress | None = None,
-        observer: Observer | None = None,
-        path: str | None = None,
-    ) -> None:
-        self.config, self.data, self.validation = config, data, validation
-        self.progress, self.observer = progress, observer
-        self.path = path
-        self.part: Part | None = None
-        self.checkpoints: Checkpoints | None = None
-        self._current: str | None = None
-        self._since = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def prepare(self, graph: fx.GraphModule, prepare: Prepare | None) -> None:
-        """Read the data by the names of the tensors that a graph takes."""
-        if self.part is not None:
-            self.data, prepare = self.part.data(self.data, prepare, self.validation), None
-        names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
-        self.data, self.validation = (prepared(data, names, prepare) for data in (self.data, self.validation))
-
-    def stage(self, name: str, done: float) -> None:
-        self.close()
-        self._current = name
-        if self.progress is not None:
-            self.progress(name, done)
-
-    def close(self) -> None:
-        now = time.perf_counter()
-        if self._current is not None:
-            self.seconds[self._current] = self.seconds.get(self._current, 0.0) + now - self._since
-        self._current, self._since = None, now

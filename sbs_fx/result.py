@@ -12,9 +12,13 @@ from torch import fx
 from sbs_fx.export import Runner, export, runner, save_pt2
 from sbs_fx.export.benchmark import Benchmark, benchmark
 from sbs_fx.passes import on_device
-from sbs_fx.plan import Cost, Policy
+from sbs_fx.plan import Budget, Cost, Policy
+from sbs_fx.plan.errors import MethodError
 from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report import Report
+from sbs_fx.search.problem import Problem
+from sbs_fx.search.replan import replanned
+from sbs_fx.search.sensitivities import Sensitivities
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Result:
         metadata: kept in files: "mean" and "std" of images, where the model's configuration has them; "part": the path
             of the sub-module that was compressed in place of the whole.
         seconds: time spent per stage.
+        sensitivities: what each decision was measured to cost, of methods that measure; for `replan`.
+        problem: what was solved, on the float model, with `settings` of the method.
     """
 
     model: fx.GraphModule
@@ -40,14 +46,32 @@ class Result:
     example_inputs: tuple[torch.Tensor, ...]
     seconds: dict[str, float] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    sensitivities: Sensitivities | None = field(default=None, repr=False)
+    problem: Problem | None = field(default=None, repr=False)
+    settings: Any = field(default=None, repr=False)
 
     @property
     def baseline_cost(self) -> Cost:
         assert self.cost.reference is not None
         return self.cost.reference
 
+    def replan(self, budget: Budget | float | str, **settings: Any) -> Policy:
+        """A plan for another budget, for `sbs_fx.apply`: in seconds, as nothing is measured again.
+
+        Args:
+            settings: fields of `Config` that say what may be decided, such as `constraints=`, `round_to=` or `prune=`.
+
+        Raises:
+            MethodError: the method measures nothing that could be used again. As `sbs_fx.replan`.
+        """
+        if self.problem is None:
+            raise MethodError("this result holds no problem to solve again; call sbs_fx.replan with the float model")
+        problem = self.problem.under(Budget.of(budget), **settings)
+        return replanned(problem, self.policy.method, self.sensitivities, self.settings)
+
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `policy.json`, `model.pt2` and the report (`.txt`, `.json`) into `directory`, each whole or not at all.
+        """Write `policy.json`, `model.pt2`, the report (`.txt`, `.json`) and, where losses were measured,
+        `sensitivity.json` into `directory`, each whole or not at all.
 
         Raises:
             FileError: the directory is a file or cannot be written, or the disk is full.
@@ -55,6 +79,8 @@ class Result:
         path = prepare_directory(directory)
         save_pt2(*self._on_cpu(), os.path.join(path, "model.pt2"), self.metadata)
         self.policy.save(os.path.join(path, "policy.json"))
+        if self.sensitivities is not None:
+            self.sensitivities.save(os.path.join(path, "sensitivity.json"))
         for name in ("report.txt", "report.json"):
             self.report.save(os.path.join(path, name))
 

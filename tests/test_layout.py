@@ -20,7 +20,7 @@ FLOORS = (
     ("calibration", "report"),
     ("search", "export"),
     ("config", "result"),
-    ("bisection",),
+    ("bisection", "job"),
     ("compress", "demo"),
     ("compare",),
     ("cli",),

@@ -1,13 +1,17 @@
-"""`RealAttributes`: what is read from tensors that a module keeps as plain attributes is read while it is captured.
+"""What Python reads from tensors while a module is captured: numbers that attributes hold, and len(x).
 
-In: calls inside a capture. Out: numbers and parts of tensors that are neither parameters nor buffers, such as strides,
-as they are; torch would make each a number that nobody knows, on which no size or branch may depend. Holds: parameters,
-buffers and whatever depends on an input are left to torch; nothing is written.
+In: calls inside a capture. Out: `RealAttributes`: numbers and parts of tensors that are neither parameters nor buffers,
+such as strides, as they are; torch would make each a number that nobody knows, on which no size or branch may depend.
+`symbolic_len`: len(x) as x.shape[0], which Python would make a fixed number. Holds: parameters, buffers and whatever
+else depends on an input are left to torch; nothing is written that stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import builtins
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +26,7 @@ _PARTS = {Tensor.__getitem__, Tensor.unbind, torch.unbind, Tensor.select, torch.
 _NUMBERS = {Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__, Tensor.item, Tensor.tolist}
 # Operators that take a number which may be given as a tensor, and read it themselves.
 _FILLS = {torch.full, torch.full_like, Tensor.new_full, torch.fill, Tensor.fill_}
+_NO_MODELS = {"torch", "builtins", "typing", "abc"}  # files whose own len(x) is let be
 
 
 class RealAttributes(TorchFunctionMode):
@@ -62,3 +67,24 @@ class RealAttributes(TorchFunctionMode):
 def _writes(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     return name == "__setitem__" or name.startswith("__i") or name.endswith("_") and not name.endswith("__")
+
+
+@contextmanager
+def symbolic_len(module: nn.Module) -> Iterator[None]:
+    """In the source files of a module's classes, len(x) of a tensor is x.shape[0], which a capture keeps symbolic."""
+    files = {cls.__module__ for inner in module.modules() for cls in type(inner).__mro__ if cls is not object}
+    spaces = [
+        vars(sys.modules[name]) for name in files if name in sys.modules and name.partition(".")[0] not in _NO_MODELS
+    ]
+    spaces = [space for space in spaces if "len" not in space]
+    for space in spaces:
+        space["len"] = _len
+    try:
+        yield
+    finally:
+        for space in spaces:
+            del space["len"]
+
+
+def _len(x: Any, /) -> Any:
+    return x.shape[0] if isinstance(x, FakeTensor) and x.ndim else builtins.len(x)

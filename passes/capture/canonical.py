@@ -45,6 +45,7 @@ def canonicalise(graph_module: fx.GraphModule) -> None:
             _plain_reshape(node)
             node.target = _RENAMED.get(node.target, node.target)
             _fill_defaults(node)
+            _plain_product(node)
             _plain_batch_norm(node)
             _plain_max_pool(node)
             _count_from_the_start(node)
@@ -73,6 +74,12 @@ def _fill_defaults(node: fx.Node) -> None:
         args.append(kwargs.pop(argument.name, argument.default_value))
     kwargs.pop("output_size", None)  # reason: a hint of repeat_interleave that would have to follow the channels
     node.args, node.kwargs = tuple(args), kwargs
+
+
+def _plain_product(node: fx.Node) -> None:
+    """A linear whose weight is a vector is the product that torch makes of it."""
+    if node.target is aten.linear.default and node.args[1].meta["val"].ndim == 1 and node.args[2] is None:  # type: ignore[union-attr]
+        node.target, node.args = aten.matmul.default, node.args[:2]
 
 
 def _plain_batch_norm(node: fx.Node) -> None:

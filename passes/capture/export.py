@@ -22,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from sbs_fx.passes.capture.attributes import RealAttributes
+from sbs_fx.passes.capture.attributes import RealAttributes, symbolic_len
 from sbs_fx.passes.capture.caches import BATCH, Dims, of_any_batch, resized
 from sbs_fx.passes.capture.functional import decompositions, make_functional
 from sbs_fx.passes.capture.inputs import InputSpec, TensorSpec, is_guard
@@ -129,7 +129,7 @@ def _program(
 ) -> ExportedProgram:
     dynamic: Any = tuple(dict(s) for s in shapes)
     with quiet_torch():
-        with RealAttributes():
+        with RealAttributes(), symbolic_len(called):
             program = torch.export.export(
                 called, tensors, dynamic_shapes=dynamic if signature.plain else (dynamic,), strict=False
             )

@@ -301,15 +301,10 @@ def report(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="the --out of an earlier run")], json: Json = False
 ) -> None:
     """Show the report of an earlier run."""
-    from sbs_fx.plan.errors import FileError
+    from sbs_fx.plan.files import read_text
     from sbs_fx.report import Report
 
-    path = os.path.join(directory, "report.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"cannot read {path!r}: {error}; expected the --out directory of `sbs-fx compress`") from error
+    text = read_text(os.path.join(directory, "report.json"), "the --out directory of `sbs-fx compress`")
     saved = Report.from_json(text)
     typer.echo(saved.to_json() if json else str(saved), nl=json)
     metrics = os.path.join(directory, METRICS)

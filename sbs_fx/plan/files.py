@@ -41,6 +41,16 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
             os.unlink(temporary)
 
 
+def read_text(path: str | os.PathLike[str], expected: str) -> str:
+    """What a file of text holds. Raises FileError, which says what was expected."""
+    path = os.fspath(path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"cannot read {path!r}: {error}; expected {expected}") from error
+
+
 def prepare_directory(directory: str | os.PathLike[str]) -> str:
     """Make sure that results can be written there, before hours are spent. Raises FileError."""
     try:

@@ -39,12 +39,14 @@ class SearchResult:
     Attributes:
         tensors: parameters and buffers that the search left, by their names in the traced graph.
         notes: for the report. considered: plans that were compared; this one is that of least predicted loss.
+        sensitivities: what was measured on the way, a `sbs_fx.search.sensitivities.Sensitivities`.
     """
 
     plan: Plan
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     considered: tuple[Considered, ...] = ()
+    sensitivities: Any = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class Problem:
         groups = cost.groups
         graph, limits = groups.inference.graph_module, budget.absolute(cost.whole)
         return cls(graph, groups, cost, limits, Space(groups, cost, space), tuple(inputs), seed)
+
+    def under(self, budget: Budget, **settings: Any) -> Problem:
+        """The same problem under another budget."""
+        changed = self.within(**settings) if settings else self
+        return replace(changed, limits=budget.absolute(self.cost.whole))
 
     def within(self, **settings: Any) -> Problem:
         """The same problem in a space with other settings."""

@@ -34,6 +34,7 @@ from sbs_fx.search.problem import Considered, Problem, SearchResult
 from sbs_fx.search.ranges import gates_by_bits
 from sbs_fx.search.refitted import Reading, readers_of, readings, removal
 from sbs_fx.search.registry import Run, method
+from sbs_fx.search.sensitivities import Sensitivities
 from sbs_fx.search.sensitivity import Sensitivity, sensitivity
 
 _MOVES = (2, 4, 8, 16)  # decisions that change at once
@@ -105,6 +106,7 @@ def two_stage(problem: Problem, run: Run) -> SearchResult:
     floor = predictor(opened)
     passes = int(search.effort / (macs * predictor.images))
     decisions = _measured(decisions, opened, floor, predictor, min(search.measured, passes // 4))
+    table = Sensitivities.of(problem, "two_stage", decisions)
     allocator = Allocator(problem, search.time_limit)
     scored = [(predictor(candidate.plan), candidate) for candidate in allocator.candidates(decisions)]
     for _ in range(search.rounds):
@@ -123,7 +125,7 @@ def two_stage(problem: Problem, run: Run) -> SearchResult:
     if not best.proven:
         notes.append(f"the solver stopped before its end; the plan is at most {best.gap:.1%} above the bound")
     considered = tuple(Considered(c.name, c.loss, loss, c.gap, c.proven) for loss, c in scored)
-    return SearchResult(best.plan, notes=tuple(notes), considered=considered)
+    return SearchResult(best.plan, notes=tuple(notes), considered=considered, sensitivities=table)
 
 
 def evidence_of(problem: Problem, run: Run, search: TwoStage) -> tuple[Sensitivity, Predictor]:

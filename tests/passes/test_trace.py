@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sbs_fx.passes import trace
+from sbs_fx.passes import channel_groups, cost_model, slim, trace
 from sbs_fx.plan.errors import InputError, TraceError
 from tests.networks.models import Recipe, step
 
@@ -283,3 +283,53 @@ def test_numbers_in_plain_attributes_are_read(how: str) -> None:
 def test_a_plain_attribute_that_a_forward_changes_is_not_read() -> None:
     with pytest.raises(TraceError, match="data-dependent|changes"):
         trace(Strides("counted").eval(), torch.randn(2, 3, 8, 6))
+
+
+class Lengths(nn.Module):
+    """The batch taken by len(x): as a size, a divisor and a row count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).view(len(x), 4, -1)
+        rows = torch.arange(len(y), device=x.device)[:, None]
+        picked = y[rows, :, torch.arange(y.shape[2])].view(len(x), -1, 4)
+        return self.linear(picked) / len(self.conv.weight)
+
+
+def test_the_length_of_a_tensor_is_its_first_size() -> None:
+    before = set(globals())
+    graph = assert_traced(Lengths())
+    assert set(globals()) == before
+    assert graph(torch.randn(7, 3, 8, 8)).shape == (7, 64, 5)
+    with pytest.raises(TraceError):
+        trace(Loops().eval(), torch.randn(2, 3, 8, 8))
+    assert set(globals()) == before
+
+
+class Loops(Lengths):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.conv(x)[i] for i in range(len(x))])
+
+
+class Vector(nn.Module):
+    """Rows times a vector, spelt as a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.vector = nn.Linear(8, 16), nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.linear(x), self.vector)
+
+
+def test_a_linear_whose_weight_is_a_vector_is_a_product() -> None:
+    graph = assert_traced(Vector(), (3, 8, 8))
+    groups = channel_groups(graph)
+    cost = cost_model(graph, groups)
+    assert cost.reference.macs == 3 * 8 * (8 * 16 + 16)
+    half = slim(graph, groups, {name: range(8) for name in groups})
+    assert half(torch.randn(2, 3, 8, 8)).shape == (2, 3, 8)
+    assert list(groups.values())[0].size == 16

@@ -1,0 +1,135 @@
+"""What a call on a float model begins with: the model traced and priced, and what the call brings along.
+
+In: a module or a name, example inputs, settings. Out: `Traced`, a `CostModel`, and the `Job`, which reports stages and
+keeps their times. Holds: the model is not changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from sbs_fx.calibration.synthetic import set_bounds
+from sbs_fx.config import Config
+from sbs_fx.data.prepared import Prepare, prepared
+from sbs_fx.export.latency import latency_model
+from sbs_fx.models import create_model, input_config
+from sbs_fx.models import example_inputs as derive_inputs
+from sbs_fx.passes import CostModel, channel_groups, cost_model, trace
+from sbs_fx.passes.capture.export import Dynamic
+from sbs_fx.passes.capture.models import unwrapped
+from sbs_fx.passes.capture.part import Part
+from sbs_fx.passes.capture.part_search import naming_parts
+from sbs_fx.passes.capture.signature import Inputs, Signature
+from sbs_fx.passes.capture.sound import check_runs, check_weights
+from sbs_fx.plan import Budget
+from sbs_fx.plan.errors import BudgetError
+from sbs_fx.training import Checkpoints
+from sbs_fx.training.progress import Observer
+from sbs_fx.training.task import Task, set_task
+
+Data = Iterable[Any]
+Progress = Callable[[str, float], None]
+Model = nn.Module | ExportedProgram | str
+
+
+class Job:
+    """What a call brings along; reports stages and keeps their times."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: Data | None = None,
+        validation: Data | None = None,
+        progress: Progress | None = None,
+        observer: Observer | None = None,
+        path: str | None = None,
+    ) -> None:
+        self.config, self.data, self.validation = config, data, validation
+        self.progress, self.observer = progress, observer
+        self.path = path
+        self.part: Part | None = None
+        self.checkpoints: Checkpoints | None = None
+        self._current: str | None = None
+        self._since = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def prepare(self, graph: fx.GraphModule, prepare: Prepare | None) -> None:
+        """Read the data by the names of the tensors that a graph takes."""
+        if self.part is not None:
+            self.data, prepare = self.part.data(self.data, prepare, self.validation), None
+        names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
+        self.data, self.validation = (prepared(data, names, prepare) for data in (self.data, self.validation))
+
+    def stage(self, name: str, done: float) -> None:
+        self.close()
+        self._current = name
+        if self.progress is not None:
+            self.progress(name, done)
+
+    def close(self) -> None:
+        now = time.perf_counter()
+        if self._current is not None:
+            self.seconds[self._current] = self.seconds.get(self._current, 0.0) + now - self._since
+        self._current, self._since = None, now
+
+
+class Traced(NamedTuple):
+    """A float model as a graph; `metadata` has mean and std of images, if the model says so."""
+
+    graph: fx.GraphModule
+    inputs: tuple[torch.Tensor, ...]
+    metadata: dict[str, Any]
+
+
+def traced_model(
+    model: Model, example_inputs: Inputs | None, dynamic: Dynamic | None, task: Task | str | None, job: Job
+) -> Traced:
+    job.stage("trace", 0.0)
+    given: Any = create_model(model) if isinstance(model, str) else model
+    if job.path is not None:
+        job.part = Part(given, job.path, derive_inputs(given) if example_inputs is None else example_inputs)
+        given, example_inputs, task = job.part.module, job.part.call, task or "matching"
+    module = unwrapped(given)
+    check_weights(module)
+    called = derive_inputs(module) if example_inputs is None else example_inputs
+    with naming_parts(module, called, dynamic, job.part):
+        graph = trace(module, called, dynamic=dynamic)
+    set_task(graph, task)
+    card = input_config(module)
+    _, inputs = Signature.of(module, called)
+    check_runs(graph, inputs)
+    metadata: dict[str, Any] = {key: list(card[key]) for key in ("mean", "std") if key in card}
+    set_bounds(graph, inputs, metadata)
+    return Traced(graph, inputs, metadata)
+
+
+def priced(traced: Traced, job: Job, budget: Budget | None) -> CostModel:
+    graph = traced.graph
+    job.stage("channel groups", 0.3)
+    groups = channel_groups(graph, keep_outputs=job.config.keep_outputs)
+    cost = cost_model(graph, groups)
+    limits = {} if budget is None else budget.limits
+    if cost.uncounted and limits.keys() & {"bops", "macs"} and job.config.uncounted == "error":
+        raise BudgetError(
+            f"nobody knows what {listed(cost.uncounted)} costs, so that a budget of BOPs or MACs would be met in name "
+            "alone; register a formula with torch.utils.flop_counter.register_flop_formula, limit size or latency, or "
+            'leave it out with Config(uncounted="ignore")'
+        )
+    if "latency" in limits:
+        job.stage("latency", 0.32)
+        cost = cost_model(graph, groups, latency_model(graph, groups, cost, traced.inputs, job.config.latency))
+    return cost
+
+
+def listed(operators: Mapping[str, str]) -> str:
+    """Operators by node, as "torch.ops.my.op (node my_op, my_op_1)"."""
+    nodes: dict[str, list[str]] = {}
+    for node, operator in operators.items():
+        nodes.setdefault(operator, []).append(node)
+    return ", ".join(f"{operator} (node {', '.join(names)})" for operator, names in nodes.items())
