@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.data.batches import in_cache
 from sbs_fx.passes.channels.facts import facts_of, non_negative
 from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, StaticActivation, quantizers, set_dialect, static_of
 from sbs_fx.passes.folding import CONVOLUTIONS
@@ -139,8 +140,8 @@ def _ranges(
             if seen >= _IMAGES:
                 break
             seen += len(batch[0])
-            for half in zip(*(x.chunk(2) for x in batch), strict=True):  # reason: half the memory
-                observer.run(*half)
+            for part in in_cache(batch):
+                observer.run(*part)
     unsigned = non_negative(module.graph.nodes)
     gates = {}
     for node in sites:

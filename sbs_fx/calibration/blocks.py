@@ -7,11 +7,13 @@ the blocks one after the other compute what the graph computes.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.data.batches import Tensors
 from sbs_fx.passes import ChannelGroups
 
 
@@ -81,3 +83,15 @@ def subgraph(graph_module: fx.GraphModule, begin: str | None, ends: Sequence[str
             new[node] = graph.node_copy(node, new.__getitem__)
     graph.output(tuple(new[named[end]] for end in ends))
     return fx.GraphModule(graph_module, graph)
+
+
+@torch.no_grad()
+def results(part: fx.GraphModule, batches: Sequence[Tensors]) -> Iterator[Tensors]:
+    """What a block gives, batch by batch. What depends on no input, such as rounded weights, is computed once."""
+    interpreter, fixed = fx.Interpreter(part), dict[fx.Node, Any]()
+    interpreter.env = fixed
+    for node in part.graph.nodes:
+        if node.op not in ("placeholder", "output") and all(source in fixed for source in node.all_input_nodes):
+            fixed[node] = interpreter.run_node(node)
+    for tensors in batches:
+        yield interpreter.run(*tensors, initial_env=dict(fixed))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sbs_fx.calibration.synthetic import Bounds, bounds_of, synthetic
-from sbs_fx.data.batches import read_batches, start_epoch
+from sbs_fx.data.batches import in_cache, read_batches, start_epoch
 from sbs_fx.passes.channels.facts import facts_of
 from sbs_fx.passes.gates.insertion import BatchNorm, activation_gates, weight_gates
 from sbs_fx.passes.static.fold import Constants, batch_norm_folds
@@ -101,7 +101,8 @@ def observe(
     try:
         with torch.no_grad():
             for index, batch in enumerate(batches):
-                observations.add(index, batch)
+                for part in [batch] if data is None else in_cache(batch):
+                    observations.add(index, part)
     finally:
         for module, training in modes.items():
             module.training = training

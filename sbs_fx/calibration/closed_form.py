@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.calibration.blocks import alike, subgraph
+from sbs_fx.calibration.blocks import alike, results, subgraph
 from sbs_fx.calibration.columns import Product
 from sbs_fx.calibration.rounding import compensated, damping_of, products, weight_parameters
 from sbs_fx.data.batches import Tensors
@@ -33,6 +33,7 @@ aten = torch.ops.aten
 
 _LEAST_FACTOR = 1e-6  # of a batch norm; a channel multiplied by less can mend nothing
 _LEAST_SPREAD, _SCALES = 1e-3, (0.5, 2.0)  # of a channel, for its scale to be fitted, and what that may become
+_AT_ONCE = 1 << 23  # numbers that moments take in
 _PLACES, _SAMPLES, _EACH = 96, 8192, 24  # of an image at most; of all images at least, and for each column
 
 
@@ -44,9 +45,17 @@ class Moments:
 
     def __init__(self) -> None:
         self.samples = 0
+        self.waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        x, y = x.float(), y.float()
+        self.waiting.append((x.float(), y.float()))
+        if sum(each[0].numel() for each in self.waiting) >= _AT_ONCE:
+            self._count()
+
+    def _count(self) -> None:
+        """Take what is waiting in; of few samples a time, sums would cost more than products."""
+        x, y = (torch.cat(each, 2) for each in zip(*self.waiting, strict=True))
+        self.waiting.clear()
         if not self.samples:
             self.shifts = x.mean(2, keepdim=True), y.mean(2, keepdim=True)
             self.sums = [torch.zeros((), dtype=torch.float64, device=x.device)] * 5
@@ -59,6 +68,8 @@ class Moments:
 
     def finished(self, *, centred: bool) -> Statistics:
         """`centred`: an intercept takes the means; else they are part of what the weight has to give."""
+        if self.waiting:
+            self._count()
         x, y, xx, yx, yy = (s / self.samples for s in self.sums)
         xx, yx, yy = xx - x[:, :, None] * x[:, None], yx - y[:, :, None] * x[:, None], yy - y.square()
         mean_x, mean_y = (m + s[:, :, 0].double() for m, s in zip((x, y), self.shifts, strict=True))
@@ -169,8 +180,7 @@ class Refits:
         bias, mean = self._additive(node)
         fixed = attribute(self.gated, str(own.target)) if bias is mean is None and own is not None else None
         moments = Moments()
-        for batch, tensors in enumerate(now):
-            x, *others = part(*tensors)
+        for batch, (x, *others) in enumerate(results(part, now)):
             sample = observed.samples[name, batch]
             y = sample.given if fixed is None else sample.given - fixed.view(product.groups, -1, 1)
             if sample.other is not None:
@@ -226,8 +236,8 @@ class Refits:
         channel = -1 if node.target is aten.linear.default else 1
         parts = subgraph(self.gated, begin, [name]), subgraph(self.teacher, begin, [name])
         moments = Moments()
-        for ours, theirs in zip(now, real, strict=True):
-            x, y = parts[0](*ours)[0], self.index.select(parts[1](*theirs)[0], self.types[name])
+        for (x,), (given,) in zip(results(parts[0], now), results(parts[1], real), strict=True):
+            y = self.index.select(given, self.types[name])
             moments.add(*(v.movedim(channel, 0).flatten(1)[:, None] for v in (x, y)))
         s = moments.finished(centred=True)
         spread, scale = s.xx[:, 0, 0], torch.ones_like(s.xx[:, 0, 0])

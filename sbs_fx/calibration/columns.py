@@ -138,6 +138,8 @@ def _flat(x: Tensor) -> Tensor:
 
 def _taken(x: Tensor, places: Tensor) -> Tensor:
     """(images, channels, places). Reason: taken from a matrix, it is four times as fast."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.movedim(1, -1).flatten(1, 2).index_select(1, places).mT
     return x.reshape(len(x) * x.shape[1], -1).index_select(1, places).unflatten(0, x.shape[:2])
 
 

@@ -21,10 +21,10 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sbs_fx.calibration.blocks import alike, cut_points, subgraph
+from sbs_fx.calibration.blocks import alike, cut_points, results, subgraph
 from sbs_fx.calibration.closed_form import Refits
 from sbs_fx.calibration.rounding import weight_parameters
-from sbs_fx.data.batches import Tensors, joined_inputs, read_batches, split_inputs, start_epoch
+from sbs_fx.data.batches import Tensors, in_cache, joined_inputs, read_batches, split_inputs, start_epoch
 from sbs_fx.passes import ChannelGroups, channel_gates, weight_gates
 from sbs_fx.passes.channels.slim import Slices
 from sbs_fx.plan import Value
@@ -32,8 +32,8 @@ from sbs_fx.plan.errors import GraphError, InputError
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.training.evaluation import mode
 
-_IMAGES, _NUMBERS, _NUMBERS_AT_ONCE = 1024, 256 * 3 * 224 * 224, 32 * 3 * 224 * 224
-_HELD_OUT = 8  # batches, for one of them to be kept for judging
+_IMAGES, _NUMBERS = 1024, 256 * 3 * 224 * 224
+_HELD_OUT = 8  # batches, of which one is kept for judging
 
 
 class Reconstruction(Value):
@@ -129,8 +129,8 @@ def _images(data: Iterable[Any], inputs: Sequence[Tensor], settings: Reconstruct
         if count <= 0:
             break
     joined = joined_inputs(parts)
-    size = max(1, min(settings.batch, _NUMBERS_AT_ONCE // numbers))
-    return split_inputs(tuple(x.to(e.device, e.dtype) for x, e in zip(joined, inputs, strict=True)), size)
+    moved = tuple(x.to(e.device, e.dtype) for x, e in zip(joined, inputs, strict=True))
+    return [part for batch in split_inputs(moved, settings.batch) for part in in_cache(batch)]
 
 
 def _ends(gated: fx.GraphModule, groups: ChannelGroups) -> list[tuple[str, ...]]:
@@ -165,8 +165,8 @@ class _Work:
 
     @staticmethod
     def _fitted(batches: Sequence[Any]) -> int:
-        """How many batches are fitted on; the last one judges. 0: all do both, as they are few."""
-        return len(batches) - 1 if len(batches) >= _HELD_OUT else 0
+        """How many batches are fitted on; the last ones judge. 0: all do both, as they are few."""
+        return len(batches) - len(batches) // _HELD_OUT if len(batches) >= _HELD_OUT else 0
 
     def reconstruct(
         self, begin: str | None, ends: tuple[str, ...], now: list[Tensors], real: list[Tensors]
@@ -191,9 +191,9 @@ class _Work:
                 part.load_state_dict(state)
         return Reconstructed(ends, before, best), given or self._run(part, now), wanted
 
-    @torch.no_grad()
-    def _run(self, part: fx.GraphModule, batches: Sequence[Tensors]) -> list[Tensors]:
-        return [part(*tensors) for tensors in batches]
+    @staticmethod
+    def _run(part: fx.GraphModule, batches: Sequence[Tensors]) -> list[Tensors]:
+        return list(results(part, batches))
 
     # -- by gradient ---------------------------------------------------------------------------------------------------
 

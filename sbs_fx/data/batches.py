@@ -15,6 +15,7 @@ from torch import Tensor
 from sbs_fx.plan.errors import DataError
 
 Tensors = tuple[Tensor, ...]  # of a model, by place
+_NUMBERS_IN_CACHE = 8 * 3 * 224 * 224  # of inputs
 
 
 class Batch(NamedTuple):
@@ -123,6 +124,16 @@ def split_inputs(inputs: Tensors, size: int) -> list[Tensors]:
     return [
         tuple(x[start : start + size] if x.shape[:1] == (count,) else x for x in inputs)
         for start in range(0, count, size)
+    ]
+
+
+def in_cache(inputs: Tensors) -> list[Tensors]:
+    """Examples in parts so small that what a network makes of them stays in the caches of a CPU; images channels last,
+    as convolutions are fastest: half the time of batches of 32 and 224 x 224."""
+    largest = max(x[:1].numel() for x in inputs)
+    parts = split_inputs(inputs, max(1, _NUMBERS_IN_CACHE // largest))
+    return [
+        tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in part) for part in parts
     ]
 
 

@@ -19,7 +19,7 @@ from sbs_fx.quantizer.grid import level
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 BINS = 4096
-SAMPLED = 1 << 20  # values of an activation that are counted in a batch; its ends are those of all
+SAMPLED = 1 << 17  # values of an activation that are counted in a batch; its ends are those of all
 LEAST_TOP = 2.0**-30  # reason: a tensor of values this small is zero to every later layer
 _CHUNK = 1 << 20  # values that are counted at a time
 _BLOCK = 1 << 17  # values whose error is computed at a time, so that they stay in the cache
@@ -152,6 +152,8 @@ class Histogram:
             return False
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._grow()
+        if weights is None:  # reason: in the order of memory nothing is copied
+            x = x.permute(sorted(range(x.ndim), key=lambda dim: -x.stride(dim)))
         values = x.detach().reshape(-1)
         if self.most is not None and weights is None:
             # reason: places an even number apart may all be of one column of an image
