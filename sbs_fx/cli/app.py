@@ -1,4 +1,4 @@
-"""The command line: `sbs-fx inspect | compress | apply | compare | sweep | evaluate | export | bench | report`.
+"""The command line, `sbs-fx`: inspect, compress, replan, apply, compare, sweep, evaluate, export, bench, report.
 
 In: a timm model name (and maybe weights), a budget or a policy, maybe data. Out: text or, with `--json`, JSON on
 stdout; progress and errors on stderr. Holds: an error of ours is one line and exit code 2, with nothing half-written
@@ -11,7 +11,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from json import dumps
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -43,6 +43,7 @@ from sbs_fx.cli.options import (
     make_config,
     parse_share,
 )
+from sbs_fx.cli.planning import replan, save_run
 from sbs_fx.cli.progress import METRICS, errors, show_progress, show_steps
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ app = typer.Typer(
 )
 
 
-for command in (compare, sweep, export, bench):
+for command in (compare, sweep, export, bench, replan):
     app.command()(command)
 
 
@@ -212,6 +213,10 @@ def compress(
         )
         report = _measured(made.module, result, test, progress, part)
     _finish(made, result, report, out, json)
+    if out is not None:
+        options: dict[str, Any] = {"checkpoint": checkpoint and os.path.abspath(checkpoint), "pretrained": pretrained}
+        options |= {"input_size": input_size, "num_classes": num_classes, "in_chans": in_chans, "part": part}
+        save_run(out, model=model, method=result.policy.method, budget=budget, **options)
 
 
 @app.command()

@@ -153,7 +153,7 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._grow()
         if weights is None:  # reason: in the order of memory nothing is copied
-            x = x.permute(sorted(range(x.ndim), key=lambda dim: -x.stride(dim)))
+            x = x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
         values = x.detach().reshape(-1)
         if self.most is not None and weights is None:
             # reason: places an even number apart may all be of one column of an image

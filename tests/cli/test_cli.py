@@ -58,6 +58,7 @@ def test_compress_leaves_policy_model_and_report(output: Path, capsys: Captured)
         "policy.json",
         "report.json",
         "report.txt",
+        "run.json",
     ]
     policy = Policy.load(output / "out" / "policy.json")
     assert any(len(kept) < policy.sizes[name] for name, kept in policy.kept.items())
@@ -224,3 +225,28 @@ def test_a_search_leaves_metrics_and_is_not_run_again(tmp_path: Path, capsys: Ca
 def test_settings_that_mean_nothing(setting: str, message: str, capsys: Captured) -> None:
     assert _run(["compress", *MODEL, "--set", setting]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_replan_takes_up_what_a_run_measured(output: Path, tmp_path: Path, capsys: Captured) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    weights = ["--checkpoint", str(output / "weights.pth")]
+    search = ["--method", "two_stage", "--set", "two_stage.images=64", "--set", "two_stage.measured=4"]
+    search += ["--set", "two_stage.rounds=0", "--data", "digits", "--out", str(first)]
+    assert _run(["compress", *MODEL, *weights, "--budget", "5%", *search]) == 0
+    capsys.readouterr()
+    assert _run(["replan", str(first), "--budget", "3%", "--out", str(second)]) == 0
+    said = capsys.readouterr().out
+    assert "plan:" in said
+    assert f"sbs-fx apply test_vit {second / 'policy.json'}" in said
+    arguments = [*MODEL, str(second / "policy.json"), *weights, "--budget", "3%", "--json"]
+    assert _run(["apply", arguments[0], arguments[5], *arguments[1:5], *arguments[6:]]) == 0
+    report = Report.from_json(capsys.readouterr().out)
+    assert report.cost.reference is not None
+    assert report.cost.bops <= 0.03 * report.cost.reference.bops
+    (first / "sensitivity.json").unlink()
+    for directory, message in [(first, "leaves one only where it measures losses"), (tmp_path, "cannot read")]:
+        assert _run(["replan", str(directory), "--budget", "3%"]) == 2
+        assert message in capsys.readouterr().err
+    (first / "run.json").write_text('{"format": 1, "model": 3}')
+    assert _run(["replan", str(first), "--budget", "3%"]) == 2
+    assert "is no run.json of this version" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""The command `replan`: another plan from the losses that an earlier `compress` measured; and `run.json`, which says
+what that was.
+
+In: the directory of an earlier run, a budget. Out: `policy.json` for `sbs-fx apply`. Holds: nothing is measured again.
+"""
+
+from __future__ import annotations
+
+import os
+from json import dumps
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sbs_fx.cli.options import Json, Keep, NoPrune, Only, Overrides, constraints_of, make_config
+from sbs_fx.cli.progress import show_progress
+
+if TYPE_CHECKING:
+    from sbs_fx.plan import Policy
+
+RUN = "run.json"
+_MODEL = ("model", "checkpoint", "pretrained", "input_size", "num_classes", "in_chans")
+
+
+def save_run(directory: str, **options: Any) -> None:
+    """Write what a run was asked for, so that it can be taken up again: the options that make the model, and more."""
+    from sbs_fx.plan import write_atomic
+
+    write_atomic(os.path.join(directory, RUN), (dumps({"format": 1, **options}, indent=1) + "\n").encode())
+
+
+def load_run(directory: str) -> dict[str, Any]:
+    """Raises FileError: there is none, or it is not one."""
+    from sbs_fx.plan.errors import FileError
+    from sbs_fx.plan.files import parse_object, read_text
+
+    path = os.path.join(directory, RUN)
+    fields = parse_object(read_text(path, "the --out directory of `sbs-fx compress`"), path)
+    kinds = {"pretrained": bool, "num_classes": int, "in_chans": int}
+    wrong = [name for name in _MODEL if not isinstance(fields.get(name), (kinds.get(name, str), type(None)))]
+    if fields.get("format") != 1 or wrong or not isinstance(fields.get("model"), str):
+        raise FileError(f"{path!r} is no {RUN} of this version; compress again")
+    return fields
+
+
+def replan(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="the --out of an earlier `sbs-fx compress`")],
+    budget: Annotated[str, typer.Option(help="share of the float model: 3%, or bops=5%,size=20%")],
+    keep: Keep = None,
+    no_prune: NoPrune = None,
+    only: Only = None,
+    settings: Overrides = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="where the new policy goes")] = None,
+    json: Json = False,
+) -> None:
+    """Another budget from the losses that an earlier run measured, in seconds."""
+    from sbs_fx.cli.models import make_model
+    from sbs_fx.compress import replan as run
+    from sbs_fx.plan.errors import FileError
+    from sbs_fx.plan.files import prepare_directory
+
+    asked = load_run(directory)
+    table = os.path.join(directory, "sensitivity.json")
+    if not os.path.exists(table):
+        raise FileError(
+            f"there is no {table!r}, and method {asked.get('method')!r} leaves one only where it measures losses; run "
+            "`sbs-fx compress` again, with --method two_stage to have them kept"
+        )
+    if out is not None:
+        prepare_directory(out)
+    config = make_config(**constraints_of(keep, no_prune, only), overrides=settings or [])
+    made = make_model(*(asked[name] for name in _MODEL))
+    with show_progress():
+        policy = run(made.module, table, budget, made.example_inputs, part=asked.get("part"), config=config)
+    if out is not None:
+        policy.save(os.path.join(out, "policy.json"))
+        save_run(out, **{**{k: v for k, v in asked.items() if k != "format"}, "budget": budget})
+    if json:
+        typer.echo(policy.to_json(), nl=False)
+        return
+    typer.echo(_told(policy))
+    if out is not None:
+        typer.echo(f"the plan is {os.path.join(out, 'policy.json')}; make it real, with data if there are any:")
+        typer.echo(f"  sbs-fx apply {asked['model']} {os.path.join(out, 'policy.json')} --out {out}")
+
+
+def _told(policy: Policy) -> str:
+    gone = sum(policy.sizes[name] - len(kept) for name, kept in policy.kept.items())
+    bits = [b for table in (policy.weight_bits, policy.activation_bits) for b in table.values() if isinstance(b, int)]
+    counts = ", ".join(f"{bits.count(b)} at {b}" for b in sorted(set(bits)))
+    return f"plan: {gone} of {sum(policy.sizes.values())} channels go; bits of weights and tensors: {counts}"
