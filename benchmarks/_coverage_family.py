@@ -26,7 +26,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from sbs_fx.calibration.calibrate import calibrate
-from sbs_fx.compress import compress
+from sbs_fx.compression import compress
 from sbs_fx.export import load_pt2
 from sbs_fx.models import create_model, example_inputs
 from sbs_fx.passes import channel_groups, cost_model, finalize, insert_gates, slim, trace
@@ -57,7 +57,7 @@ def check_family(task: Task, stages: tuple[Callable[..., None], ...] | None = No
     """The row of one model."""
     row: dict[str, Any] = {"family": task.family, "model": task.model, "outcome": "ok", "seconds": {}, "errors": []}
     begun = time.perf_counter()
-    model = create_model(task.model)
+    model = create_model(task.model, pretrained=False)
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row["run_batch"] = 1 if row["parameters"] > LARGE else RUN_BATCH
     images = example_inputs(model, RUN_BATCH)

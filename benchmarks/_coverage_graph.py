@@ -75,7 +75,7 @@ def _trace(model: torch.nn.Module, size: tuple[int, ...], row: dict[str, Any]) -
             raise
         row["device"], row["meta_error"] = "cpu", first_line(error)
     with timed(row, "trace"):
-        return trace(create_model(row["model"]), torch.zeros(2, *size))
+        return trace(create_model(row["model"], pretrained=False), torch.zeros(2, *size))
 
 
 def random_plan(groups: ChannelGroups, share: float = KEPT_SHARE, seed: int = 0) -> dict[str, list[int]]:

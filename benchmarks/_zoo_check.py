@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from sbs_fx.compress import compress
+from sbs_fx.compression import compress
 from sbs_fx.passes import CostModel, channel_groups, cost_model, finalize, slim, trace
 from sbs_fx.passes.oracles.slimming import SlimReport, compare_slim
 from sbs_fx.plan import Budget, Cost, Plan

@@ -109,7 +109,7 @@ def train_model() -> nn.Module:
     from sbs_fx.models import create_model
 
     torch.manual_seed(SEED)
-    model = create_model(SMALL_MODEL, in_chans=1, num_classes=10).train()
+    model = create_model(SMALL_MODEL, pretrained=False, in_chans=1, num_classes=10).train()
     data = digits("train", augment=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=TRAIN_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TRAIN_RATE, total_steps=TRAIN_EPOCHS * len(data))

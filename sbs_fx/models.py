@@ -2,35 +2,78 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
 from torch import nn
 
-from sbs_fx.plan.errors import InputError
+from sbs_fx.plan.errors import InputError, WeightsError
 
+PREPARATION = ("mean", "std", "crop_pct", "interpolation", "crop_mode")  # of pictures, as timm names it
 SMALL_MODEL = "test_resnet"  # what the demo trains: 16 convolutions, 0.5 M parameters
 
 
-def create_model(name: str, *, pretrained: bool = False, checkpoint: str | None = None, **options: Any) -> nn.Module:
-    """A timm model by name, in eval mode; `checkpoint` is a local file of weights.
+def create_model(name: str, *, pretrained: bool = True, checkpoint: str | None = None, **options: Any) -> nn.Module:
+    """A timm model by name with its published weights, or those of a local file, in eval mode.
+
+    Args:
+        name: as timm has it, also "hf-hub:OWNER/NAME" and "local-dir:PATH". pretrained: False: random weights, unless
+            `checkpoint`, a file, has others. options: of `timm.create_model`.
 
     Raises:
-        InputError: timm knows no such model (the nearest names are listed).
+        InputError: timm knows no such model (the nearest names are listed). WeightsError: there are no published
+        weights, or they cannot be had here.
     """
     import timm
 
     if not timm.is_model(name.split(".")[0]) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         near = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
         raise InputError(f"timm has no model {name!r}; the nearest names are {near}; `timm.list_models()` has all")
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint or "", **options)
+    published = pretrained and checkpoint is None
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=published, checkpoint_path=checkpoint or "", **options)
+    except TypeError:  # reason: of arguments that a model does not take
+        raise
+    except Exception as error:  # reason: each hub has exceptions of its own
+        if not published:
+            raise
+        raise WeightsError(
+            f"the published weights of {name!r} cannot be had: {_first_line(error)}; give a file (--checkpoint FILE) "
+            f"or ask for random ones (--random-weights; in Python a module, such as timm.create_model({name!r}))"
+        ) from error
     return model.eval()
 
 
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return " ".join(text.splitlines()[0].split())
+
+
+def weights_of(name: str, module: nn.Module, pretrained: bool, checkpoint: str | None) -> str:
+    """Where a model's weights are from, in words, with a digest of them."""
+    card = getattr(module, "pretrained_cfg", None) or {}
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    if checkpoint is not None:
+        source = f"file {checkpoint}"
+    elif pretrained:
+        tag = f"{card.get('architecture', name)}.{card['tag']}" if card.get("tag") else name
+        place = next((card[key] for key in ("file", "hf_hub_id", "url") if card.get(key)), "")
+        source = f"{tag} from {place}" if place else tag
+        if card.get("num_classes") not in (None, getattr(module, "num_classes", None)):
+            source += f", but for a classifier of {getattr(module, 'num_classes', None)} classes, which is random"
+    else:
+        source = "random"
+    return f"{source} (sha256 {digest.hexdigest()[:16]})"
+
+
 def input_config(module: nn.Module) -> dict[str, Any]:
-    """`input_size` (channels, height, width), `mean` and `std` from a timm model's pretrained configuration; or {}."""
+    """`input_size` (channels, height, width) and `PREPARATION` from a timm model's pretrained configuration; or {}."""
     config = getattr(module, "pretrained_cfg", None) or {}
-    return {k: config[k] for k in ("input_size", "mean", "std") if config.get(k) is not None}
+    return {k: config[k] for k in ("input_size", *PREPARATION) if config.get(k) is not None}
 
 
 def example_inputs(module: nn.Module, batch: int = 2) -> torch.Tensor:

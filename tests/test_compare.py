@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sbs_fx
 from sbs_fx.calibration.reconstruction import Reconstruction
-from sbs_fx.compare import compare
+from sbs_fx.comparing import compare
 from sbs_fx.plan.errors import BudgetError, DataError, InputError, MethodError
 from sbs_fx.report.comparison import Comparison, Point
 from sbs_fx.search import Opq, Search

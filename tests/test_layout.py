@@ -21,8 +21,8 @@ FLOORS = (
     ("search", "export"),
     ("config", "result"),
     ("bisection", "job"),
-    ("compress", "demo"),
-    ("compare",),
+    ("compression", "demo"),
+    ("comparing",),
     ("cli",),
 )
 PASSES = (("graph",), ("channels",), ("capture", "cost", "gates"), ("static",), ("oracles",))

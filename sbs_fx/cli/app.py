@@ -35,7 +35,7 @@ from sbs_fx.cli.options import (
     Only,
     Overrides,
     PartPath,
-    Pretrained,
+    RandomWeights,
     Ranges,
     Rate,
     Seed,
@@ -68,29 +68,31 @@ for command in (compare, sweep, export, bench, replan):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; always ends in SystemExit: 0, 2 for an error of ours or a wrong option, 130 when interrupted."""
-    from sbs_fx.plan.errors import Interrupted, SbsError
-
     try:
         app(list(arguments) if arguments is not None else None)
-    except Interrupted as error:
-        errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
         raise SystemExit(130) from None
-    except SbsError as error:
+    except Exception as error:
+        from sbs_fx.plan.errors import Interrupted, SbsError
+
+        if isinstance(error, Interrupted):
+            errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
+            raise SystemExit(130) from None
+        if not isinstance(error, SbsError):
+            raise
         message = " ".join(str(error).split())
         if parts := getattr(error, "parts", ()):
             message += f"; here: --part {parts[0]}"
         errors.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        raise SystemExit(130) from None
 
 
 @app.command()
 def inspect(
     model: Model,
     checkpoint: Checkpoint = None,
-    pretrained: Pretrained = False,
+    random_weights: RandomWeights = False,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
@@ -101,7 +103,7 @@ def inspect(
     from sbs_fx.passes import channel_groups, cost_model, trace
     from sbs_fx.report import Report
 
-    made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans)
+    made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans)
     with show_progress() as progress:
         progress("trace", 0.0)
         graph = trace(made.module, made.example_inputs)
@@ -160,7 +162,7 @@ def compress(
     minor_groups: Annotated[bool, typer.Option(help="also prune heads and group widths")] = False,
     seed: Seed = 0,
     checkpoint: Checkpoint = None,
-    pretrained: Pretrained = False,
+    random_weights: RandomWeights = False,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
@@ -169,10 +171,13 @@ def compress(
 ) -> None:
     """Prune and quantise a model under a budget."""
     from sbs_fx.cli.models import both_splits, make_model
-    from sbs_fx.compress import compress as run
+    from sbs_fx.compression import compress as run
     from sbs_fx.plan import Budget
+    from sbs_fx.search.registry import METHODS
 
     limits = None if budget is None else Budget.parse(budget)
+    if method != "auto":
+        METHODS[method]  # reason: a name that is none is told before weights are fetched
     config = make_config(
         **constraints_of(keep, no_prune, only),
         candidates=None if candidates is None else candidates.split(","),
@@ -193,7 +198,8 @@ def compress(
         ],
     )
     _check_output(out)
-    made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans, device)
+    made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
+    errors.print(f"weights: {made.weights}", highlight=False, markup=False, soft_wrap=True)
     train, test = both_splits(made, data, data_dir, batch_size, seed)
     with show_progress() as progress, show_steps(out, restart) as observer:
         result = run(
@@ -214,7 +220,8 @@ def compress(
         report = _measured(made.module, result, test, progress, part)
     _finish(made, result, report, out, json)
     if out is not None:
-        options: dict[str, Any] = {"checkpoint": checkpoint and os.path.abspath(checkpoint), "pretrained": pretrained}
+        options: dict[str, Any] = {"checkpoint": checkpoint and os.path.abspath(checkpoint)}
+        options |= {"random_weights": random_weights, "weights": made.weights}
         options |= {"input_size": input_size, "num_classes": num_classes, "in_chans": in_chans, "part": part}
         save_run(out, model=model, method=result.policy.method, budget=budget, **options)
 
@@ -235,7 +242,7 @@ def apply(
     settings: Overrides = None,
     part: PartPath = None,
     checkpoint: Checkpoint = None,
-    pretrained: Pretrained = False,
+    random_weights: RandomWeights = False,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
@@ -244,13 +251,13 @@ def apply(
 ) -> None:
     """Apply a saved policy to the float model again."""
     from sbs_fx.cli.models import both_splits, make_model
-    from sbs_fx.compress import apply as run
+    from sbs_fx.compression import apply as run
     from sbs_fx.plan import Policy
 
     plan = Policy.load(policy)
     config = make_config(ranges=ranges, epochs=epochs, learning_rate=lr, seed=seed, overrides=settings or [])
     _check_output(out)
-    made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans, device)
+    made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
     train, test = both_splits(made, data, data_dir, batch_size, seed)
     with show_progress() as progress, show_steps(None, False) as observer:
         result = run(
@@ -277,7 +284,7 @@ def evaluate(
     batch_size: BatchSize = 64,
     device: Device = "cpu",
     checkpoint: Checkpoint = None,
-    pretrained: Pretrained = False,
+    random_weights: RandomWeights = False,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
@@ -295,7 +302,7 @@ def evaluate(
     if model.endswith(".pt2"):
         made = load_saved(model)
     else:
-        made = make_model(model, checkpoint, pretrained, input_size, num_classes, in_chans, device)
+        made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
         made = made if with_part is None else with_saved_part(made, with_part)
     accuracy = run(made.module, open_split(made, data, data_dir, "test", batch_size, 0))
     typer.echo(dumps({"model": model, "accuracy": accuracy}) if json else f"{model}: {accuracy:.2f} % top-1")
@@ -368,7 +375,10 @@ def _finish(made: NamedModel, result: Result, report: Report, directory: str | N
 def _save(made: NamedModel, result: Result, report: Report, directory: str) -> None:
     """What `Result.save` writes, with the accuracy in the report and in the file the normalisation that was used, so
     that `evaluate` prepares images as they were prepared here."""
-    metadata = {**result.metadata, **{k: list(v) for k, v in made.normalisation.items()}}
+    if made.weights:
+        report = report.model_copy(update={"notes": (*report.notes, f"weights: {made.weights}")})
+    prepared = {k: list(v) if isinstance(v, tuple) else v for k, v in made.preparation.items()}
+    metadata = {**result.metadata, **prepared}
     dataclasses.replace(result, report=report, metadata=metadata).save(directory)
 
 

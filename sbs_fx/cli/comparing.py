@@ -22,7 +22,7 @@ from sbs_fx.cli.options import (
     NumClasses,
     Overrides,
     PartPath,
-    Pretrained,
+    RandomWeights,
     Rate,
     Seed,
     make_config,
@@ -49,7 +49,7 @@ def compare(
     seed: Seed = 0,
     settings: Overrides = None,
     checkpoint: Checkpoint = None,
-    pretrained: Pretrained = False,
+    random_weights: RandomWeights = False,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
@@ -57,7 +57,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Several methods on one model at one budget: accuracy, costs and time, in one table."""
-    model_options = (model, checkpoint, pretrained, input_size, num_classes, in_chans)
+    model_options = (model, checkpoint, random_weights, input_size, num_classes, in_chans)
     data_options = (data, data_dir, batch_size, seed)
     _compare(model_options, data_options, [budget], methods, part, epochs, lr, settings or [], out, json)
 
@@ -75,7 +75,7 @@ def sweep(
     seed: Seed = 0,
     settings: Overrides = None,
     checkpoint: Checkpoint = None,
-    pretrained: Pretrained = False,
+    random_weights: RandomWeights = False,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
@@ -83,7 +83,7 @@ def sweep(
     json: Json = False,
 ) -> None:
     """The same at several budgets, with the Pareto front of accuracy over bit operations."""
-    model_options = (model, checkpoint, pretrained, input_size, num_classes, in_chans)
+    model_options = (model, checkpoint, random_weights, input_size, num_classes, in_chans)
     data_options = (data, data_dir, batch_size, seed)
     _compare(model_options, data_options, budgets.split(","), methods, part, epochs, lr, settings or [], out, json)
 
@@ -101,7 +101,7 @@ def _compare(
     json: bool,
 ) -> None:
     from sbs_fx.cli.models import both_splits, make_model
-    from sbs_fx.compare import compare as run
+    from sbs_fx.comparing import compare as run
 
     config = make_config(learning_rate=lr, seed=data[3], overrides=settings)
     made = make_model(*model)

@@ -58,7 +58,7 @@ def bench(
     from sbs_fx.plan.errors import InputError
 
     static, inputs = load_saved(model)
-    beside = create_model(against, checkpoint=checkpoint).eval() if against else None
+    beside = create_model(against, pretrained=False, checkpoint=checkpoint) if against else None
     if beside is not None and (part := static_of(static).metadata.get("part")):
         beside = submodule(beside, part)
     try:

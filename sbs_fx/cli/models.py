@@ -12,26 +12,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sbs_fx.cli.progress import errors
 from sbs_fx.data.datasets import Batches, open_data
+from sbs_fx.data.pictures import Pictures, listed
 from sbs_fx.export import load_saved as load_static
-from sbs_fx.models import create_model, input_config
+from sbs_fx.models import PREPARATION, create_model, input_config, weights_of
 from sbs_fx.passes.capture.part import with_part
 from sbs_fx.passes.dialects import static_of
-from sbs_fx.plan.errors import FileError, InputError
+from sbs_fx.plan.errors import DataError, FileError, InputError, SbsError
 
 
 class NamedModel(NamedTuple):
-    """A model, what it takes, and how images are normalised for it."""
+    """A model, what it takes, how images are made ready for it, and where its weights are from."""
 
     module: nn.Module
     example_inputs: Tensor
-    normalisation: dict[str, Any]
+    preparation: dict[str, Any]
+    weights: str = ""
 
 
 def make_model(
     name: str,
     checkpoint: str | None,
-    pretrained: bool,
+    random_weights: bool,
     input_size: str | None,
     num_classes: int | None,
     in_chans: int | None,
@@ -58,9 +61,9 @@ def make_model(
 
     def create(**more: Any) -> nn.Module:
         try:
-            return create_model(name, pretrained=pretrained, checkpoint=checkpoint, **options, **more)
+            return create_model(name, pretrained=not random_weights, checkpoint=checkpoint, **options, **more)
         except RuntimeError as error:
-            if checkpoint is None:
+            if checkpoint is None or isinstance(error, SbsError):
                 raise
             raise InputError(
                 f"the weights in {checkpoint!r} do not fit {name!r}: {str(error).splitlines()[0]}; check "
@@ -80,7 +83,8 @@ def make_model(
             raise InputError(f"{name!r} does not say which images it takes; give --input-size C,H,W")
         size = (in_chans or card["input_size"][0], *card["input_size"][1:])
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    return NamedModel(module.to(place), images.to(place), {k: card[k] for k in ("mean", "std") if k in card})
+    weights = weights_of(name, module, not random_weights, checkpoint)
+    return NamedModel(module.to(place), images.to(place), {k: card[k] for k in PREPARATION if k in card}, weights)
 
 
 def _device(name: str) -> torch.device:
@@ -117,8 +121,7 @@ def load_saved(path: str) -> NamedModel:
             f"{path!r} is the part {metadata['part']!r} of a model and gives no classes by itself; give the "
             f"model's name and --with-part {path}"
         )
-    normalisation = {k: metadata[k] for k in ("mean", "std") if k in metadata}
-    return NamedModel(module, inputs[0], normalisation)
+    return NamedModel(module, inputs[0], {k: metadata[k] for k in PREPARATION if k in metadata})
 
 
 def with_saved_part(made: NamedModel, path: str) -> NamedModel:
@@ -131,7 +134,7 @@ def with_saved_part(made: NamedModel, path: str) -> NamedModel:
 
 
 def open_split(made: NamedModel, spec: str, data_dir: str | None, split: str, batch_size: int, seed: int) -> Batches:
-    """Batches of one split, of the size that the model takes. Raises DataError."""
+    """Batches of one split, of the size that the model takes, prepared as its configuration says. Raises DataError."""
     channels, height, width = made.example_inputs.shape[1:]
     return open_data(
         spec,
@@ -142,15 +145,41 @@ def open_split(made: NamedModel, spec: str, data_dir: str | None, split: str, ba
         shuffle=split == "train",
         seed=seed,
         data_dir=data_dir,
-        **made.normalisation,
+        num_classes=getattr(made.module, "num_classes", None),
+        **made.preparation,
     )
 
 
 def both_splits(
     made: NamedModel, spec: str | None, data_dir: str | None, batch_size: int, seed: int
 ) -> tuple[Batches | None, Batches | None]:
-    """Training data to calibrate and fine-tune on, held-out data to measure accuracy on."""
+    """Training data to calibrate and fine-tune on, held-out data to measure accuracy on; says what there is.
+
+    Raises:
+        DataError: as `open_data`, and for a folder in which the two are the same pictures.
+    """
     if spec is None:
         return None, None
     train, test = (open_split(made, spec, data_dir, split, batch_size, seed) for split in ("train", "test"))
+    samples = [getattr(getattr(split, "dataset", None), "samples", None) for split in (train, test)]
+    if samples[0] is not None and samples[0] == samples[1]:
+        raise DataError(
+            f"{spec!r} has no folders train/ and test/ (or val/): accuracy would be measured on the pictures that the "
+            "model is calibrated on; put some of them apart"
+        )
+    errors.print(told(train, test), highlight=False, markup=False, soft_wrap=True)
     return train, test
+
+
+def told(train: Batches, test: Batches) -> str:
+    """How many pictures of which classes there are, and what was left out."""
+    text = f"data: {train.pictures} train, {test.pictures} test pictures"
+    if classes := getattr(train, "classes", ()):
+        text += f", {len(classes)} classes: {listed(classes)}"
+    for name, split in (("train", train), ("test", test)):
+        of_split = getattr(split, "dataset", None)
+        if isinstance(of_split, Pictures):
+            text += f"; no {name} picture of {listed(of_split.missing)}" if of_split.missing else ""
+            out = f"{len(of_split.skipped)} {name} files left out: {listed(of_split.skipped)}"
+            text += f"; {out}" if of_split.skipped else ""
+    return text

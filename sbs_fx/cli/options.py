@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from sbs_fx.config import Config
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm model name")]
-Checkpoint = Annotated[str | None, typer.Option(help="local file of weights")]
-Pretrained = Annotated[bool, typer.Option(help="download the weights that timm names")]
+Checkpoint = Annotated[str | None, typer.Option(metavar="FILE", help="weights; default: the published ones")]
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="not the published weights: to try things out, no use else")
+]
 InputSize = Annotated[str | None, typer.Option(metavar="C,H,W", help="default: the model's own")]
 NumClasses = Annotated[int | None, typer.Option(help="default: the model's own")]
 InChans = Annotated[int | None, typer.Option(help="input channels; default: the model's own")]

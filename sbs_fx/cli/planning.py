@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sbs_fx.plan import Policy
 
 RUN = "run.json"
-_MODEL = ("model", "checkpoint", "pretrained", "input_size", "num_classes", "in_chans")
+_MODEL = ("model", "checkpoint", "random_weights", "input_size", "num_classes", "in_chans")
 
 
 def save_run(directory: str, **options: Any) -> None:
@@ -36,7 +36,7 @@ def load_run(directory: str) -> dict[str, Any]:
 
     path = os.path.join(directory, RUN)
     fields = parse_object(read_text(path, "the --out directory of `sbs-fx compress`"), path)
-    kinds = {"pretrained": bool, "num_classes": int, "in_chans": int}
+    kinds = {"random_weights": bool, "num_classes": int, "in_chans": int}
     wrong = [name for name in _MODEL if not isinstance(fields.get(name), (kinds.get(name, str), type(None)))]
     if fields.get("format") != 1 or wrong or not isinstance(fields.get("model"), str):
         raise FileError(f"{path!r} is no {RUN} of this version; compress again")
@@ -55,7 +55,7 @@ def replan(
 ) -> None:
     """Another budget from the losses that an earlier run measured, in seconds."""
     from sbs_fx.cli.models import make_model
-    from sbs_fx.compress import replan as run
+    from sbs_fx.compression import replan as run
     from sbs_fx.plan.errors import FileError
     from sbs_fx.plan.files import prepare_directory
 

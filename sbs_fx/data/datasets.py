@@ -8,23 +8,24 @@ passes follow from the seed; everything that can be wrong with data surfaces as 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from sbs_fx.data.batches import check_labels
+from sbs_fx.data.pictures import Pictures, timm_transform
 from sbs_fx.plan.errors import DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SPLITS = ("train", "test")
 _HUBS = ("torch", "hfds", "hfids", "tfds", "wds")
-_SPELLINGS = {"train": ("train", "training"), "test": ("test", "val", "valid", "validation", "eval", "evaluation")}
 _KNOWN = f"'digits', a folder, or a name that starts with {', '.join(f'{hub!r}' for hub in _HUBS)} and a slash"
 
 
@@ -43,9 +44,12 @@ def open_data(
     num_classes: int | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     crop_pct: float = 1.0,
+    crop_mode: str = "center",
+    interpolation: str = "bilinear",
     num_workers: int = 0,
+    skip_unreadable: bool = False,
 ) -> Batches:
-    """Labelled images by name, resized (bilinear) and normalised.
+    """Labelled images by name, resized, cropped and normalised as timm does it for evaluation.
 
     | spec                        | gives                                                                             |
     |-----------------------------|-----------------------------------------------------------------------------------|
@@ -62,9 +66,12 @@ def open_data(
         shuffle: a new order for each pass, all passes determined by `seed`.
         augment: random crops of the image padded by an eighth and, except for "digits", flips; timm's training
             transforms for image folders and timm's data sets.
-        num_classes: if given, labels are checked against it.
+        num_classes: of the model: labels are checked against it, and so is the number of classes of an image folder,
+            whose numbers are those of ImageNet where there are 1,000 and the folders have WordNet's names.
         data_dir: where timm's data sets are; for a folder, what a relative `spec` is relative to.
-        crop_pct, num_workers: of timm's loader.
+        crop_pct, crop_mode, interpolation: as timm names them, of pictures and of arrays of another size.
+        num_workers: processes that read pictures.
+        skip_unreadable: leave files out that are no pictures, in place of an error that names the first.
 
     Returns:
         An iterable with a length, of (images float32 (batch, channels, height, width), labels int64 (batch,)).
@@ -78,7 +85,13 @@ def open_data(
     if batch_size < 1:
         raise DataError(f"batch_size {batch_size}; expected at least 1")
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
-    shape = _Shape(size, channels, _per_channel("mean", mean, channels), _per_channel("std", std, channels))
+    shape = _Shape(
+        size,
+        channels,
+        _per_channel("mean", mean, channels),
+        _per_channel("std", std, channels),
+        {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation},
+    )
     folder = Path(data_dir or ".", spec).expanduser()
     hub, slash, _ = spec.partition("/")
     is_hub = bool(slash) and hub.lower() in _HUBS and not folder.is_dir()
@@ -94,8 +107,12 @@ def open_data(
             f"{split}_labels.npy beside what is there"
         )
     else:
-        dataset = _hub_dataset(spec, split, data_dir) if is_hub else _image_folder(folder, split)
-        return LoaderBatches(dataset, shape, batch_size, shuffle, augment, seed, num_classes, crop_pct, num_workers)
+        if channels not in (1, 3):
+            raise DataError(f"{channels} channels; expected 1 or 3 for image files, or arrays in .npy files")
+        dataset = (
+            _hub_dataset(spec, split, data_dir) if is_hub else Pictures(folder, split, num_classes, skip_unreadable)
+        )
+        return LoaderBatches(dataset, shape, batch_size, shuffle, augment, seed, num_classes, num_workers)
     check_labels(torch.from_numpy(labels), num_classes, 0)
     return ArrayBatches(images, labels, shape, batch_size, shuffle, augment, seed, flip=spec != "digits")
 
@@ -107,6 +124,10 @@ class _Shape(NamedTuple):
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop: Mapping[str, Any]
+
+    def transform(self, augment: bool) -> Any:
+        return timm_transform(self.size, self.channels, augment, mean=self.mean, std=self.std, **self.crop)
 
 
 def _per_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -134,6 +155,11 @@ class Batches:
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        raise NotImplementedError
+
+    @property
+    def pictures(self) -> int:
+        """How many there are."""
         raise NotImplementedError
 
     def set_epoch(self, epoch: int) -> None:
@@ -172,6 +198,10 @@ class ArrayBatches(Batches):
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
 
+    @property
+    def pictures(self) -> int:
+        return len(self.labels)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = self._next_generator()
         count = len(self.labels)
@@ -183,6 +213,8 @@ class ArrayBatches(Batches):
 
     def _prepare(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """(n, H, W, C) as stored -> (n, channels, height, width) as the model takes it."""
+        if images.dtype == torch.uint8 and tuple(images.shape[1:3]) != self.shape.size and not self.augment:
+            return self._as_pictures(images)
         x = images.permute(0, 3, 1, 2).to(torch.float32) / (255 if images.dtype == torch.uint8 else 1)
         if tuple(x.shape[2:]) != self.shape.size:
             x = F.interpolate(x, self.shape.size, mode="bilinear", align_corners=False)
@@ -194,6 +226,12 @@ class ArrayBatches(Batches):
         x = _with_channels(x, self.shape.channels)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.shape.mean, self.shape.std))
         return (x - mean) / std
+
+    def _as_pictures(self, images: Tensor) -> Tensor:
+        """Those of another size, as timm prepares pictures."""
+        mode, transform = "L" if self.shape.channels == 1 else "RGB", self.shape.transform(False)
+        pictures = (Image.fromarray(x.numpy() if x.shape[2] > 1 else x[:, :, 0].numpy()) for x in images)
+        return torch.stack([transform(picture.convert(mode)) for picture in pictures])
 
 
 def _random_crop(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -248,25 +286,6 @@ def _arrays(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     return images, labels.astype(np.int64)
 
 
-def _image_folder(folder: Path, split: str) -> Any:
-    from timm.data.dataset_factory import create_dataset
-
-    parts = {
-        name: next((folder / s for s in spellings if (folder / s).is_dir()), None)
-        for name, spellings in _SPELLINGS.items()
-    }
-    root = parts[split]
-    if root is None and any(parts.values()):
-        raise DataError(f"{str(folder)!r} has no folder for the split {split!r}; expected one of {_SPELLINGS[split]}")
-    try:
-        return create_dataset("", root=str(root or folder), search_split=False)
-    except RuntimeError as error:
-        raise DataError(
-            f"no images in {str(root or folder)!r}: {error}; expected a folder a class with image files in "
-            "it, or arrays such as train_images.npy"
-        ) from error
-
-
 def _hub_dataset(spec: str, split: str, data_dir: str | os.PathLike[str] | None) -> Any:
     from timm.data.dataset_factory import create_dataset
 
@@ -293,7 +312,7 @@ def _hub_dataset(spec: str, split: str, data_dir: str | os.PathLike[str] | None)
 
 
 class _Converted:
-    """A transform that first brings an image to the model's number of channels."""
+    """A transform that first brings a picture to the model's number of channels."""
 
     def __init__(self, mode: str, transform: Any) -> None:
         self.mode, self.transform = mode, transform
@@ -303,7 +322,7 @@ class _Converted:
 
 
 class LoaderBatches(Batches):
-    """Batches of one of timm's data sets through timm's loader."""
+    """Batches of pictures, prepared as timm prepares them. `classes`: their names, where they are known."""
 
     def __init__(
         self,
@@ -314,33 +333,23 @@ class LoaderBatches(Batches):
         augment: bool,
         seed: int,
         num_classes: int | None,
-        crop_pct: float,
         num_workers: int,
     ) -> None:
-        from timm.data.loader import create_loader
-
         super().__init__(min(batch_size, len(dataset)) or 1, seed)
-        if shape.channels not in (1, 3):
-            raise DataError(f"{shape.channels} channels; expected 1 or 3 for image files, or arrays in .npy files")
-        self.num_classes = num_classes
-        self.loader = create_loader(
-            dataset,
-            (shape.channels, *shape.size),
-            self.batch_size,
-            is_training=augment or shuffle,
-            no_aug=not augment,
-            mean=shape.mean,
-            std=shape.std,
-            crop_pct=crop_pct,
-            num_workers=num_workers,
-            use_prefetcher=False,
-            persistent_workers=False,
-            device=torch.device("cpu"),
+        self.dataset, self.num_classes = dataset, num_classes
+        self.classes: tuple[str, ...] = getattr(dataset, "classes", ())
+        dataset.transform = _Converted("L" if shape.channels == 1 else "RGB", shape.transform(augment))
+        ordered = not shuffle or isinstance(dataset, torch.utils.data.IterableDataset)
+        self.loader: Any = torch.utils.data.DataLoader(
+            dataset, self.batch_size, shuffle=not ordered, num_workers=num_workers
         )
-        dataset.transform = _Converted("L" if shape.channels == 1 else "RGB", dataset.transform)
 
     def __len__(self) -> int:
         return len(self.loader)
+
+    @property
+    def pictures(self) -> int:
+        return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = self._next_generator()

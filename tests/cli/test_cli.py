@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import sbs_fx
 from sbs_fx.cli import main
 from sbs_fx.plan import Policy
+from sbs_fx.plan.errors import WeightsError
 from sbs_fx.report import Report
 
-MODEL = ["test_vit", "--input-size", "1,32,32", "--num-classes", "10"]
+MODEL = ["test_vit", "--input-size", "1,32,32", "--num-classes", "10", "--random-weights"]
 Captured = pytest.CaptureFixture[str]
 
 
@@ -32,7 +35,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sbs_fx.cli.models import make_model
 
     torch.manual_seed(0)
-    made = make_model("test_vit", None, False, "1,32,32", 10, None)
+    made = make_model("test_vit", None, True, "1,32,32", 10, None)
     torch.save(made.module.state_dict(), directory / "weights.pth")
     arguments = ["compress", *MODEL, "--checkpoint", str(directory / "weights.pth"), "--budget", "4%"]
     arguments += ["--method", "uniform", "--weight-bits", "8", "--activation-bits", "8"]
@@ -79,7 +82,7 @@ def test_a_part_is_saved_as_one(output: Path, tmp_path: Path, capsys: Captured) 
     assert _run(["compress", *model, *made, "--budget", "5%", "--method", "uniform", "--out", out]) == 0
     report = Report.from_json((tmp_path / "out" / "report.json").read_text())
     assert report.notes[0].startswith("this is the part 'blocks.0' (")
-    assert report.notes[-1] == "the accuracy is the whole model's, with the part in its place"
+    assert report.notes[-2] == "the accuracy is the whole model's, with the part in its place"
     assert report.accuracy is not None
     capsys.readouterr()
     assert _run(["evaluate", *model, "--data", "digits", "--with-part", saved, "--json"]) == 0
@@ -239,7 +242,7 @@ def test_replan_takes_up_what_a_run_measured(output: Path, tmp_path: Path, capsy
     assert "plan:" in said
     assert f"sbs-fx apply test_vit {second / 'policy.json'}" in said
     arguments = [*MODEL, str(second / "policy.json"), *weights, "--budget", "3%", "--json"]
-    assert _run(["apply", arguments[0], arguments[5], *arguments[1:5], *arguments[6:]]) == 0
+    assert _run(["apply", arguments[0], arguments[6], *arguments[1:6], *arguments[7:]]) == 0
     report = Report.from_json(capsys.readouterr().out)
     assert report.cost.reference is not None
     assert report.cost.bops <= 0.03 * report.cost.reference.bops
@@ -250,3 +253,45 @@ def test_replan_takes_up_what_a_run_measured(output: Path, tmp_path: Path, capsy
     (first / "run.json").write_text('{"format": 1, "model": 3}')
     assert _run(["replan", str(first), "--budget", "3%"]) == 2
     assert "is no run.json of this version" in capsys.readouterr().err
+
+
+def test_a_name_means_published_weights(capsys: Captured) -> None:
+    """Which cannot be had offline: the error says which flag to give; weights and data are told as a run begins."""
+    assert _run(["inspect", "test_vit"]) == 2
+    said = capsys.readouterr().err
+    assert "the published weights of 'test_vit' cannot be had" in said
+    assert "--random-weights" in said
+    assert "--checkpoint" in said
+    with pytest.raises(WeightsError, match=r"a module, such as timm.create_model\('test_vit'\)"):
+        sbs_fx.compress("test_vit")
+
+
+def test_pictures_of_other_classes_are_refused_before_any_work(tmp_path: Path, capsys: Captured) -> None:
+    for name in ("circle", "square", "triangle"):
+        (tmp_path / "shapes" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (32, 32), 40 * i).save(tmp_path / "shapes" / name / f"{i}.png")
+    shapes = ["--data", str(tmp_path / "shapes")]
+    assert _run(["compress", *MODEL, *shapes]) == 2
+    assert "has 3 classes (circle, square, triangle) and the model has 10" in capsys.readouterr().err
+    model = [value if value != "10" else "3" for value in MODEL]
+    assert _run(["compress", *model, *shapes]) == 2
+    assert "has no folders train/ and test/" in capsys.readouterr().err
+    (tmp_path / "split").mkdir()
+    (tmp_path / "shapes").rename(tmp_path / "split" / "train")
+    (tmp_path / "split" / "val" / "circle").mkdir(parents=True)
+    Image.new("L", (40, 32)).save(tmp_path / "split" / "val" / "circle" / "0.png")
+    arguments = ["--data", str(tmp_path / "split"), "--budget", "8%", "--method", "uniform"]
+    assert _run(["compress", *model, *arguments]) == 0
+    said = capsys.readouterr()
+    assert "data: 12 train, 1 test pictures, 3 classes: circle, square, triangle" in said.err
+    assert "no test picture of square, triangle" in said.err
+    assert "weights: random (sha256 " in said.err
+
+
+def test_help_imports_neither_torch_nor_us() -> None:
+    """What `--help` and `import sbs_fx` take is what Python and the parser of options take."""
+    code = "import sys; from sbs_fx.cli import main\ntry: main(['compress', '--help'])\nexcept SystemExit: pass\n"
+    code += "heavy = {'torch', 'timm', 'numpy', 'networkx', 'scipy'} & set(sys.modules); assert not heavy, heavy\n"
+    code += "import sbs_fx; assert callable(sbs_fx.compress) and callable(sbs_fx.compare) and sbs_fx.__version__"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode == 0

@@ -230,8 +230,79 @@ def test_broken_folders(array_folder: Path, image_folder: Path) -> None:
 
 
 def test_labels_of_an_image_folder_are_checked(image_folder: Path) -> None:
-    with pytest.raises(DataError, match="label 1 in batch 0; expected 0 to 0"):
+    with pytest.raises(DataError, match="has 2 classes .blue, red. and the model has 1; labels would mean other"):
         list(open_data(str(image_folder), image_size=8, num_classes=1))
+
+
+def _folder(root: Path, **splits: dict[str, list[Any]]) -> Path:
+    """split -> class -> pictures."""
+    for split, classes in splits.items():
+        for name, pictures in classes.items():
+            (root / split / name).mkdir(parents=True)
+            for i, picture in enumerate(pictures):
+                picture.save(root / split / name / f"{i}.png")
+    return root
+
+
+def test_classes_are_numbered_alike_in_all_splits(tmp_path: Path) -> None:
+    """A class without pictures in one split moves no other's number."""
+    one = [Image.new("RGB", (8, 8))]
+    root = _folder(tmp_path, train={"a": one, "b": one, "d": one}, val={"b": one, "c": one})
+    labels = {s: gathered(open_data(str(root), split=s, image_size=8))[1].tolist() for s in ("train", "test")}
+    assert labels == {"train": [0, 1, 3], "test": [1, 2]}
+    data: Any = open_data(str(root), split="test", image_size=8)
+    assert data.classes == ("a", "b", "c", "d")
+    assert data.dataset.missing == ("a", "d")
+
+
+def test_folders_of_wordnet_are_numbered_as_imagenet_is(tmp_path: Path) -> None:
+    one = [Image.new("RGB", (8, 8))]
+    root = _folder(tmp_path, val={"n03445777": one, "n01440764": one})
+    labels = gathered(open_data(str(root), split="test", image_size=8, num_classes=1000))[1]
+    assert sorted(labels.tolist()) == [0, 574]  # tench and golf ball
+
+
+def test_a_file_that_is_no_picture_is_named_or_left_out_when_asked(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 8), (255, 255, 255))
+    root = _folder(tmp_path, train={"a": [picture] * 3})
+    (root / "train" / "a" / "1.png").write_bytes(b"no picture")
+    (root / "train" / "a" / "2.png").write_bytes((root / "train" / "a" / "2.png").read_bytes()[:44])
+    with pytest.raises(DataError, match=r"1\.png' is no picture that can be read"):
+        gathered(open_data(str(root), image_size=8))
+    data: Any = open_data(str(root), image_size=8, skip_unreadable=True)
+    assert len(gathered(data)[0]) == data.pictures == 1
+    assert [Path(path).name for path in data.dataset.skipped] == ["1.png", "2.png"]
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_sixteen_bits_are_scaled(tmp_path: Path, size: int) -> None:
+    values = np.full((size, size), 257 * 100, np.uint16)
+    root = _folder(tmp_path, train={"a": [Image.fromarray(values)]})
+    images, _ = gathered(open_data(str(root), image_size=8, **PLAIN))
+    assert torch.allclose(images, torch.full_like(images, 100 / 255))
+
+
+@pytest.mark.parametrize("form", ["files", "array"])
+def test_pictures_are_prepared_as_timm_prepares_them(tmp_path: Path, form: str) -> None:
+    """Bit for bit the loader that timm evaluates with, whether pictures lie in files or in an array; shuffled too."""
+    from timm.data import create_dataset, create_loader
+
+    values = np.random.RandomState(0).randint(0, 256, (4, 40, 56, 3), np.uint8)
+    pictures = [Image.fromarray(each) for each in values]
+    root = _folder(tmp_path, val={"a": pictures[:2], "b": pictures[2:]})
+    if form == "array":
+        np.save(root / "test_images.npy", values)
+        np.save(root / "test_labels.npy", np.array([0, 0, 1, 1]))
+    card: dict[str, Any] = {"crop_pct": 0.875, "interpolation": "bicubic", "mean": (0.4,) * 3, "std": (0.2,) * 3}
+    dataset = create_dataset("", root=str(root / "val"))
+    loader = create_loader(dataset, (3, 24, 24), 4, use_prefetcher=False, device=torch.device("cpu"), **card)
+    ((expected, labels),) = list(loader)
+    images, given = gathered(open_data(str(root), split="test", image_size=24, **card))
+    assert torch.equal(images, expected)
+    assert torch.equal(given, labels)
+    shuffled, order = gathered(open_data(str(root), split="test", image_size=24, shuffle=True, **card))
+    assert sorted(order.tolist()) == labels.tolist()
+    assert {tuple(x.flatten().tolist()) for x in shuffled} == {tuple(x.flatten().tolist()) for x in expected}
 
 
 # Reading batches

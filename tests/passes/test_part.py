@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -127,7 +128,7 @@ def test_wrappers_and_names_of_timm() -> None:
         whole = sbs_fx.with_part(model, path, trace(part.module, part.call))
         assert isinstance(whole, nn.DataParallel)
         assert same(whole(listed()), model(listed()))
-    result = sbs_fx.compress("test_resnet", part="layer2", budget=0.2)
+    result = sbs_fx.compress(timm.create_model("test_resnet"), part="layer2", budget=0.2)
     assert "this is the part 'layer2'" in str(result)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sbs_fx.calibration.calibrate import calibrate
-from sbs_fx.compress import compress
+from sbs_fx.compression import compress
 from sbs_fx.config import Config
 from sbs_fx.export.pt2 import load_pt2, save_pt2
 from sbs_fx.passes import (

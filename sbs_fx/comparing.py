@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sbs_fx.compress import compress, tune
+from sbs_fx.compression import compress, tune
 from sbs_fx.config import Config
 from sbs_fx.data.prepared import Prepare
 from sbs_fx.job import Data, Job, Progress
