@@ -308,3 +308,11 @@ def test_a_number_that_depends_on_data_may_be_an_output() -> None:
 def test_settings_of_methods_are_a_dict() -> None:
     with pytest.raises(ValueError, match="methods=3; expected a dict of settings by name of method"):
         sbs_fx.Config(methods=3)
+
+
+@pytest.mark.parametrize("value", [-1e-3, float("nan"), float("inf")])
+def test_a_variance_that_is_none_is_named(value: float) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    net[1].running_var[3] = value  # type: ignore[index]
+    with pytest.raises(WeightsError, match=r"1\.running_var"):
+        sbs_fx.compress(net, torch.randn(2, 3, 8, 8))

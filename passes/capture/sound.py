@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from sbs_fx.passes.graph import attribute
 from sbs_fx.plan.errors import InputError, WeightsError
 
 
@@ -39,6 +40,16 @@ def check_runs(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
     # reason: of what the graph reads; a buffer that nothing reads may hold anything, a mask may hold -Inf
     if names := [n for n, b in graph.named_buffers() if b.is_floating_point() and bool(torch.isnan(b).any())]:
         raise WeightsError(f"NaN in {len(names)} buffers, the first: {names[:3]}; load sound ones", names=names)
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.batch_norm.default):
+        variance = node.args[4]
+        if isinstance(variance, fx.Node) and variance.op == "get_attr":
+            values = attribute(graph, str(variance.target))
+            if not bool((torch.isfinite(values) & (values >= 0)).all()):
+                raise WeightsError(
+                    f"the running variance {variance.target!r} has {float(values.min()):.3g} to "
+                    f"{float(values.max()):.3g}; a variance is a finite number of at least 0: load sound ones",
+                    names=[str(variance.target)],
+                )
     try:
         with torch.no_grad():
             graph(*inputs)

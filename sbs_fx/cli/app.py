@@ -39,6 +39,7 @@ from sbs_fx.cli.options import (
     Ranges,
     Rate,
     Seed,
+    SkipUnreadable,
     constraints_of,
     make_config,
     parse_share,
@@ -103,7 +104,8 @@ def inspect(
     from sbs_fx.passes import channel_groups, cost_model, trace
     from sbs_fx.report import Report
 
-    made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans)
+    # reason: what is shown depends on no weight, so that none need be fetched
+    made = make_model(model, checkpoint, random_weights or checkpoint is None, input_size, num_classes, in_chans)
     with show_progress() as progress:
         progress("trace", 0.0)
         graph = trace(made.module, made.example_inputs)
@@ -139,6 +141,7 @@ def compress(
     ] = None,
     data: Data = None,
     data_dir: DataDir = None,
+    skip_unreadable: SkipUnreadable = False,
     batch_size: BatchSize = 64,
     device: Device = "cpu",
     part: PartPath = None,
@@ -200,7 +203,7 @@ def compress(
     _check_output(out)
     made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
     errors.print(f"weights: {made.weights}", highlight=False, markup=False, soft_wrap=True)
-    train, test = both_splits(made, data, data_dir, batch_size, seed)
+    train, test = both_splits(made, data, data_dir, batch_size, seed, skip_unreadable)
     with show_progress() as progress, show_steps(out, restart) as observer:
         result = run(
             made.module,
@@ -233,6 +236,7 @@ def apply(
     budget: Annotated[str | None, typer.Option(help="what the policy must keep, such as 5%; default: anything")] = None,
     data: Data = None,
     data_dir: DataDir = None,
+    skip_unreadable: SkipUnreadable = False,
     batch_size: BatchSize = 64,
     device: Device = "cpu",
     epochs: Epochs = 0,
@@ -258,7 +262,7 @@ def apply(
     config = make_config(ranges=ranges, epochs=epochs, learning_rate=lr, seed=seed, overrides=settings or [])
     _check_output(out)
     made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
-    train, test = both_splits(made, data, data_dir, batch_size, seed)
+    train, test = both_splits(made, data, data_dir, batch_size, seed, skip_unreadable)
     with show_progress() as progress, show_steps(None, False) as observer:
         result = run(
             made.module,
@@ -281,6 +285,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="timm model name, or a model.pt2")],
     data: Annotated[str, typer.Option(help="'digits', a folder, or a timm data set such as torch/cifar100")],
     data_dir: DataDir = None,
+    skip_unreadable: SkipUnreadable = False,
     batch_size: BatchSize = 64,
     device: Device = "cpu",
     checkpoint: Checkpoint = None,
@@ -304,7 +309,7 @@ def evaluate(
     else:
         made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
         made = made if with_part is None else with_saved_part(made, with_part)
-    accuracy = run(made.module, open_split(made, data, data_dir, "test", batch_size, 0))
+    accuracy = run(made.module, open_split(made, data, data_dir, "test", batch_size, 0, skip_unreadable))
     typer.echo(dumps({"model": model, "accuracy": accuracy}) if json else f"{model}: {accuracy:.2f} % top-1")
 
 

@@ -133,7 +133,15 @@ def with_saved_part(made: NamedModel, path: str) -> NamedModel:
     return made._replace(module=with_part(made.module, part, static))
 
 
-def open_split(made: NamedModel, spec: str, data_dir: str | None, split: str, batch_size: int, seed: int) -> Batches:
+def open_split(
+    made: NamedModel,
+    spec: str,
+    data_dir: str | None,
+    split: str,
+    batch_size: int,
+    seed: int,
+    skip_unreadable: bool = False,
+) -> Batches:
     """Batches of one split, of the size that the model takes, prepared as its configuration says. Raises DataError."""
     channels, height, width = made.example_inputs.shape[1:]
     return open_data(
@@ -146,12 +154,18 @@ def open_split(made: NamedModel, spec: str, data_dir: str | None, split: str, ba
         seed=seed,
         data_dir=data_dir,
         num_classes=getattr(made.module, "num_classes", None),
+        skip_unreadable=skip_unreadable,
         **made.preparation,
     )
 
 
 def both_splits(
-    made: NamedModel, spec: str | None, data_dir: str | None, batch_size: int, seed: int
+    made: NamedModel,
+    spec: str | None,
+    data_dir: str | None,
+    batch_size: int,
+    seed: int,
+    skip_unreadable: bool = False,
 ) -> tuple[Batches | None, Batches | None]:
     """Training data to calibrate and fine-tune on, held-out data to measure accuracy on; says what there is.
 
@@ -160,7 +174,8 @@ def both_splits(
     """
     if spec is None:
         return None, None
-    train, test = (open_split(made, spec, data_dir, split, batch_size, seed) for split in ("train", "test"))
+    options = (batch_size, seed, skip_unreadable)
+    train, test = (open_split(made, spec, data_dir, split, *options) for split in ("train", "test"))
     samples = [getattr(getattr(split, "dataset", None), "samples", None) for split in (train, test)]
     if samples[0] is not None and samples[0] == samples[1]:
         raise DataError(

@@ -27,6 +27,9 @@ PartPath = Annotated[
 ]
 Data = Annotated[str | None, typer.Option(help="'digits', a folder, or a timm data set such as torch/cifar100")]
 DataDir = Annotated[str | None, typer.Option(help="where data sets are kept")]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="leave out files that are no pictures, and say how many")
+]
 BatchSize = Annotated[int, typer.Option(min=1)]
 Device = Annotated[str, typer.Option(help="cpu, or cuda: of several processes, each takes its own GPU")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]

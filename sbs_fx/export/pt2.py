@@ -27,6 +27,7 @@ from sbs_fx.export.packing import pack, unpack
 from sbs_fx.export.program import exported_program
 from sbs_fx.export.registry import target
 from sbs_fx.export.runtime import Runner
+from sbs_fx.export.trusted import Refused, archive_of, check, members_of
 from sbs_fx.passes.capture.canonical import canonicalise
 from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.capture.inputs import InputSpec, guarded, inputs_of, set_inputs
@@ -82,21 +83,27 @@ def save_pt2(
     write_atomic(path, _sealed(archive, information))
 
 
-def load_pt2(path: str | os.PathLike[str]) -> fx.GraphModule:
+def load_pt2(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> fx.GraphModule:
     """Read what `save_pt2` wrote: the static graph with its codes as int8 buffers, in eval mode.
 
-    Its `Static` is as `finalize` left it but for `floats`, with the metadata that `save_pt2` was given.
+    Its `Static` is as `finalize` left it but for `floats`, with the metadata that `save_pt2` was given. A file from a
+    stranger runs nothing while it is read (see `sbs_fx.export.trusted`); its digest says that it is whole, not who
+    wrote it.
+
+    Args:
+        libraries: operator libraries that the graph may call beside torch's own, such as "mine" of `torch.ops.mine`.
 
     Raises:
-        FileError: the file cannot be read, was cut or changed, holds a pickle, or was not written by `save_pt2`.
+        FileError: the file cannot be read, was cut or changed, was not written by `save_pt2`, or holds what no saved
+            model does: pickles, libraries, other operators, Python in the place of sizes.
     """
     import torch.ao.quantization.fx._decomposed  # reason: registers the operators that the graph calls
 
     data = _read(path)
-    information = _checked(data, os.fspath(path))
+    information, members = _checked(data, os.fspath(path), libraries)
     try:
         with quiet_torch():
-            program = torch.export.load(io.BytesIO(data))
+            program = torch.export.load(archive_of(members))
             module = program.module(check_guards=False)
     except Exception as error:  # whatever torch raises on an archive that is whole but of another version
         raise FileError(
@@ -191,51 +198,34 @@ def _read(path: str | os.PathLike[str]) -> bytes:
         ) from error
 
 
-def _checked(data: bytes, path: str) -> dict[str, Any]:
-    """What we know beside the graph, once every member is as it was written and none is a pickle."""
+def _checked(data: bytes, path: str, libraries: Sequence[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What we know beside the graph, and the members, once each is as it was written and none is dangerous."""
 
     def bad(problem: str) -> FileError:
         return FileError(f"{path!r} {problem}; it was cut, changed, or not written by save_pt2: write it again")
 
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            names = archive.namelist()
-            root = names[0].partition("/")[0] if names else ""
-            members = {name.removeprefix(f"{root}/"): archive.read(name) for name in names}
-        if len(members) != len(names):
-            raise bad("has a member twice")
+        members = members_of(data)
         outer = json.loads(members.pop(INFORMATION))
         digests = {name: hashlib.sha256(content).digest() for name, content in members.items()}
         if _digest(digests, outer["content"]) != outer["sha256"]:
-            raise bad("holds other data than was written")
+            raise Refused("holds other data than was written")
         information = json.loads(outer["content"])
-        pickles = [
-            name
-            for name, content in members.items()
-            if name.endswith(".pt") and content or name.endswith("config.json") and _uses_pickle(content)
-        ]
-    except FileError:
-        raise
+        check(members, libraries)
+    except Refused as error:
+        raise bad(str(error)) from None
     except Exception as error:  # zipfile raises many kinds on damaged archives
         raise bad(f"is no whole archive of a model ({type(error).__name__}: {error})") from error
-    if pickles:
-        raise FileError(
-            f"{path!r} holds pickles ({pickles[0]}), which could run code when they are read; models from "
-            "save_pt2 hold none: save the model again"
-        )
     if information["format"] != FORMAT:
         raise FileError(
             f"{path!r} has format {information['format']}, this version reads {FORMAT}; save the model again"
         )
-    return information
-
-
-def _uses_pickle(config: bytes) -> bool:
-    return any(entry.get("use_pickle") for entry in json.loads(config)["config"].values())
+    return information, members
 
 
 @target("pt2", suffix=".pt2", help="torch.export, weights at their bitwidth; runs in torch alone")
 def pt2(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
     """`save_pt2`, and the file as it was loaded again."""
     save_pt2(static, inputs, path, options["metadata"])
-    return Runner("pt2", load_pt2(path))
+    called = {node.target.namespace for node in static.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    return Runner("pt2", load_pt2(path, tuple(called)))

@@ -257,7 +257,7 @@ def test_replan_takes_up_what_a_run_measured(output: Path, tmp_path: Path, capsy
 
 def test_a_name_means_published_weights(capsys: Captured) -> None:
     """Which cannot be had offline: the error says which flag to give; weights and data are told as a run begins."""
-    assert _run(["inspect", "test_vit"]) == 2
+    assert _run(["compress", "test_vit"]) == 2
     said = capsys.readouterr().err
     assert "the published weights of 'test_vit' cannot be had" in said
     assert "--random-weights" in said
