@@ -119,7 +119,7 @@ def compress(
     job = Job(config, data, validation, progress, observer, part)
     traced = traced_model(model, example_inputs, dynamic, task, job)
     job.prepare(traced.graph, prepare)
-    problem = Problem.of(priced(traced, job, budget), budget, traced.inputs, config, config.seed)
+    problem = Problem.of(priced(traced, job, budget), budget, traced.inputs, config.space_of(entry), config.seed)
     identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.limits}
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
         job.stage("search", 0.35)

@@ -66,6 +66,12 @@ class Config(SpaceSettings):
         }
         return fields
 
+    def space_of(self, method: Method) -> SpaceSettings:
+        """What may be decided, with the bitwidths that a method chooses from where none were asked for."""
+        if not method.candidates or "candidates" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"candidates": method.candidates})
+
     def of(self, method: Method) -> BaseModel | None:
         """The settings of a method; its defaults where none were given."""
         if method.settings is None:

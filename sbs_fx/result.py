@@ -21,7 +21,7 @@ from sbs_fx.search.replan import replanned
 from sbs_fx.search.sensitivities import Sensitivities
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """What `compress` gives back.
 
@@ -107,3 +107,12 @@ class Result:
 
     def __str__(self) -> str:
         return str(self.report)
+
+    def __repr__(self) -> str:
+        cost, before = self.cost, self.baseline_cost
+        times = ", ".join(
+            f"{name} {was / now:.1f}x" if now else f"{name} 0"
+            for name, was, now in (("BOPs", before.bops, cost.bops), ("MACs", before.macs, cost.macs))
+        )
+        stored, layers = f"{cost.stored_bits / 8e3:.0f} kB", f"{len(self.policy.weight_bits)} layers"
+        return f"Result({self.policy.method}: {times}, {stored}, {layers})"

@@ -154,7 +154,7 @@ def compress(
     compiled: Annotated[bool, typer.Option("--compiled", help="train through torch.compile")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="forget the checkpoints in --out")] = False,
     settings: Overrides = None,
-    candidates: Annotated[str | None, typer.Option(help="bitwidths by comma; default 2,4,8; 32 is float")] = None,
+    candidates: Annotated[str | None, typer.Option(help="bitwidths by comma; default: the method's; 32: float")] = None,
     weight_bits: Annotated[int | None, typer.Option(help="of all weights; default: the method chooses")] = None,
     activation_bits: Annotated[int | None, typer.Option(help="of all tensors; default: the method chooses")] = None,
     epochs: Epochs = 0,

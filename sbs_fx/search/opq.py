@@ -75,6 +75,7 @@ def restored(problem: Problem, plan: Plan, settings: Opq) -> dict[str, Tensor]:
     help="one shot from the weights: bits and channels by one Lagrangian over Laplace densities; seconds",
     settings=Opq,
     automatic="without data",
+    candidates=(2, 3, 4, 5, 6, 8),
     restore=restored,
 )
 def opq(problem: Problem, run: Run) -> SearchResult:

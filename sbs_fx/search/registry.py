@@ -56,6 +56,7 @@ class Method:
         settings: class of its settings; section: their name in `Config`, which several methods may share.
         resumes: it leaves checkpoints of its own and goes on from them.
         automatic: when "auto" means this one.
+        candidates: bitwidths that it chooses from where none are asked for; none: those of `SpaceSettings`.
         restore: tensors that follow from a plan of this method and the float model alone, for `apply`.
     """
 
@@ -68,6 +69,7 @@ class Method:
     section: str = ""
     resumes: bool = False
     automatic: Occasion | None = None
+    candidates: tuple[int, ...] = ()
     restore: Callable[[Problem, Plan, Any], Mapping[str, Tensor]] | None = None
 
     @property

@@ -83,6 +83,13 @@ def test_constraints_that_came_later_are_obeyed(result: Result) -> None:
 
 def test_methods_that_measure_nothing_search_again(net: torch.nn.Module) -> None:
     result = sbs_fx.compress(net, IMAGES, budget=0.05, method="opq")
+    ratio = result.baseline_cost.bops / result.cost.bops
+    assert repr(result).startswith(f"Result(opq: BOPs {ratio:.1f}x, MACs ")
+    assert repr(result).endswith(" kB, 4 layers)")
+    chosen = {b for t in (result.policy.weight_bits, result.policy.activation_bits) for b in t.values()}
+    assert chosen & {3, 5, 6}  # beside 2, 4 and 8
+    asked = sbs_fx.compress(net, IMAGES, budget=0.05, method="opq", config=Config(candidates=(4, 8)))
+    assert set(asked.policy.weight_bits.values()) <= {4, 8}
     assert result.replan("3%").plan == sbs_fx.compress(net, IMAGES, budget=0.03, method="opq").policy.plan
     assert result.sensitivities is None
 
