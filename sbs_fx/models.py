@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ def create_model(name: str, *, pretrained: bool = True, checkpoint: str | None =
         near = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
         raise InputError(f"timm has no model {name!r}; the nearest names are {near}; `timm.list_models()` has all")
     published = pretrained and checkpoint is None
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # reason: each of ten tries would be told
     try:
         model: nn.Module = timm.create_model(name, pretrained=published, checkpoint_path=checkpoint or "", **options)
     except TypeError:  # reason: of arguments that a model does not take
@@ -42,6 +46,8 @@ def create_model(name: str, *, pretrained: bool = True, checkpoint: str | None =
             f"the published weights of {name!r} cannot be had: {_first_line(error)}; give a file (--checkpoint FILE) "
             f"or ask for random ones (--random-weights; in Python a module, such as timm.create_model({name!r}))"
         ) from error
+    finally:
+        hub.setLevel(level)
     return model.eval()
 
 

@@ -81,7 +81,9 @@ def replan(
     typer.echo(_told(policy))
     if out is not None:
         typer.echo(f"the plan is {os.path.join(out, 'policy.json')}; make it real, with data if there are any:")
-        typer.echo(f"  sbs-fx apply {asked['model']} {os.path.join(out, 'policy.json')} --out {out}")
+        flags = [f"--{name.replace('_', '-')} {asked[name]}" for name in (*_MODEL[1:], "part") if asked.get(name)]
+        options = " ".join(flags).replace("--random-weights True", "--random-weights")
+        typer.echo(f"  sbs-fx apply {asked['model']} {os.path.join(out, 'policy.json')} {options} --out {out}")
 
 
 def _told(policy: Policy) -> str:

@@ -240,7 +240,8 @@ def test_replan_takes_up_what_a_run_measured(output: Path, tmp_path: Path, capsy
     assert _run(["replan", str(first), "--budget", "3%", "--out", str(second)]) == 0
     said = capsys.readouterr().out
     assert "plan:" in said
-    assert f"sbs-fx apply test_vit {second / 'policy.json'}" in said
+    assert f"sbs-fx apply test_vit {second / 'policy.json'} --checkpoint {output / 'weights.pth'} " in said
+    assert "--random-weights --input-size 1,32,32 --num-classes 10 --out" in said
     arguments = [*MODEL, str(second / "policy.json"), *weights, "--budget", "3%", "--json"]
     assert _run(["apply", arguments[0], arguments[6], *arguments[1:6], *arguments[7:]]) == 0
     report = Report.from_json(capsys.readouterr().out)
