@@ -7,6 +7,7 @@ metadata; the structure of inputs and outputs stays.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,3 +87,12 @@ def on_device(graph_module: fx.GraphModule, device: torch.device | str) -> fx.Gr
             node.meta["val"] = node.meta["val"].to(place)
     result.recompile()
     return result
+
+
+def digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
+    """sha256 (hex) of tensors with their names, dtypes and shapes, and of a text."""
+    total = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
+        total.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

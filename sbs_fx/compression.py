@@ -7,7 +7,7 @@ result that is returned meets the budget; what is saved is whole.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ from sbs_fx.passes.capture.export import Dynamic, own_context
 from sbs_fx.passes.capture.inputs import guarded
 from sbs_fx.passes.capture.signature import Inputs
 from sbs_fx.passes.channels.slim import slim_bits
-from sbs_fx.passes.graph import with_tensors
+from sbs_fx.passes.graph import digest, with_tensors
 from sbs_fx.plan import Budget, Plan, Policy, current_versions
 from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.errors import BudgetError, GraphError
@@ -121,6 +121,8 @@ def compress(
     job.prepare(traced.graph, prepare)
     problem = Problem.of(priced(traced, job, budget), budget, traced.inputs, config.space_of(entry), config.seed)
     identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.limits}
+    if output_dir is not None:
+        identity |= {"weights and operators": digest(traced.graph.state_dict(), traced.graph.code), "data": _told(data)}
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
         job.stage("search", 0.35)
         searched = _searched(problem, entry, job)
@@ -211,6 +213,15 @@ def replan(
     traced = traced_model(model, example_inputs, dynamic, None, job)
     cost = priced(traced, job, limits)
     return replanned(Problem.of(cost, limits, traced.inputs, job.config, job.config.seed), table.method, table)
+
+
+def _told(data: Data | None) -> str:
+    """What can be told of data without reading them: what they say of themselves, or their kind and length."""
+    own = getattr(data, "identity", None)
+    if isinstance(own, str):
+        return own
+    length = f" of {len(data)} batches" if isinstance(data, Sized) else ""
+    return "none" if data is None else type(data).__qualname__ + length
 
 
 def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:
@@ -315,7 +326,8 @@ def _checkpoints(
     if output_dir is None or not (method.resumes or config.epochs):
         yield None
         return
-    identity = {**identity, "version": current_versions()["sbs_fx"], **config.model_dump(mode="json")}
+    versions = {f"version of {name}": current_versions()[name] for name in ("sbs_fx", "torch")}
+    identity = {**identity, **versions, **config.model_dump(mode="json")}
     first, directory = Processes().is_first, os.path.join(output_dir, "checkpoints")
     with Checkpoints(directory, identity, restart=restart, writes=first) as checkpoints:
         yield checkpoints

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from typing import Any
 
@@ -54,26 +53,6 @@ def create_model(name: str, *, pretrained: bool = True, checkpoint: str | None =
 def _first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return " ".join(text.splitlines()[0].split())
-
-
-def weights_of(name: str, module: nn.Module, pretrained: bool, checkpoint: str | None) -> str:
-    """Where a model's weights are from, in words, with a digest of them."""
-    card = getattr(module, "pretrained_cfg", None) or {}
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    if checkpoint is not None:
-        source = f"file {checkpoint}"
-    elif pretrained:
-        tag = f"{card.get('architecture', name)}.{card['tag']}" if card.get("tag") else name
-        place = next((card[key] for key in ("file", "hf_hub_id", "url") if card.get(key)), "")
-        source = f"{tag} from {place}" if place else tag
-        if card.get("num_classes") not in (None, getattr(module, "num_classes", None)):
-            source += f", but for a classifier of {getattr(module, 'num_classes', None)} classes, which is random"
-    else:
-        source = "random"
-    return f"{source} (sha256 {digest.hexdigest()[:16]})"
 
 
 def input_config(module: nn.Module) -> dict[str, Any]:

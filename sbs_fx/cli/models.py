@@ -16,9 +16,10 @@ from sbs_fx.cli.progress import errors
 from sbs_fx.data.datasets import Batches, open_data
 from sbs_fx.data.pictures import Pictures, listed
 from sbs_fx.export import load_saved as load_static
-from sbs_fx.models import PREPARATION, create_model, input_config, weights_of
+from sbs_fx.models import PREPARATION, create_model, input_config
 from sbs_fx.passes.capture.part import with_part
 from sbs_fx.passes.dialects import static_of
+from sbs_fx.passes.graph import digest
 from sbs_fx.plan.errors import DataError, FileError, InputError, SbsError
 
 
@@ -85,6 +86,22 @@ def make_model(
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     weights = weights_of(name, module, not random_weights, checkpoint)
     return NamedModel(module.to(place), images.to(place), {k: card[k] for k in PREPARATION if k in card}, weights)
+
+
+def weights_of(name: str, module: nn.Module, pretrained: bool, checkpoint: str | None) -> str:
+    """Where a model's weights are from, in words, with a digest of them."""
+    card = getattr(module, "pretrained_cfg", None) or {}
+    if checkpoint is not None:
+        source = f"file {checkpoint}"
+    elif pretrained:
+        tag = f"{card.get('architecture', name)}.{card['tag']}" if card.get("tag") else name
+        place = next((card[key] for key in ("file", "hf_hub_id", "url") if card.get(key)), "")
+        source = f"{tag} from {place}" if place else tag
+        if card.get("num_classes") not in (None, getattr(module, "num_classes", None)):
+            source += f", but for a classifier of {getattr(module, 'num_classes', None)} classes, which is random"
+    else:
+        source = "random"
+    return f"{source} (sha256 {digest(module.state_dict())[:16]})"
 
 
 def _device(name: str) -> torch.device:

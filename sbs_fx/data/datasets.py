@@ -162,6 +162,12 @@ class Batches:
         """How many there are."""
         raise NotImplementedError
 
+    @property
+    def identity(self) -> str:
+        """What a run that goes on must find again: how many pictures, in which batches and form."""
+        shape = getattr(self, "shape", None)
+        return f"{self.pictures} pictures by {self.batch_size}, order {self.seed}, as {shape}"
+
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass that of epoch `epoch`, from 0, whatever was read before."""
         self.passes = epoch
@@ -336,7 +342,7 @@ class LoaderBatches(Batches):
         num_workers: int,
     ) -> None:
         super().__init__(min(batch_size, len(dataset)) or 1, seed)
-        self.dataset, self.num_classes = dataset, num_classes
+        self.dataset, self.num_classes, self.shape = dataset, num_classes, shape
         self.classes: tuple[str, ...] = getattr(dataset, "classes", ())
         dataset.transform = _Converted("L" if shape.channels == 1 else "RGB", shape.transform(augment))
         ordered = not shuffle or isinstance(dataset, torch.utils.data.IterableDataset)

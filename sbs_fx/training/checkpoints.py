@@ -1,22 +1,23 @@
 """Checkpoints: one safetensors file a stage, whose header holds the plain part as JSON.
 
 In: tensors and JSON. Out: the same, in a later process. Holds: a file under its final name is whole (it is written
-under a temporary name and renamed); no pickle; one process at a time uses a directory; a checkpoint of another run is
-refused, and the fields that differ are named.
+under a temporary name and renamed) and holds what was written; no pickle; one process at a time uses a directory; a
+checkpoint of another run is refused, and the fields that differ are named.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sbs_fx.passes.graph import digest
 from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import CheckpointMismatch, FileError
 
@@ -50,7 +51,7 @@ class Checkpoints:
     ) -> None:
         self.directory, self.writes = os.fspath(directory), writes
         self.identity = json.loads(json.dumps(dict(identity), sort_keys=True, default=str))
-        self._lock: int | None = None
+        self._lock = FileLock(os.path.join(self.directory, "lock"))
         if writes:
             self._acquire()
             if restart:
@@ -61,10 +62,8 @@ class Checkpoints:
     def _acquire(self) -> None:
         try:
             os.makedirs(self.directory, exist_ok=True)
-            self._lock = os.open(os.path.join(self.directory, "lock"), os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.close()
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
             raise FileError(
                 f"the checkpoints in {self.directory!r} are in use by another process; wait for it or give another "
                 "directory"
@@ -86,6 +85,7 @@ class Checkpoints:
             # reason: clones, because tied weights share memory, which the format does not allow
             plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
             header = {"identity": json.dumps(self.identity), "state": json.dumps(dict(state))}
+            header["sha256"] = _digest(plain, header)
             write_atomic(self.path(stage), save(plain, header))
 
     def load(self, stage: str) -> Saved | None:
@@ -102,6 +102,8 @@ class Checkpoints:
                 header = file.metadata() or {}
                 identity, state = json.loads(header["identity"]), json.loads(header["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                if _digest(tensors, header) != header["sha256"]:
+                    raise ValueError("it was altered")
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise FileError(f"cannot read the checkpoint {path!r}: {error}; start again with restart=True") from error
         names = [k for k in {**identity, **self.identity} if identity.get(k) != self.identity.get(k)]
@@ -116,12 +118,15 @@ class Checkpoints:
 
     def close(self) -> None:
         """Let other processes use the directory."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """Of everything in a file but the digest itself."""
+    return digest(tensors, header["identity"] + "\0" + header["state"])

@@ -335,7 +335,10 @@ def test_compress_by_search_end_to_end(tmp_path: Path) -> None:
         seen.clear()
         arguments: dict[str, Any] = {"budget": BUDGET, "method": "sbs", "output_dir": tmp_path / "out", **options}
         config = sbs_fx.Config(epochs=1, block=1, search=SEARCH.model_copy(update={"epochs": 1}))
-        return sbs_fx.compress(network(), IMAGES, data=digits(), config=config, observer=seen.append, **arguments)
+        arguments = {"data": digits(), **arguments}
+        return sbs_fx.compress(
+            arguments.pop("net", network()), IMAGES, config=config, observer=seen.append, **arguments
+        )
 
     first = compressed()
     assert {p.stage for p in seen} == {"search", "fine-tune"}
@@ -352,6 +355,18 @@ def test_compress_by_search_end_to_end(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMismatch, match="budget was .*0.025.*is .*0.05") as error:
         compressed(budget=Budget(bops=0.05))
     assert error.value.different == ("budget",)
+    others = [network(), network()]
+    others[0][0].bias.data += 1  # type: ignore[index]
+    others[1][8].dilation = (2, 2)  # type: ignore[index]
+    others[1][8].padding = (2, 2)  # type: ignore[index]
+    for other, name in [
+        ({"net": others[0]}, "weights and operators"),
+        ({"net": others[1]}, "weights and operators"),
+        ({"data": digits(160)}, "data"),
+    ]:
+        with pytest.raises(CheckpointMismatch, match=f"{name} was ") as error:
+            compressed(**other)
+        assert name in error.value.different
     compressed(budget=Budget(bops=0.05), restart=True)
     assert seen
     with pytest.raises(DataError, match="'sbs' needs data"):

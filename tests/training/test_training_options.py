@@ -178,6 +178,20 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         assert anew.load("search") is None
 
 
+def test_an_altered_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Of its tensors and of what is said beside them, whatever still reads as a checkpoint."""
+    with Checkpoints(tmp_path, {"model": "a"}) as checkpoints:
+        checkpoints.save("search", {"x": torch.ones(4)}, {"step": 3})
+        data = (tmp_path / "search.safetensors").read_bytes()
+        for old, new in ((b'step\\": 3', b'step\\": 4'), (torch.ones(1).numpy().tobytes(), b"\0\0\0\0")):
+            assert old in data
+            (tmp_path / "search.safetensors").write_bytes(data.replace(old, new, 1))
+            with pytest.raises(FileError, match="altered"):
+                checkpoints.load("search")
+        (tmp_path / "search.safetensors").write_bytes(data)
+        assert checkpoints.load("search") is not None
+
+
 def test_a_directory_has_one_user(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, {}), pytest.raises(FileError, match="in use by another process"):
         Checkpoints(tmp_path, {})
