@@ -56,11 +56,22 @@ if TYPE_CHECKING:
     from sbs_fx.result import Result
 
 app = typer.Typer(
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Prune and quantise timm models together, under a budget that is met.",
 )
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as of
+
+        typer.echo(f"sbs-fx {of('sbs_fx')}")
+        raise typer.Exit
 
 
 for command in (compare, sweep, export, bench, replan):
@@ -169,7 +180,9 @@ def compress(
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="where policy, model and report go")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="DIR", help="where policy, model and report go")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Prune and quantise a model under a budget."""
@@ -250,7 +263,9 @@ def apply(
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="where policy, model and report go")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="DIR", help="where policy, model and report go")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Apply a saved policy to the float model again."""

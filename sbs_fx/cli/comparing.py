@@ -32,7 +32,8 @@ from sbs_fx.cli.progress import show_progress, show_steps
 LabelledData = Annotated[str, typer.Option(help="'digits', a folder, or a timm data set such as torch/cifar100")]
 Methods = Annotated[str, typer.Option(help="names as of compress, by comma")]
 Out = Annotated[
-    str | None, typer.Option(metavar="DIR", help="where points go; the same command again goes on from there")
+    str | None,
+    typer.Option("--out", "-o", metavar="DIR", help="where points go; the same command again goes on from there"),
 ]
 
 

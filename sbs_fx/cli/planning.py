@@ -50,7 +50,7 @@ def replan(
     no_prune: NoPrune = None,
     only: Only = None,
     settings: Overrides = None,
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="where the new policy goes")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", metavar="DIR", help="where the new policy goes")] = None,
     json: Json = False,
 ) -> None:
     """Another budget from the losses that an earlier run measured, in seconds."""

@@ -209,4 +209,4 @@ class TrainingError(SbsError):
 
 
 class Interrupted(SbsError):
-    """Stopped by SIGINT after a whole step; the message says how to go on."""
+    """Stopped by SIGINT or SIGTERM after a whole step; the message says how to go on."""

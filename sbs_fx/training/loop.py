@@ -99,7 +99,7 @@ def train(
             or Inf in a batch.
         TrainingError: the loss is NaN or Inf, or memory is short; names step, batch and last checkpoint.
         InputError: a rate or a number of epochs that means nothing.
-        Interrupted: SIGINT; the step was finished and saved. Only if there are checkpoints.
+        Interrupted: SIGINT or SIGTERM; the step was finished and saved. Only if there are checkpoints.
     """
     if epochs < 0 or not lr > 0 or not math.isfinite(lr):
         raise InputError(f"epochs {epochs}, lr {lr}; expected epochs of at least 0 and a finite rate above 0")
@@ -389,19 +389,24 @@ class _Loop:
 
     @contextmanager
     def _interruptible(self) -> Iterator[threading.Event]:
-        """SIGINT sets the event, where there is somewhere to save; a second one interrupts at once."""
+        """SIGINT and SIGTERM set the event, where there is somewhere to save; a second one acts at once."""
         event = threading.Event()
         if self.checkpoints is None or threading.current_thread() is not threading.main_thread():
             yield event
             return
-        before = signal.getsignal(signal.SIGINT)
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for number, action in before.items():
+                signal.signal(number, action)
 
         def handle(*_: Any) -> None:
             event.set()
-            signal.signal(signal.SIGINT, before)
+            restore()
 
-        signal.signal(signal.SIGINT, handle)
+        for number in before:
+            signal.signal(number, handle)
         try:
             yield event
         finally:
-            signal.signal(signal.SIGINT, before)
+            restore()

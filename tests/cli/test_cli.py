@@ -190,6 +190,11 @@ def test_an_interrupt_ends_in_130(monkeypatch: pytest.MonkeyPatch, capsys: Captu
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_short_forms(capsys: Captured) -> None:
+    assert _run(["-h"]) == _run(["compress", "-h"]) == _run(["--version"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"sbs-fx {sbs_fx.__version__}"
+
+
 def test_the_installed_command_answers() -> None:
     done = subprocess.run([sys.executable, "-m", "sbs_fx.cli", "--help"], capture_output=True, text=True, check=True)
     for command in ("inspect", "compress", "apply", "evaluate", "report"):

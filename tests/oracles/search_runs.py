@@ -113,7 +113,7 @@ def _same(first: Path, second: Path) -> bool:
 
 
 def kill(directory: Path, count: int, seed: int) -> dict[str, Any]:
-    """One undisturbed run, `count` runs killed at a random moment and begun again, one stopped by SIGINT."""
+    """One undisturbed run, `count` runs killed at a random moment and begun again, one stopped by SIGINT or SIGTERM."""
     given = problem(Budget(bops=1 / 70))  # reason: its search begins with no plan of another method, in half the time
     digits()  # reason: imports what children would each import again
     whole = directory / "whole"
@@ -133,7 +133,7 @@ def kill(directory: Path, count: int, seed: int) -> dict[str, Any]:
         for _ in range(draw.randrange(1, steps - 2) if index < count else steps // 2):
             os.read(child[1], 1)
         time.sleep(draw.uniform(0, 2) * seconds)
-        os.kill(child[0], signal.SIGKILL if index < count else signal.SIGINT)
+        os.kill(child[0], signal.SIGKILL if index < count else (signal.SIGINT, signal.SIGTERM)[seed % 2])
         code = _wait(child)
         kept = (place / "checkpoints" / "search.safetensors").exists()
         again = 0 if code == 0 else _wait(_child(place, given))
