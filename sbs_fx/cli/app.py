@@ -33,6 +33,7 @@ from sbs_fx.cli.options import (
     NoPrune,
     NumClasses,
     Only,
+    OutDir,
     Overrides,
     PartPath,
     RandomWeights,
@@ -180,9 +181,7 @@ def compress(
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
-    out: Annotated[
-        str | None, typer.Option("--out", "-o", metavar="DIR", help="where policy, model and report go")
-    ] = None,
+    out: OutDir = None,
     json: Json = False,
 ) -> None:
     """Prune and quantise a model under a budget."""
@@ -263,9 +262,7 @@ def apply(
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
-    out: Annotated[
-        str | None, typer.Option("--out", "-o", metavar="DIR", help="where policy, model and report go")
-    ] = None,
+    out: OutDir = None,
     json: Json = False,
 ) -> None:
     """Apply a saved policy to the float model again."""

@@ -49,6 +49,7 @@ Keep = Annotated[
 NoPrune = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="layers by name that keep all channels, such as 'layer1'")
 ]
+OutDir = Annotated[str | None, typer.Option("--out", "-o", metavar="DIR", help="where policy, model and report go")]
 Only = Annotated[str | None, typer.Option(metavar="prune|quantise", help="do one of the two alone")]
 
 
