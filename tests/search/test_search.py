@@ -279,7 +279,7 @@ def test_data_that_cannot_be_searched_on(cost: CostModel, data: Any, message: st
 
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_and_interrupted_runs_end_bit_identical(seed: int, tmp_path: Path) -> None:
-    """SIGKILL at 10 random moments, SIGINT or SIGTERM once; the same call again ends as a run that was never stopped."""
+    """SIGKILL at 10 random moments, SIGINT or SIGTERM once; the same call again ends as an undisturbed run."""
     command = [sys.executable, "-m", "tests.oracles.search_runs", "kill", str(tmp_path), "10", str(seed)]
     single = {**os.environ, "OMP_NUM_THREADS": "1"}  # reason: a pool of threads does not outlive a fork
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=single)
