@@ -6,7 +6,7 @@ same number in each split; a file that cannot be read is named, never replaced b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def _numbers(folder: Path, places: Sequence[Path], num_classes: int | None) -> M
     from timm.utils.misc import natural_key
 
     names = {entry.name for place in places for entry in place.iterdir() if entry.is_dir()}
-    names = {name for name in names if any(_found(place / name, None) for place in places)}
+    names = {name for name in names if any(any(_images(place / name)) for place in places)}
     if not names:
         raise DataError(
             f"no images in class folders of {str(folder)!r}; expected a folder a class with image files in it, or "
@@ -126,21 +126,17 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
-def _found(root: Path, numbers: Mapping[str, int] | None) -> list[tuple[str, int]]:
-    """Image files below a folder, by extension, with the number of the class whose folder they are in."""
+def _found(root: Path, numbers: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Image files in the folders of classes, with the number of the class."""
+    return [(str(path), label) for name, label in numbers.items() for path in sorted(_images(root / name))]
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    """Image files below a folder, by extension; none where there is no folder."""
     from timm.data.readers.img_extensions import get_img_extensions
 
-    if not root.is_dir():
-        return []
     known = tuple(get_img_extensions())
-    folders = [(root, 0)] if numbers is None else [(root / name, label) for name, label in numbers.items()]
-    return [
-        (str(path), label)
-        for place, label in folders
-        if place.is_dir()
-        for path in sorted(place.rglob("*"))
-        if path.suffix.lower() in known and path.is_file()
-    ]
+    return (path for path in folder.rglob("*") if path.suffix.lower() in known and path.is_file())
 
 
 def timm_transform(size: tuple[int, int], channels: int, augment: bool, **card: Any) -> Callable[[Image.Image], Tensor]:

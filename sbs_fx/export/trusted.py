@@ -32,9 +32,9 @@ _CONFIGS = {"data/weights/": "weight_", "data/constants/": "tensor_"}
 _TEXTS = 1 << 28  # bytes of all texts together, at most
 _OPERATOR = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.\w+")
 _READ_FILES = {"from_file"}  # operators of aten that open what they are told to
-_PYTHON = {f"_operator.{name}" for name in operator.__all__ if name not in ("attrgetter", "itemgetter", "methodcaller")}
+_NO_SIZES = {"attrgetter", "itemgetter", "methodcaller", "call", "setitem", "delitem"}  # which reach or change objects
+_PYTHON = {f"_operator.{name}" for name in set(operator.__all__) - _NO_SIZES}
 _PYTHON |= {f"math.{name}" for name in ("floor", "ceil", "trunc", "sqrt")}
-_PYTHON -= {"_operator.call", "_operator.setitem", "_operator.delitem"}
 _SIZES = {
     *functions.__all__, "Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Max", "Min", "Eq", "Ne",
     "Equality", "Unequality", "Lt", "Le", "Gt", "Ge", "LessThan", "StrictLessThan", "GreaterThan", "StrictGreaterThan",

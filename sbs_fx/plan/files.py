@@ -11,10 +11,12 @@ import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from sbs_fx.plan.errors import FileError
+from sbs_fx.plan.errors import FileError, PolicyError
+
+_T = TypeVar("_T")
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -49,6 +51,15 @@ def read_text(path: str | os.PathLike[str], expected: str) -> str:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"cannot read {path!r}: {error}; expected {expected}") from error
+
+
+def read_as(path: str | os.PathLike[str], expected: str, parse: Callable[[str], _T]) -> _T:
+    """What `parse` makes of a file of text; its FileError and PolicyError name the path too."""
+    text = read_text(path, expected)
+    try:
+        return parse(text)
+    except (FileError, PolicyError) as error:
+        raise type(error)(f"{os.fspath(path)!r}: {error}") from None
 
 
 def prepare_directory(directory: str | os.PathLike[str]) -> str:

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_vali
 
 from sbs_fx.plan.bits import BITS, FLOAT_BITS
 from sbs_fx.plan.errors import FileError, PolicyError, PolicyMismatch
-from sbs_fx.plan.files import checksum_of, parse_object, read_text, write_atomic
+from sbs_fx.plan.files import checksum_of, parse_object, read_as, write_atomic
 from sbs_fx.plan.plan import Bits, Plan
 from sbs_fx.plan.value import Value
 
@@ -185,11 +185,7 @@ class Policy(Value):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a policy that `save` wrote. Raises FileError or PolicyError, with the path in the message."""
-        text = read_text(path, "a policy.json that `save` wrote")
-        try:
-            return cls.from_json(text)
-        except (FileError, PolicyError) as error:
-            raise type(error)(f"{os.fspath(path)!r}: {error}") from None
+        return read_as(path, "a policy.json that `save` wrote", cls.from_json)
 
     def check(
         self, fingerprint: str, group_sizes: Mapping[str, int], layers: Iterable[str], tensors: Iterable[str]

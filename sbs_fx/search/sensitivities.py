@@ -14,8 +14,8 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import ConfigDict, model_validator
 
-from sbs_fx.plan.errors import ConstraintError, FileError, PolicyError, PolicyMismatch
-from sbs_fx.plan.files import checksum_of, parse_object, read_text, write_atomic
+from sbs_fx.plan.errors import ConstraintError, FileError, PolicyMismatch
+from sbs_fx.plan.files import checksum_of, parse_object, read_as, write_atomic
 from sbs_fx.plan.plan import Kind
 from sbs_fx.plan.value import Value
 from sbs_fx.search.allocation import Allocator, Decision
@@ -85,11 +85,7 @@ class Sensitivities(Value):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Raises FileError or PolicyError, with the path in the message."""
-        text = read_text(path, "a sensitivity.json, which a search that measures losses leaves")
-        try:
-            return cls.from_json(text)
-        except (FileError, PolicyError) as error:
-            raise type(error)(f"{os.fspath(path)!r}: {error}") from None
+        return read_as(path, "a sensitivity.json, which a search that measures losses leaves", cls.from_json)
 
     def decisions(self, problem: Problem) -> list[Decision]:
         """What is free in a problem, at the measured losses.
