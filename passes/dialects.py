@@ -275,7 +275,7 @@ def _has_stated_codes(graph_module: fx.GraphModule, form: Static) -> Iterator[Pr
             continue
         if not codes.numel():
             continue
-        rows = codes.movedim(axis, 0).flatten(1)
+        rows = codes.movedim(axis, 0)[..., None].flatten(1)  # a weight of one dimension has channels of one number
         low, high = rows.amin(1), rows.amax(1)
         channels = (bits,) * len(low) if isinstance(bits, int) else bits
         if len(channels) != len(low):

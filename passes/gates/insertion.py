@@ -253,7 +253,7 @@ class _Builder:
             layer, path = places[0]
             shape = operand(self.nodes[layer.name], path).meta["val"].shape
             dim = layer.outputs % len(shape)
-            channels = int(shape[dim]) if self.per_channel else None
+            channels = int(shape[dim]) if self.per_channel and len(shape) > 1 else None  # a vector has one output
             bits = self._candidates("weight", name)
             gate = SuperBitQuantizer(channels=channels, channel_dim=dim, signed=True, candidates=bits)
             self.weights[name] = self._add("weight_gates", name, gate)

@@ -95,7 +95,7 @@ def _weight_levels(node: fx.Node, name: str, stored: Any, value: Tensor) -> list
     """Channels are coordinates of the axis; of a grouped transposed convolution, within one block of rows each."""
     layer = next(iter(node.users))
     groups = int(layer.args[6]) if layer.target in TRANSPOSED else 1  # type: ignore[arg-type]
-    channels = value.movedim(stored.axis, 0).flatten(1)
+    channels = value.movedim(stored.axis, 0)[..., None].flatten(1)
     blocks = channels.reshape(len(channels) * groups, -1)
     counts = [row.unique().numel() for row in blocks]
     bits = (stored.bits,) * len(channels) if isinstance(stored.bits, int) else stored.bits

@@ -180,7 +180,12 @@ def _own_zero_points(graph: Any) -> None:
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and len(node.input) > 2 and node.input[0] in tensors:
-            values, node.input[2] = numpy_helper.to_array(tensors[node.input[2]]), f"{node.input[0]}_zero_points"
+            values = numpy_helper.to_array(tensors[node.input[2]])
+            if len(tensors[node.input[0]].dims) == 1:  # a vector has one scale, and kernels want it as one number
+                values, scale = values[:1].reshape(()), numpy_helper.to_array(tensors[node.input[1]])[:1].reshape(())
+                node.input[1] = f"{node.input[0]}_one_scale"
+                graph.initializer.append(numpy_helper.from_array(scale, node.input[1]))
+            node.input[2] = f"{node.input[0]}_zero_points"
             graph.initializer.append(numpy_helper.from_array(values, node.input[2]))
     _drop_unread(graph)
 

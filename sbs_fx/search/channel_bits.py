@@ -190,7 +190,7 @@ def _importance(problem: Problem) -> dict[str, Tensor]:
     for name, places in problem.cost.weights.items():
         layer, path = places[0]
         weight = constants.value(operand(nodes[layer.name], path)).detach().double()
-        norms = weight.movedim(layer.outputs % weight.ndim, 0).flatten(1).norm(dim=1)
+        norms = weight.movedim(layer.outputs % weight.ndim, 0)[..., None].flatten(1).norm(dim=1)
         if layer.name in factors and nodes[layer.name].target not in TRANSPOSED:
             norms = norms * factors[layer.name].abs().to(norms.device)
         importance[name] = torch.nan_to_num(norms).cpu()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import sbs_fx
 from sbs_fx.cli import main
@@ -23,7 +25,7 @@ from sbs_fx.export.onnx_graph import for_integer_products
 from sbs_fx.export.packing import pack
 from sbs_fx.export.runtime import flat, layer_names
 from sbs_fx.passes import finalize, integer_grid, integer_joins
-from sbs_fx.passes.dialects import static_of
+from sbs_fx.passes.dialects import Static, static_of, verify
 from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, weight_gates
 from sbs_fx.plan.errors import BackendError, FileError, InputError
 from tests.networks.small import EXAMPLE, Residual, net
@@ -174,6 +176,29 @@ def test_every_layer_of_a_small_transformer_reaches_an_int8_kernel(backend: str)
     assert not targets & {torch.ops.aten.conv2d.default, torch.ops.aten.scaled_dot_product_attention.default}
     with torch.no_grad():
         assert torch.allclose(rewritten(IMAGES), result.model(IMAGES), atol=1e-5)
+
+
+@pytest.mark.parametrize("product", [F.linear, torch.matmul])
+def test_a_weight_of_one_dimension(product: Callable[[Tensor, Tensor], Tensor], tmp_path: Path) -> None:
+    """It has one output, so one scale: an own scale for every number that is summed has no integer kernel."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.vector = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return product(self.first(x).relu().flatten(2).mT, self.vector)
+
+    torch.manual_seed(0)
+    result = sbs_fx.compress(Net().eval(), IMAGES[..., :8, :8], budget=0.04, method="opq")
+    static = finalize(result.gated)
+    verify(static, Static)
+    assert static.vector_scale.unique().numel() == 1
+    want = result.model(IMAGES[..., :8, :8])
+    for format, options in {"onnx": {}, "openvino": {}, "pt2": {}, "onnx int4": {"low_bits": True}}.items():
+        run = result.export(format.split()[0], tmp_path / f"model{SUFFIX[format.split()[0]]}", **options)
+        assert torch.allclose(flat(run(IMAGES[..., :8, :8]))[0], want, atol=0.02 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("format", FORMATS)

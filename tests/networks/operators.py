@@ -359,6 +359,12 @@ def channels_written_into_others(p: nn.ParameterDict, y: Tensor) -> Tensor:
     return z
 
 
+@case(weight=(12,), token=(36,))
+def products_with_a_vector(p: nn.ParameterDict, y: Tensor) -> Tensor:
+    pixels = y.flatten(2).mT
+    return both(F.linear(pixels, p["weight"]), both(pixels @ p["weight"].exp(), y.flatten(2) @ p["token"]))
+
+
 @case(weight=(7, 12))
 def composites_of_what_has_rules(p: nn.ParameterDict, y: Tensor) -> Tensor:
     """None of these has a rule; some are made of others that have none either."""
