@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from sbs_fx.bisection import LARGEST, within_drop
 from sbs_fx.calibration.calibrate import Observations, calibration_batches, observe
+from sbs_fx.calibration.data_free import reconstruct_without_data
 from sbs_fx.calibration.reconstruction import reconstruct
 from sbs_fx.calibration.synthetic import bounds_of
 from sbs_fx.config import Config
@@ -257,10 +258,14 @@ def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: P
     if config.epochs and data is not None:
         job.stage("fine-tune", 0.6)
         tune(gated, graph, job, frozen_masks=bool(plan.nonzeros))
-    elif data is not None and not plan.nonzeros:
+    elif not plan.nonzeros:
         job.stage("reconstruct", 0.6)
-        options: dict[str, Any] = {"settings": config.reconstruction, "seed": config.seed}
-        reconstruct(gated, graph, data, inputs=traced.inputs, groups=groups, kept=plan.kept, **options)
+        options: dict[str, Any] = {"inputs": traced.inputs, "groups": groups, "kept": plan.kept, "seed": config.seed}
+        options["settings"] = config.reconstruction
+        if data is None:
+            reconstruct_without_data(gated, graph, **options)
+        else:
+            reconstruct(gated, graph, data, **options)
     job.stage("finalise", 0.9)
     static = finalize(gated, nonzeros=plan.nonzeros)
     if observed is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from sbs_fx.calibration.blocks import alike, results, subgraph
 from sbs_fx.calibration.columns import Product
-from sbs_fx.calibration.rounding import compensated, damping_of, products, weight_parameters
+from sbs_fx.calibration.rounding import DAMPING, compensated, damping_of, products, weight_parameters
 from sbs_fx.data.batches import Tensors
 from sbs_fx.passes import weight_gates
 from sbs_fx.passes.channels.slim import Slices
@@ -92,13 +92,15 @@ class Statistics:
 
 
 @torch.no_grad()
-def refit(weight: Tensor, gate: SuperBitQuantizer, product: Product, statistics: Statistics) -> Tensor:
+def refit(
+    weight: Tensor, gate: SuperBitQuantizer, product: Product, statistics: Statistics, share: float = DAMPING
+) -> Tensor:
     """The weight with which the layer gives y on x, rounded by the gate, whose range is set.
 
     Least squares, drawn to the given weight by a share of the moments' diagonal, the more the fewer samples there are.
     """
     rows, moments = product.rows(weight).double(), statistics.xx
-    damping = damping_of(moments, statistics.samples)
+    damping = damping_of(moments, statistics.samples, share)
     damped = moments + damping * torch.eye(moments.shape[1]).to(moments)
     rows = torch.linalg.solve(damped, (statistics.yx + damping * rows).mT).mT
     fitted = product.weight(rows).to(weight.dtype)
@@ -123,10 +125,13 @@ class Refits:
 
     Args:
         gated: bits fixed, calibrated. teacher: the float graph. index: kept coordinates of the teacher's tensors.
+        damping: of the least squares.
     """
 
-    def __init__(self, gated: fx.GraphModule, teacher: fx.GraphModule, index: Slices, seed: int) -> None:
-        self.gated, self.teacher, self.index, self.seed = gated, teacher, index, seed
+    def __init__(
+        self, gated: fx.GraphModule, teacher: fx.GraphModule, index: Slices, seed: int, damping: float = DAMPING
+    ) -> None:
+        self.gated, self.teacher, self.index, self.seed, self.damping = gated, teacher, index, seed, damping
         self.types = {node.name: dims for node, dims in index.groups.inference.dims.items()}
         parameters, gates = weight_parameters(gated), weight_gates(gated)
         self.alike = alike(index.groups)
@@ -187,7 +192,7 @@ class Refits:
                 y = y + (sample.other - product.outputs(others[0], sample.places)) * factor
             moments.add(product.columns(x, sample.shape, sample.places), y)
         statistics = moments.finished(centred=bias is not None or mean is not None)
-        parameter.copy_(refit(parameter.detach(), gate, product, statistics))
+        parameter.copy_(refit(parameter.detach(), gate, product, statistics, self.damping))
         added = intercept(product.rows(parameter.detach()), statistics)
         if bias is not None:
             bias.copy_(added)

@@ -15,7 +15,7 @@ Holds: a network that has not changed keeps the trained statistics, to rounding;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,17 +32,23 @@ class NormShift:
     """The statistics of a network in float; `apply` sets those that belong to its decisions.
 
     Args:
-        network: from `insert_gates`, every gate open or searching for nothing, channels all kept, trained statistics.
+        network: from `insert_gates`, trained statistics; without `floats` every gate open, channels all kept.
         batches: of (images, ...), or images, as the graph takes them.
+        floats: statistics of the float network on the batches, by name; None: measured.
     """
 
-    def __init__(self, network: fx.GraphModule, batches: Sequence[Any]) -> None:
+    def __init__(
+        self, network: fx.GraphModule, batches: Sequence[Any], floats: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.network, self.batches = network, batches
         self.names = _statistics(network)
         self.trained = self._read()
-        estimate_norms(network, batches, len(batches))
-        self.floats = self._read()
-        self._write(self.trained)
+        if floats is None:
+            estimate_norms(network, batches, len(batches))
+            self.floats = self._read()
+            self._write(self.trained)
+        else:
+            self.floats = {name: floats[name] for pair in self.names for name in pair}
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from sbs_fx.calibration.blocks import alike, cut_points, results, subgraph
 from sbs_fx.calibration.closed_form import Refits
-from sbs_fx.calibration.rounding import weight_parameters
+from sbs_fx.calibration.rounding import DAMPING, weight_parameters
 from sbs_fx.data.batches import Tensors, in_cache, joined_inputs, read_batches, split_inputs, start_epoch
 from sbs_fx.passes import ChannelGroups, channel_gates, weight_gates
 from sbs_fx.passes.channels.slim import Slices
@@ -42,6 +42,7 @@ class Reconstruction(Value):
     Attributes:
         images: read from the data; None: 1,024, but no more than 256 of 224 x 224 pixels. batch: images of one step.
         steps: of the gradient, in each block, behind the closed form; 0: none.
+        damping: what draws a refitted weight to the given one, as a share of the mean second moment of its inputs.
         tolerance: a block is left as it is where its mean squared error is a smaller share of what the float network
             gives, squared. At 8 bits that is 1e-4 to 1e-3, of which so few images mend a tenth.
         weight_rate: of weights, in steps of their grid. range_rate, affine_rate: of ranges, and of biases and norms, as
@@ -53,6 +54,7 @@ class Reconstruction(Value):
     images: int | None = Field(default=None, ge=1)
     batch: int = Field(default=64, ge=1)
     steps: int = Field(default=0, ge=0)
+    damping: float = Field(default=DAMPING, gt=0)
     tolerance: float = Field(default=2e-3, ge=0)
     weight_rate: float = Field(default=0.1, gt=0)
     range_rate: float = Field(default=0.005, gt=0)
@@ -150,7 +152,7 @@ class _Work:
         self.names = {id(gate): name for name, gate in weight_gates(gated).items()}
         self.parameters = weight_parameters(gated)
         self.calls = _calls(gated)
-        self.refits = Refits(gated, teacher, index, seed)
+        self.refits = Refits(gated, teacher, index, seed, settings.damping)
 
     def error_of_all(self, images: list[Tensors], ends: tuple[str, ...]) -> float:
         """Of the whole network on the batches that judge."""

@@ -44,10 +44,10 @@ def products(network: fx.GraphModule) -> dict[str, tuple[fx.Node, Product]]:
     return found
 
 
-def damping_of(moments: Tensor, samples: int) -> Tensor:
+def damping_of(moments: Tensor, samples: int, share: float = DAMPING) -> Tensor:
     """What is added to the diagonal of (groups, columns, columns) moments, (groups, 1, 1): a share of its mean, more
     where there are fewer than a few samples for each column."""
-    share = DAMPING * max(1.0, _ENOUGH * moments.shape[1] / samples)
+    share = share * max(1.0, _ENOUGH * moments.shape[1] / samples)
     return share * moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)[:, None, None]
 
 
