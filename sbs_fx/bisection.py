@@ -45,16 +45,14 @@ def smallest(
     Raises:
         BudgetError: more than one measure is limited, or even at the largest budget more is lost.
     """
-    if len(largest.limits) != 1:
-        raise BudgetError(
-            f"max_drop with limits {largest.limits}; expected one measure, whose smallest share is sought"
-        )
+    if len(largest.limits) != 1 or largest.amounts:
+        raise BudgetError(f"max_drop with limits {largest.asked}; expected one measure, whose smallest share is sought")
     ((measure, high),) = largest.limits.items()
     steps: list[Step] = []
 
     def attempt(share: float) -> Result | None:
         try:
-            result = compressed(Budget(**{measure: share}))
+            result = compressed(Budget(**{measure: share}))  # type: ignore[arg-type]
         except InfeasibleBudget:
             steps.append(Step(share, None))
             return None

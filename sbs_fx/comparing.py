@@ -117,7 +117,7 @@ def compare(
             "part": part,
             "method": method,
             "task": of_task.name,
-            "budget": limit.limits,
+            "budget": limit.asked,
             "epochs": epochs,
             "config": config.model_dump(mode="json"),
             "versions": current_versions(),
@@ -181,11 +181,13 @@ class _Trial:
         except Interrupted:
             raise
         except SbsError as error:
-            return Point(method=method, budget=limit.limits, outcome=f"{type(error).__name__}: {error}")
+            outcome = f"{type(error).__name__}: {error}"
+            return Point(method=method, budget=limit.limits, amounts=dict(limit.amounts), outcome=outcome)
         cost, whole = result.cost, result.baseline_cost
         return Point(
             method=method,
             budget=limit.limits,
+            amounts=dict(limit.amounts),
             accuracy=self.accuracy(result.model),
             tuned_accuracy=self._tuned(result, place, settings) if self.epochs else None,
             seconds=result.seconds["search"],
@@ -214,7 +216,7 @@ class _Trial:
 
 
 def _place(directory: str, method: str, limit: Budget) -> str:
-    name = "-".join([method, *(f"{measure}-{share:g}" for measure, share in limit.limits.items())])
+    name = "-".join([method, *(f"{measure}-{share:g}" for measure, share in {**limit.limits, **limit.amounts}.items())])
     return os.path.join(directory, "points", name)
 
 

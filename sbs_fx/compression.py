@@ -121,7 +121,7 @@ def compress(
     traced = traced_model(model, example_inputs, dynamic, task, job)
     job.prepare(traced.graph, prepare)
     problem = Problem.of(priced(traced, job, budget), budget, traced.inputs, config.space_of(entry), config.seed)
-    identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.limits}
+    identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.asked}
     if output_dir is not None:
         identity |= {"weights and operators": digest(traced.graph.state_dict(), traced.graph.code), "data": _told(data)}
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
@@ -176,7 +176,7 @@ def apply(
     _check_policy(cost, policy)
     if limits is not None and not limits.is_satisfied_by(total := cost.evaluate(policy.plan)):
         raise BudgetError(
-            f"this policy costs {limits.shares(total)} of the float model; expected at most {limits.limits}"
+            f"this policy costs {limits.shares(total)} of the float model; expected at most {limits.asked}"
         )
     entry = methods().get(policy.method)
     tensors: Mapping[str, torch.Tensor] = {}
@@ -265,7 +265,7 @@ def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: P
         if data is None:
             reconstruct_without_data(gated, graph, **options)
         else:
-            reconstruct(gated, graph, data, **options)
+            reconstruct(gated, graph, data, deadline=job.deadline, **options)
     job.stage("finalise", 0.9)
     static = finalize(gated, nonzeros=plan.nonzeros)
     if observed is not None:

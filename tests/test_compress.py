@@ -117,6 +117,15 @@ def test_progress_is_reported_in_order(net) -> None:
     assert seen[-1] == ("done", 1.0)
 
 
+def test_budgets_as_people_say_them(net) -> None:
+    whole = sbs_fx.compress(net, IMAGES[:2], budget="20x").baseline_cost
+    for measure, text in {"macs": f"{whole.macs / 2e3} K", "size": f"{whole.stored_bits / 48e3} kB, 20x"}.items():
+        result, limits = sbs_fx.compress(net, IMAGES[:2], budget=text), sbs_fx.Budget.parse(text)
+        assert limits.amounts.keys() == {measure}
+        assert limits.is_satisfied_by(result.cost)
+        assert 0.5 * limits.amounts[measure] < result.cost.by_measure[measure] <= limits.amounts[measure]
+
+
 @pytest.mark.parametrize("budget", [0, -0.1, float("nan"), 1.5, "five", "bops=0"])
 def test_meaningless_budgets(net, budget) -> None:
     with pytest.raises(BudgetError):

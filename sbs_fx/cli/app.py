@@ -146,7 +146,8 @@ def methods() -> None:
 def compress(
     model: Model,
     budget: Annotated[
-        str | None, typer.Option(help="share of the float model: 5% (the default), or bops=5%,size=20%")
+        str | None,
+        typer.Option(help="5% of the float BOPs (the default), 20x, bops=5%,size=20%, 300M, 2MB, 5ms"),
     ] = None,
     max_drop: Annotated[
         str | None, typer.Option(metavar="SHARE", help="the smallest that loses no more of the metric, such as 1%")
@@ -245,7 +246,9 @@ def compress(
 def apply(
     model: Model,
     policy: Annotated[str, typer.Argument(metavar="POLICY", help="policy.json of an earlier run")],
-    budget: Annotated[str | None, typer.Option(help="what the policy must keep, such as 5%; default: anything")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="what the policy must keep, such as 5% or 2MB; default: anything")
+    ] = None,
     data: Data = None,
     data_dir: DataDir = None,
     skip_unreadable: SkipUnreadable = False,

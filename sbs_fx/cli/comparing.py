@@ -40,7 +40,7 @@ Out = Annotated[
 def compare(
     model: Model,
     data: LabelledData,
-    budget: Annotated[str, typer.Option(help="share of the float model: 5%, or bops=5%,size=20%")] = "5%",
+    budget: Annotated[str, typer.Option(help="5% of the float BOPs, 20x, bops=5%,size=20%, 300M, 2MB, 5ms")] = "5%",
     methods: Methods = "uniform,sbs",
     part: PartPath = None,
     epochs: Epochs = 0,
@@ -66,7 +66,9 @@ def compare(
 def sweep(
     model: Model,
     data: LabelledData,
-    budgets: Annotated[str, typer.Option(help="shares of the float model's BOPs, by comma")] = "10%,5%,3%,2%,1.5%,1%",
+    budgets: Annotated[
+        str, typer.Option(help="by comma: shares of float BOPs, 300M, 2MB, 5ms")
+    ] = "10%,5%,3%,2%,1.5%,1%",
     methods: Methods = "uniform,sbs",
     part: PartPath = None,
     epochs: Epochs = 0,

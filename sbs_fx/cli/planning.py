@@ -45,7 +45,7 @@ def load_run(directory: str) -> dict[str, Any]:
 
 def replan(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="the --out of an earlier `sbs-fx compress`")],
-    budget: Annotated[str, typer.Option(help="share of the float model: 3%, or bops=5%,size=20%")],
+    budget: Annotated[str, typer.Option(help="3% of the float model's BOPs, 30x, bops=5%,size=20%, 300M, 2MB, 5ms")],
     keep: Keep = None,
     no_prune: NoPrune = None,
     only: Only = None,

@@ -1,8 +1,9 @@
-"""`Budget`: how much of the float model may be left, as shares; frozen, read from text."""
+"""`Budget`: how much of the float model may be left, as shares or amounts; frozen, read from text."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, ClassVar, Self
@@ -26,14 +27,20 @@ class Budget(Value):
     | `Budget(macs=0.5)`               | at most half the multiply-accumulates                          |
     | `Budget(latency=0.25)`           | at most a quarter of the float model's time on this machine    |
     | `Budget(bops=0.05, size=0.2)`    | both                                                           |
-    | `Budget.parse("5%")`             | `Budget(bops=0.05)`; so is `"0.05"`                            |
+    | `Budget(amounts={"macs": 3e8})`  | at most 300 million multiply-accumulates; size in bits,        |
+    |                                  | latency in seconds                                             |
+    | `Budget.parse("5%")`             | `Budget(bops=0.05)`; so are `"0.05"`, `"1/20"` and `"20x"`     |
     | `Budget.parse("bops=5%,size=.2")`| `Budget(bops=0.05, size=0.2)`                                  |
+    | `Budget.parse("300M")`           | so many MACs; with K, M, G, T, and `"bops=2G"`                 |
+    | `Budget.parse("2MB")`            | stored bytes: B, kB, MB, GB, KiB, MiB, GiB                     |
+    | `Budget.parse("5ms")`            | time on this machine: us, ms, s                                |
     | `budget.is_satisfied_by(cost)`   | does the cost keep every limit?                                |
     | `budget.shares(cost)`            | `{"bops": 0.049, "size": 0.13, "macs": 0.6}`, limited or not   |
-    | `budget.limits`                  | `{"bops": 0.05}`, the limits that were given                   |
+    | `budget.limits`                  | `{"bops": 0.05}`, the shares that were given                   |
+    | `budget.asked`                   | `{"bops": "5 %", "macs": "3e+08"}`, all that was given         |
 
     Raises:
-        BudgetError: no limit, or one that is NaN, zero, negative, above 1 or no number.
+        BudgetError: no limit, or one that is NaN, zero, negative, no number, or, of a share, above 1.
     """
 
     model_config = ConfigDict(strict=True)
@@ -43,6 +50,7 @@ class Budget(Value):
     size: float | None = None
     macs: float | None = None
     latency: float | None = None
+    amounts: Mapping[str, float] = {}
 
     @field_validator(*MEASURES)
     @classmethod
@@ -51,9 +59,18 @@ class Budget(Value):
             raise ValueError("expected a share of the float model, above 0 and at most 1, such as 0.05 for 5 %")
         return share
 
+    @field_validator("amounts")
+    @classmethod
+    def _are_amounts(cls, amounts: Mapping[str, float]) -> Mapping[str, float]:
+        if not amounts.keys() <= set(MEASURES) or not all(0 < x < math.inf for x in amounts.values()):
+            raise ValueError(f"expected numbers above 0 by measure, of {MEASURES}")
+        return dict(amounts)
+
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
-        if not self.limits:
+        if both := sorted(self.limits.keys() & self.amounts.keys()):
+            raise ValueError(f"{both[0]} is limited by a share and by an amount; expected one of them")
+        if not self.asked:
             raise ValueError(
                 "no limit given; expected at least one of bops, size, macs, latency, such as Budget(bops=0.05)"
             )
@@ -68,6 +85,12 @@ class Budget(Value):
     def limits(self) -> dict[str, float]:
         return {name: share for name in MEASURES if (share := getattr(self, name)) is not None}
 
+    @property
+    def asked(self) -> dict[str, str]:
+        """All limits by measure, to be read."""
+        shares = {measure: f"{100 * share:g} %" for measure, share in self.limits.items()}
+        return shares | {measure: f"{amount:g}" for measure, amount in self.amounts.items()}
+
     def absolute(self, whole: Mapping[str, Any]) -> dict[str, Any]:
         """The limits in the measures' own units: the largest number, whole but for seconds, whose share of the float
         model's cost is at most that, as numbers are divided here.
@@ -79,10 +102,14 @@ class Budget(Value):
             BudgetError: a limit on what was not measured.
         """
         limits = {}
-        for measure, share in self.limits.items():
+        for measure in self.asked:
             if measure not in whole:
                 raise BudgetError(f"a limit on {measure}, which was not measured; give the cost model a timing")
-            limits[measure] = _largest(share, whole[measure])
+            if measure in self.limits:
+                limits[measure] = _largest(self.limits[measure], whole[measure])
+            else:
+                amount = self.amounts[measure]
+                limits[measure] = min(whole[measure], amount if measure == "latency" else math.floor(amount))
         return limits
 
     def shares(self, cost: Cost) -> dict[str, float]:
@@ -104,22 +131,55 @@ class Budget(Value):
     def parse(cls, text: str) -> Self:
         """Read a budget from text; see the table above. Raises BudgetError."""
         limits: dict[str, float] = {}
+        amounts: dict[str, float] = {}
         for part in text.split(","):
             name, separator, number = (piece.strip() for piece in part.rpartition("="))
-            name = name if separator else "bops"
-            if name not in MEASURES or name in limits:
-                problem = "more than once" if name in limits else f"is unknown; expected one of {MEASURES}"
+            unit = _UNIT.fullmatch(number)
+            measures, factor = _UNITS[unit[2]] if unit else (("bops",), 1.0)
+            name = name if separator else measures[0]
+            if name not in MEASURES or name in limits or name in amounts:
+                problem = f"is unknown; expected one of {MEASURES}" if name not in MEASURES else "more than once"
                 raise BudgetError(f"budget {text!r}: measure {name!r} {problem}. Write it like bops=5%,size=20%.")
+            if unit and name not in measures:
+                raise BudgetError(f"budget {text!r}: {number!r} is no amount of {name}, but of {' or '.join(measures)}")
             try:
-                limits[name] = share_of(number)
+                if unit:
+                    amounts[name] = float(unit[1]) * factor
+                else:
+                    limits[name] = share_of(number)
             except ValueError:
-                raise BudgetError(f"budget {text!r}: {number!r} is no share; expected one like 5% or 0.05") from None
-        return cls(**limits)
+                raise BudgetError(
+                    f"budget {text!r}: {number!r} is no share or amount; expected 5%, 1/20, 20x, 300M, 2MB or 5ms"
+                ) from None
+        return cls(**limits, amounts=amounts)
+
+
+_COUNTED, _STORED, _TIMED = ("macs", "bops"), ("size",), ("latency",)
+_UNITS = {  # as written -> the measures that have it, the first where none is named, and what it is in theirs
+    **{letter: (_COUNTED, 1000.0**i) for i, letter in enumerate("KMGT", 1)},
+    "k": (_COUNTED, 1e3),
+    "B": (_STORED, 8.0),
+    **{f"{letter}B": (_STORED, 8 * 1000.0**i) for i, letter in enumerate("kMGT", 1)},
+    "KB": (_STORED, 8e3),
+    **{f"{letter}iB": (_STORED, 8 * 1024.0**i) for i, letter in enumerate("KMGT", 1)},
+    "us": (_TIMED, 1e-6),
+    "ms": (_TIMED, 1e-3),
+    "s": (_TIMED, 1.0),
+}
+_UNIT = re.compile(rf"(.*?)\s*({'|'.join(_UNITS)})")
 
 
 def share_of(text: str) -> float:
-    """A share as a number: "5%" and "0.05" are the same. Raises ValueError for any other text."""
-    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    """A share as a number: "5%", "0.05", "1/20" and "20x" are the same. Raises ValueError for any other text."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        if text.endswith("x"):
+            return 1 / float(text[:-1])
+        over, _, under = text.partition("/")
+        return float(over) / float(under) if under else float(text)
+    except ZeroDivisionError:
+        raise ValueError(f"{text!r} divides by zero") from None
 
 
 def _largest(share: float, whole: Any) -> Any:

@@ -18,7 +18,7 @@ class Point(BaseModel):
     """What a method made of a model under a budget.
 
     Attributes:
-        budget: share of the float model by measure.
+        budget: share of the float model by measure. amounts: limits that were given in a measure's own unit.
         outcome: "ok", or the error; then everything below is None.
         accuracy, tuned_accuracy: the metric in percent of the static graph, before and after fine-tuning (None: none).
         seconds: until the policy was there, a search's training included.
@@ -29,6 +29,7 @@ class Point(BaseModel):
 
     method: str
     budget: dict[str, float]
+    amounts: dict[str, float] = {}
     outcome: str = "ok"
     accuracy: float | None = None
     tuned_accuracy: float | None = None
@@ -37,6 +38,12 @@ class Point(BaseModel):
     bops_ratio: float | None = None
     size_ratio: float | None = None
     macs_share: float | None = None
+
+    @property
+    def limits(self) -> str:
+        """Shares in percent, amounts as they are."""
+        shares = [f"{measure} {100 * share:g} %" for measure, share in self.budget.items()]
+        return ", ".join([*shares, *(f"{measure} {amount:g}" for measure, amount in self.amounts.items())])
 
     @property
     def best_accuracy(self) -> float | None:
@@ -80,7 +87,7 @@ class Comparison(BaseModel):
         rows += [
             [
                 p.method,
-                ", ".join(f"{m} {100 * share:g} %" for m, share in p.budget.items()),
+                p.limits,
                 _number(p.accuracy, ".2f", " %"),
                 _number(p.tuned_accuracy, ".2f", " %"),
                 _number(p.bops_ratio, ".1f", "x"),
@@ -107,7 +114,7 @@ class Comparison(BaseModel):
         lines.append("* no other point is as accurate at as few BOPs")
         if not self.held_out:
             lines.append("accuracy is of the images that methods were given; nothing was held out")
-        lines += [f"{p.method} at {p.budget}: {p.outcome}" for p in self.points if p.outcome != "ok"]
+        lines += [f"{p.method} at {p.limits}: {p.outcome}" for p in self.points if p.outcome != "ok"]
         return "\n".join(lines)
 
     def save(self, directory: str) -> None:

@@ -339,11 +339,40 @@ def test_budget_from_text() -> None:
     assert Budget.parse("5%") == Budget.parse("0.05") == Budget.parse(" bops = 5 % ") == Budget(bops=0.05)
     assert Budget.parse("bops=5%,size=20%, macs=.5") == Budget(bops=0.05, size=0.2, macs=0.5)
     assert Budget.parse("100%") == Budget(bops=1.0)
-    for text in ("", "%", "5", "0", "-5%", "nan", "101%", "inf", "bop=5%", "bops=", "bops=5%,", "5%,bops=4%", "a=b=1"):
+    assert Budget.parse("20x") == Budget.parse("1/20") == Budget.parse("bops = 20 x ") == Budget(bops=0.05)
+    for text in (
+        *("", "%", "5", "0", "-5%", "nan", "101%", "inf", "bop=5%", "bops=", "bops=5%,", "5%,bops=4%", "a=b=1"),
+        *("0x", "x", "1/0", "/2", "1/", "2/1", "M", "-3M", "0M", "nanMB", "5 Mb", "size=3M", "2MB,size=5%", "3M,4M"),
+    ):
         with pytest.raises(BudgetError):
             Budget.parse(text)
     with pytest.raises(BudgetError, match="'bop'"):
         Budget.parse("bop=5%")
+
+
+@pytest.mark.parametrize(
+    ("text", "amounts"),
+    [
+        ("300M", {"macs": 3e8}),
+        ("bops=2G", {"bops": 2e9}),
+        ("1.5 k", {"macs": 1500.0}),
+        ("2MB", {"size": 16e6}),
+        ("size=1 MiB", {"size": 8 * 2.0**20}),
+        ("5ms", {"latency": 5e-3}),
+        ("300M, 2kB, 0.1 s", {"macs": 3e8, "size": 16e3, "latency": 0.1}),
+    ],
+)
+def test_budget_of_amounts_from_text(text: str, amounts: dict[str, float]) -> None:
+    budget = Budget.parse(text)
+    assert budget == Budget(amounts=amounts)
+    assert budget.limits == {}
+    whole = {"macs": 10**9, "bops": 10**13, "size": 10**8, "latency": 0.02}
+    limits = budget.absolute(whole)
+    assert limits == {measure: min(amount, whole[measure]) for measure, amount in amounts.items()}
+    with pytest.raises(BudgetError, match="5M' is no amount of size, but of macs or bops"):
+        Budget.parse("size=5M")
+    with pytest.raises(BudgetError, match="limited by a share and by an amount"):
+        Budget(macs=0.5, amounts={"macs": 5})
 
 
 # Errors

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sbs_fx
-from sbs_fx.calibration.reconstruction import Reconstruction
+from sbs_fx.calibration.settings import Reconstruction
 from sbs_fx.passes import CostModel
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.cost.polynomial import Polynomial
