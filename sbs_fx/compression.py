@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -127,6 +128,7 @@ def compress(
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
         job.stage("search", 0.35)
         searched = _searched(problem, entry, job)
+        searched = replace(searched, notes=(*searched.notes, *problem.slack(searched.plan)))
         result = _realised(traced, problem.cost, searched, problem.policy(searched.plan, entry.name), job)
         result.sensitivities, result.problem = searched.sensitivities, problem
         result.settings = config.of(entry)

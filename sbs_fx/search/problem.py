@@ -19,6 +19,8 @@ from sbs_fx.plan import Budget, Plan, Policy
 from sbs_fx.plan.errors import InfeasibleBudget
 from sbs_fx.search.space import Space, SpaceSettings
 
+_USED_UP = 0.9  # of a budget
+
 
 @dataclass(frozen=True)
 class Considered:
@@ -109,6 +111,17 @@ class Problem:
             price[measure] / limit if limit else math.inf if price[measure] else 0.0
             for measure, limit in self.limits.items()
         )
+
+    def slack(self, plan: Plan) -> tuple[str, ...]:
+        """What there is to say of a limit that a plan leaves unused, for the report."""
+        used = self.used(plan)
+        if used >= _USED_UP or not all(self.cost.whole[measure] for measure in self.limits):
+            return ()
+        price = self.price(plan)
+        costs = " and ".join(f"{price[m] / self.cost.whole[m]:.2%} of the float {m}" for m in self.limits)
+        if plan == self.space.most:
+            return (f"the budget limits nothing: all channels at their most bits cost {costs}; ask for less",)
+        return (f"{used:.0%} of the budget is used ({costs}): bits, multiples of channels and constraints go in steps",)
 
     @cached_property
     def shares(self) -> dict[str, float]:

@@ -53,6 +53,22 @@ def space_of(cost: CostModel, *constraints: Keep, **settings: Any) -> Space:
 # Limits
 
 
+def test_what_a_plan_leaves_unused_is_told(cost: CostModel) -> None:
+    most, least = (problem(cost).space.plan(bits, bits) for bits in (32, 2))
+    full, part = (cost.price(plan)["bops"] / cost.whole["bops"] for plan in (most, least))
+
+    def told(share: float, plan: Plan) -> str:
+        return " ".join(problem(cost, Budget(bops=share)).slack(plan))
+
+    assert told(full, most) == told(full / 0.95, most) == told(part / 0.95, least) == ""
+    assert told(2 * full, most) == (
+        f"the budget limits nothing: all channels at their most bits cost {full:.2%} of the float bops; ask for less"
+    )
+    assert told(4 * part, least).startswith(
+        f"25% of the budget is used ({part:.2%} of the float bops): bits, multiples"
+    )
+
+
 def test_used_is_the_largest_share_of_a_limit(cost: CostModel) -> None:
     plan = Plan({INNER: (0, 1, 2)}, {"first": 4, "second": 2}, {"relu": 4})
     both = problem(cost)
