@@ -40,7 +40,6 @@ class Row(NamedTuple):
     bits: tuple[int, int] | None
     data: bool = True
     macs: float | None = None
-    minutes: float | None = None
 
 
 ROWS = {
@@ -48,8 +47,6 @@ ROWS = {
     "W4A8": Row("uniform", (4, 8)),
     "W4A4": Row("uniform", (4, 4)),
     "W3A3": Row("uniform", (3, 3)),
-    **{f"W4A4, {m} minutes": Row("uniform", (4, 4), minutes=m) for m in (3, 10, 30, 60)},
-    **{f"W3A3, {m} minutes": Row("uniform", (3, 3), minutes=m) for m in (10, 30)},
     "W8A8, no data": Row("uniform", (8, 8), data=False),
     "opq at W4A8's price, no data": Row("opq", (4, 8), data=False),
     "opq at W4A4's price, no data": Row("opq", (4, 4), data=False),
@@ -90,8 +87,7 @@ def _row(options: argparse.Namespace) -> dict[str, Any]:
     budget = Budget(macs=row.macs) if row.bits is None else _price(net, inputs, row.bits, settings)
     data = list(_pictures(options, "train", net).split(32)) if row.data else None
     since = time.process_time()
-    config = Config(**settings, minutes=row.minutes)
-    result = sbs_fx.compress(net, inputs, budget=budget, method=row.method, data=data, config=config)
+    result = sbs_fx.compress(net, inputs, budget=budget, method=row.method, data=data, config=Config(**settings))
     spent = time.process_time() - since
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes, on Linux
     return {

@@ -25,8 +25,7 @@ from scipy.stats import kendalltau
 from torch.nn import functional as F
 
 from sbs_fx.calibration.calibrate import calibrate
-from sbs_fx.calibration.reconstruction import reconstruct
-from sbs_fx.calibration.settings import Reconstruction
+from sbs_fx.calibration.reconstruction import Reconstruction, reconstruct
 from sbs_fx.passes import apply_bits, channel_groups, cost_model, finalize, insert_gates, slim, trace
 from sbs_fx.passes.channels.importance import group_importance
 from sbs_fx.passes.channels.slim import slim_bits

@@ -267,7 +267,7 @@ def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: P
         if data is None:
             reconstruct_without_data(gated, graph, **options)
         else:
-            reconstruct(gated, graph, data, deadline=job.deadline, **options)
+            reconstruct(gated, graph, data, **options)
     job.stage("finalise", 0.9)
     static = finalize(gated, nonzeros=plan.nonzeros)
     if observed is not None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 
-from sbs_fx.calibration.settings import Reconstruction
+from sbs_fx.calibration.reconstruction import Reconstruction
 from sbs_fx.export.latency import Latency
 from sbs_fx.search.registry import Method, sections
 from sbs_fx.search.space import SpaceSettings
@@ -27,8 +27,6 @@ class Config(SpaceSettings):
         calibration_batches: batches of `data` that calibration reads.
         epochs, learning_rate: fine-tuning with the gates fixed; 0 epochs: none.
         reconstruction: on the data, where nothing is fine-tuned: layers are refitted to give what they gave.
-        minutes: that compression may take, on data and where nothing is fine-tuned: what search and refits leave of
-            them goes into tuning layers by gradient, block by block. None: no time is spent on that.
         uncounted: what to do about operators whose cost nobody knows under a budget of BOPs or MACs: "error", or
             "ignore", which leaves them out of the cost and says so in the report.
         latency: how time is measured if the budget limits it.
@@ -45,7 +43,6 @@ class Config(SpaceSettings):
     epochs: int = Field(default=0, ge=0)
     learning_rate: float = Field(default=0.01, gt=0)
     reconstruction: Reconstruction = Reconstruction()
-    minutes: float | None = Field(default=None, gt=0)
     uncounted: Literal["error", "ignore"] = "error"
     latency: Latency = Latency()
     training: Training = Training()

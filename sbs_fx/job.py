@@ -28,7 +28,7 @@ from sbs_fx.passes.capture.part_search import naming_parts
 from sbs_fx.passes.capture.signature import Inputs, Signature
 from sbs_fx.passes.capture.sound import check_runs, check_weights
 from sbs_fx.plan import Budget
-from sbs_fx.plan.errors import BudgetError, InputError
+from sbs_fx.plan.errors import BudgetError
 from sbs_fx.training import Checkpoints
 from sbs_fx.training.progress import Observer
 from sbs_fx.training.task import Task, set_task
@@ -58,20 +58,9 @@ class Job:
         self._current: str | None = None
         self._since = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self.deadline = None if config.minutes is None else time.monotonic() + 60 * config.minutes
 
     def prepare(self, graph: fx.GraphModule, prepare: Prepare | None) -> None:
-        """Read the data by the names of the tensors that a graph takes.
-
-        Raises:
-            InputError: time is given to tune layers, and there is nothing to tune them on, or fine-tuning does it.
-        """
-        config = self.config
-        if config.minutes is not None and (self.data is None or config.epochs):
-            raise InputError(
-                f"minutes={config.minutes:g} is time to tune layers on data without fine-tuning; "
-                + ("give data" if self.data is None else f"leave it out, or epochs={config.epochs}")
-            )
+        """Read the data by the names of the tensors that a graph takes."""
         if self.part is not None:
             self.data, prepare = self.part.data(self.data, prepare, self.validation), None
         names = [node.name for node in graph.graph.find_nodes(op="placeholder")]

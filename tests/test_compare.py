@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sbs_fx
-from sbs_fx.calibration.settings import Reconstruction
+from sbs_fx.calibration.reconstruction import Reconstruction
 from sbs_fx.comparing import compare
 from sbs_fx.plan.errors import BudgetError, DataError, InputError, MethodError
 from sbs_fx.report.comparison import Comparison, Point

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.calibration.norm_shift import NormShift
-from sbs_fx.calibration.reconstruction import Reconstructed, reconstruct
-from sbs_fx.calibration.settings import Reconstruction
+from sbs_fx.calibration.reconstruction import Reconstructed, Reconstruction, reconstruct
 from sbs_fx.calibration.synthetic import bounds_of, pictures
 from sbs_fx.passes import ChannelGroups
 from sbs_fx.passes.channels.slim import Slices

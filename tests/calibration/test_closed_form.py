@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.calibration.closed_form import Moments, intercept, refit
 from sbs_fx.calibration.columns import Product
-from sbs_fx.calibration.reconstruction import reconstruct
+from sbs_fx.calibration.reconstruction import Reconstruction, reconstruct
 from sbs_fx.calibration.rounding import DAMPING
-from sbs_fx.calibration.settings import Reconstruction
 from sbs_fx.passes import activation_gates, apply_bits, channel_groups, insert_gates, slim, trace, weight_gates
 from tests.oracles.gated import quantiser
 

@@ -13,7 +13,7 @@ import sbs_fx
 from sbs_fx import Config
 from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.calibration.data_free import reconstruct_without_data
-from sbs_fx.calibration.settings import Reconstruction
+from sbs_fx.calibration.reconstruction import Reconstruction
 from sbs_fx.calibration.synthetic import pictures
 from sbs_fx.passes import activation_gates, apply_bits, channel_groups, insert_gates, slim, trace, weight_gates
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,16 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-import sbs_fx
 from sbs_fx.calibration.blocks import cut_points, subgraph
 from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.calibration.columns import Product
-from sbs_fx.calibration.gradient import Tuner
-from sbs_fx.calibration.reconstruction import _ends, reconstruct
+from sbs_fx.calibration.reconstruction import Reconstruction, _ends, reconstruct
 from sbs_fx.calibration.rounding import compensated, input_moments, products, weight_parameters
-from sbs_fx.calibration.settings import Reconstruction
 from sbs_fx.passes import activation_gates, apply_bits, channel_groups, insert_gates, slim, trace, weight_gates
-from sbs_fx.plan.errors import DataError, GraphError, InputError
+from sbs_fx.plan.errors import DataError, GraphError
 from sbs_fx.quantizer.ranges import set_range, weight_top
 from tests.networks.models import SMALLEST, example
 from tests.oracles.gated import check_static, quantiser
@@ -146,43 +140,6 @@ def test_one_image_and_zero_weights() -> None:
     reconstruct(gated, graph, [IMAGES[:1]], inputs=(IMAGES,), groups=groups, settings=FAST)
     assert all(bool(torch.isfinite(p).all()) for p in gated.parameters())
     check_static(gated, IMAGES)
-
-
-@pytest.mark.parametrize("time", [0.0, 400.0])
-def test_time_is_kept_and_shared_among_blocks(time: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that a look at it moves by a second."""
-    data, seconds, begun = torch.randn(64, 1, 8, 8), itertools.count(1), list[int]()
-    clock = SimpleNamespace(monotonic=lambda: float(next(seconds)))
-    monkeypatch.setattr("sbs_fx.calibration.gradient.time", clock)
-    monkeypatch.setattr(Tuner, "__call__", _noting(Tuner.__call__, seconds, begun))
-    graph, groups, gated = prepared(network(), IMAGES, data)
-    options: dict[str, Any] = {"inputs": (IMAGES,), "groups": groups, "settings": Reconstruction(tolerance=0)}
-    rows = reconstruct(gated, graph, [data], **options, deadline=time)
-    assert len(begun) == len(rows) == 4
-    assert time <= next(seconds) <= time + 20
-    alone = prepared(network(), IMAGES, data)[2]
-    reconstruct(alone, graph, [data], **options)
-    if time:
-        assert all(70 <= later - earlier <= 130 for earlier, later in itertools.pairwise(begun))
-        assert distance(gated, graph, data) <= distance(alone, graph, data)
-    else:
-        assert distance(gated, graph, data) == distance(alone, graph, data)
-    check_static(gated, IMAGES)
-
-
-def _noting(call: Any, seconds: Iterator[int], begun: list[int]) -> Any:
-    def noting(self: Tuner, *args: Any) -> None:
-        begun.append(next(seconds))
-        call(self, *args)
-
-    return noting
-
-
-@pytest.mark.parametrize(("data", "epochs", "cause"), [(None, 0, "give data"), (True, 1, "leave it out, or epochs=1")])
-def test_time_that_nothing_can_use_is_refused(data: Any, epochs: int, cause: str) -> None:
-    config = sbs_fx.Config(minutes=5, epochs=epochs)
-    with pytest.raises(InputError, match=f"minutes=5 is time to tune .*{cause}"):
-        sbs_fx.compress(network(), IMAGES, data=data and [(IMAGES, torch.zeros(len(IMAGES)))], config=config)
 
 
 @pytest.mark.parametrize("bits", [2, 3])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sbs_fx
-from sbs_fx.calibration.settings import Reconstruction
+from sbs_fx.calibration.reconstruction import Reconstruction
 from sbs_fx.passes.graph import attribute
 from sbs_fx.plan.errors import DataError, MethodError
 from sbs_fx.search import Ajpq, Opq, Search, TwoStage
