@@ -262,12 +262,12 @@ def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: P
         tune(gated, graph, job, frozen_masks=bool(plan.nonzeros))
     elif not plan.nonzeros:
         job.stage("reconstruct", 0.6)
-        options: dict[str, Any] = {"inputs": traced.inputs, "groups": groups, "kept": plan.kept, "seed": config.seed}
+        options: dict[str, Any] = {"inputs": traced.inputs, "groups": groups, "kept": plan.kept}
         options["settings"] = config.reconstruction
         if data is None:
             reconstruct_without_data(gated, graph, **options)
         else:
-            reconstruct(gated, graph, data, **options)
+            reconstruct(gated, graph, data, seed=config.seed, **options)
     job.stage("finalise", 0.9)
     static = finalize(gated, nonzeros=plan.nonzeros)
     if observed is not None:

@@ -68,7 +68,7 @@ def distance(a: nn.Module, b: nn.Module) -> float:
 
 
 def refit(gated: Any, graph: Any, groups: Any, kept: Any) -> Any:
-    options: dict[str, Any] = {"groups": groups, "kept": kept, "settings": Reconstruction(), "seed": 0}
+    options: dict[str, Any] = {"groups": groups, "kept": kept, "settings": Reconstruction()}
     return reconstruct_without_data(gated, graph, inputs=(views(2, 3),), **options)
 
 
