@@ -82,7 +82,7 @@ def test_it_comes_nearer_on_images_it_has_not_seen(pruned: bool) -> None:
     before, trained = distance(gated, graph), {n: b.clone() for n, b in graph.named_buffers()}
     rows = refit(gated, graph, groups, kept)
     assert any(row.after < row.before for row in rows)
-    assert distance(gated, graph) < 0.5 * before
+    assert distance(gated, graph) < 0.19 * before  # 0.26 and 0.20 where the statistics do not follow
     for n, value in graph.named_buffers():
         assert torch.equal(value, trained[n])
 

@@ -357,6 +357,7 @@ def test_budget_from_text() -> None:
         ("bops=2G", {"bops": 2e9}),
         ("1.5 k", {"macs": 1500.0}),
         ("2MB", {"size": 16e6}),
+        ("100 B", {"size": 800.0}),
         ("size=1 MiB", {"size": 8 * 2.0**20}),
         ("5ms", {"latency": 5e-3}),
         ("300M, 2kB, 0.1 s", {"macs": 3e8, "size": 16e3, "latency": 0.1}),
