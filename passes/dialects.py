@@ -20,6 +20,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # reason: registers torch.ops.quantized_decomposed
 from torch import Tensor, fx, nn
 
+from sbs_fx.passes.graph import channel_rows
 from sbs_fx.plan.errors import GraphError
 from sbs_fx.quantizer.channel_gate import ChannelGate
 from sbs_fx.quantizer.grid import level
@@ -275,7 +276,7 @@ def _has_stated_codes(graph_module: fx.GraphModule, form: Static) -> Iterator[Pr
             continue
         if not codes.numel():
             continue
-        rows = codes.movedim(axis, 0)[..., None].flatten(1)  # a weight of one dimension has channels of one number
+        rows = channel_rows(codes, axis)
         low, high = rows.amin(1), rows.amax(1)
         channels = (bits,) * len(low) if isinstance(bits, int) else bits
         if len(channels) != len(low):

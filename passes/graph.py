@@ -21,6 +21,11 @@ def attribute(graph_module: torch.nn.Module, name: str) -> torch.Tensor:
     return getattr(graph_module.get_submodule(owner), leaf)
 
 
+def channel_rows(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """Values by coordinate of a dimension, (size of it, all others); a tensor of one dimension has one value each."""
+    return tensor.movedim(dim, 0)[..., None].flatten(1)
+
+
 def input_count(module: torch.nn.Module) -> int:
     """How many tensors a graph takes; 1 for any other module."""
     return len(module.graph.find_nodes(op="placeholder")) if isinstance(module, fx.GraphModule) else 1

@@ -52,7 +52,7 @@ def smallest(
 
     def attempt(share: float) -> Result | None:
         try:
-            result = compressed(Budget(**{measure: share}))  # type: ignore[arg-type]
+            result = compressed(largest.model_copy(update={measure: share}))
         except InfeasibleBudget:
             steps.append(Step(share, None))
             return None

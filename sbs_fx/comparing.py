@@ -182,12 +182,12 @@ class _Trial:
             raise
         except SbsError as error:
             outcome = f"{type(error).__name__}: {error}"
-            return Point(method=method, budget=limit.limits, amounts=dict(limit.amounts), outcome=outcome)
+            return Point(method=method, budget=limit.limits, amounts=limit.amounts, outcome=outcome)
         cost, whole = result.cost, result.baseline_cost
         return Point(
             method=method,
             budget=limit.limits,
-            amounts=dict(limit.amounts),
+            amounts=limit.amounts,
             accuracy=self.accuracy(result.model),
             tuned_accuracy=self._tuned(result, place, settings) if self.epochs else None,
             seconds=result.seconds["search"],

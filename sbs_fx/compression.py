@@ -262,8 +262,8 @@ def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: P
         tune(gated, graph, job, frozen_masks=bool(plan.nonzeros))
     elif not plan.nonzeros:
         job.stage("reconstruct", 0.6)
-        options: dict[str, Any] = {"inputs": traced.inputs, "groups": groups, "kept": plan.kept}
-        options["settings"] = config.reconstruction
+        settings = config.reconstruction
+        options: dict[str, Any] = {"inputs": traced.inputs, "groups": groups, "kept": plan.kept, "settings": settings}
         if data is None:
             reconstruct_without_data(gated, graph, **options)
         else:

@@ -114,8 +114,8 @@ def priced(traced: Traced, job: Job, budget: Budget | None) -> CostModel:
     job.stage("channel groups", 0.3)
     groups = channel_groups(graph, keep_outputs=job.config.keep_outputs)
     cost = cost_model(graph, groups)
-    limits = set() if budget is None else budget.asked.keys()
-    if cost.uncounted and limits & {"bops", "macs"} and job.config.uncounted == "error":
+    limits = {} if budget is None else {**budget.limits, **budget.amounts}
+    if cost.uncounted and limits.keys() & {"bops", "macs"} and job.config.uncounted == "error":
         raise BudgetError(
             f"nobody knows what {listed(cost.uncounted)} costs, so that a budget of BOPs or MACs would be met in name "
             "alone; register a formula with torch.utils.flop_counter.register_flop_formula, limit size or latency, or "

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from sbs_fx.passes.dialects import gates_of, static_of
 from sbs_fx.passes.folding import TRANSPOSED
+from sbs_fx.passes.graph import channel_rows
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
 aten = torch.ops.aten
@@ -95,7 +96,7 @@ def _weight_levels(node: fx.Node, name: str, stored: Any, value: Tensor) -> list
     """Channels are coordinates of the axis; of a grouped transposed convolution, within one block of rows each."""
     layer = next(iter(node.users))
     groups = int(layer.args[6]) if layer.target in TRANSPOSED else 1  # type: ignore[arg-type]
-    channels = value.movedim(stored.axis, 0)[..., None].flatten(1)
+    channels = channel_rows(value, stored.axis)
     blocks = channels.reshape(len(channels) * groups, -1)
     counts = [row.unique().numel() for row in blocks]
     bits = (stored.bits,) * len(channels) if isinstance(stored.bits, int) else stored.bits

@@ -24,7 +24,7 @@ from sbs_fx.passes import weight_gates
 from sbs_fx.passes.channels.slim import Slices
 from sbs_fx.passes.folding import CONVOLUTIONS
 from sbs_fx.passes.gates.insertion import BatchNorm
-from sbs_fx.passes.graph import attribute
+from sbs_fx.passes.graph import attribute, channel_rows
 from sbs_fx.passes.static.fold import Constants, batch_norm_folds
 from sbs_fx.quantizer.ranges import best_top, grid_of, set_range, weight_top
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
@@ -243,7 +243,7 @@ class Refits:
         moments = Moments()
         for (x,), (given,) in zip(results(parts[0], now), results(parts[1], real), strict=True):
             y = self.index.select(given, self.types[name])
-            moments.add(*(v.movedim(channel, 0).flatten(1)[:, None] for v in (x, y)))
+            moments.add(*(channel_rows(v, channel)[:, None] for v in (x, y)))
         s = moments.finished(centred=True)
         spread, scale = s.xx[:, 0, 0], torch.ones_like(s.xx[:, 0, 0])
         if weight is not None:

@@ -41,19 +41,18 @@ class NormShift:
         self, network: fx.GraphModule, batches: Sequence[Any], floats: Mapping[str, Tensor] | None = None
     ) -> None:
         self.network, self.batches = network, batches
-        self.names = _statistics(network)
+        self.names = statistics_of(network)
         self.trained = self._read()
         if floats is None:
             estimate_norms(network, batches, len(batches))
-            self.floats = self._read()
-            self._write(self.trained)
-        else:
-            self.floats = {name: floats[name] for pair in self.names for name in pair}
+            floats = self._read()
+            write(network, self.trained)
+        self.floats = floats
 
     @torch.no_grad()
     def apply(self) -> None:
         """Set the statistics of the network as its gates are now. Channels without spread keep the trained ones."""
-        self._write(self.trained)
+        write(self.network, self.trained)
         estimate_norms(self.network, self.batches, len(self.batches))
         now, shifted_values = self._read(), {}
         for mean, var in self.names:
@@ -63,18 +62,20 @@ class NormShift:
             shifted = now[mean] + (self.trained[mean] - self.floats[mean]) * ratio.sqrt()
             shifted_values[mean] = torch.where(usable, shifted, self.trained[mean])
             shifted_values[var] = self.trained[var] * ratio
-        self._write(shifted_values)
+        write(self.network, shifted_values)
 
     def _read(self) -> dict[str, Tensor]:
         return {n: attribute(self.network, n).detach().clone() for pair in self.names for n in pair}
 
-    @torch.no_grad()
-    def _write(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            attribute(self.network, name).copy_(value)
+
+@torch.no_grad()
+def write(network: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
+    """Set parameters and buffers by name, in place."""
+    for name, value in tensors.items():
+        attribute(network, name).copy_(value)
 
 
-def _statistics(network: fx.GraphModule) -> list[tuple[str, str]]:
+def statistics_of(network: fx.GraphModule) -> list[tuple[str, str]]:
     """(mean, var) of every batch norm by their names in the graph, each once."""
     names: dict[tuple[str, str], None] = {}
     for node in network.graph.find_nodes(op="call_module"):

@@ -37,7 +37,7 @@ class Budget(Value):
     | `budget.is_satisfied_by(cost)`   | does the cost keep every limit?                                |
     | `budget.shares(cost)`            | `{"bops": 0.049, "size": 0.13, "macs": 0.6}`, limited or not   |
     | `budget.limits`                  | `{"bops": 0.05}`, the shares that were given                   |
-    | `budget.asked`                   | `{"bops": "5 %", "macs": "3e+08"}`, all that was given         |
+    | `budget.asked`                   | `{"bops": 0.05, "amounts": {"macs": 3e8}}`, all that was given |
 
     Raises:
         BudgetError: no limit, or one that is NaN, zero, negative, no number, or, of a share, above 1.
@@ -50,7 +50,7 @@ class Budget(Value):
     size: float | None = None
     macs: float | None = None
     latency: float | None = None
-    amounts: Mapping[str, float] = {}
+    amounts: dict[str, float] = {}
 
     @field_validator(*MEASURES)
     @classmethod
@@ -61,10 +61,10 @@ class Budget(Value):
 
     @field_validator("amounts")
     @classmethod
-    def _are_amounts(cls, amounts: Mapping[str, float]) -> Mapping[str, float]:
+    def _are_amounts(cls, amounts: dict[str, float]) -> dict[str, float]:
         if not amounts.keys() <= set(MEASURES) or not all(0 < x < math.inf for x in amounts.values()):
             raise ValueError(f"expected numbers above 0 by measure, of {MEASURES}")
-        return dict(amounts)
+        return amounts
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
@@ -86,10 +86,9 @@ class Budget(Value):
         return {name: share for name in MEASURES if (share := getattr(self, name)) is not None}
 
     @property
-    def asked(self) -> dict[str, str]:
-        """All limits by measure, to be read."""
-        shares = {measure: f"{100 * share:g} %" for measure, share in self.limits.items()}
-        return shares | {measure: f"{amount:g}" for measure, amount in self.amounts.items()}
+    def asked(self) -> dict[str, Any]:
+        """The fields that were given, to the last digit."""
+        return self.model_dump(exclude_defaults=True)
 
     def absolute(self, whole: Mapping[str, Any]) -> dict[str, Any]:
         """The limits in the measures' own units: the largest number, whole but for seconds, whose share of the float
@@ -101,15 +100,12 @@ class Budget(Value):
         Raises:
             BudgetError: a limit on what was not measured.
         """
-        limits = {}
-        for measure in self.asked:
+        for measure in {**self.limits, **self.amounts}:
             if measure not in whole:
                 raise BudgetError(f"a limit on {measure}, which was not measured; give the cost model a timing")
-            if measure in self.limits:
-                limits[measure] = _largest(self.limits[measure], whole[measure])
-            else:
-                amount = self.amounts[measure]
-                limits[measure] = min(whole[measure], amount if measure == "latency" else math.floor(amount))
+        limits = {measure: _largest(share, whole[measure]) for measure, share in self.limits.items()}
+        for measure, amount in self.amounts.items():
+            limits[measure] = min(whole[measure], amount if measure == "latency" else math.floor(amount))
         return limits
 
     def shares(self, cost: Cost) -> dict[str, float]:

@@ -18,6 +18,7 @@ from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis, Dim
 from sbs_fx.passes.channels.inference import operand
 from sbs_fx.passes.folding import TRANSPOSED
+from sbs_fx.passes.graph import channel_rows
 from sbs_fx.passes.static.fold import Constants, batch_norm_folds
 from sbs_fx.plan import Plan
 from sbs_fx.plan.bits import FLOAT_BITS
@@ -190,7 +191,7 @@ def _importance(problem: Problem) -> dict[str, Tensor]:
     for name, places in problem.cost.weights.items():
         layer, path = places[0]
         weight = constants.value(operand(nodes[layer.name], path)).detach().double()
-        norms = weight.movedim(layer.outputs % weight.ndim, 0)[..., None].flatten(1).norm(dim=1)
+        norms = channel_rows(weight, layer.outputs % weight.ndim).norm(dim=1)
         if layer.name in factors and nodes[layer.name].target not in TRANSPOSED:
             norms = norms * factors[layer.name].abs().to(norms.device)
         importance[name] = torch.nan_to_num(norms).cpu()

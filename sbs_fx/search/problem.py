@@ -117,8 +117,7 @@ class Problem:
         used = self.used(plan)
         if used >= _USED_UP or not all(self.cost.whole[measure] for measure in self.limits):
             return ()
-        price = self.price(plan)
-        costs = " and ".join(f"{price[m] / self.cost.whole[m]:.2%} of the float {m}" for m in self.limits)
+        costs = " and ".join(f"{share:.2%} of the float {measure}" for measure, share in self._shares_of(plan).items())
         if plan == self.space.most:
             return (f"the budget limits nothing: all channels at their most bits cost {costs}; ask for less",)
         return (f"{used:.0%} of the budget is used ({costs}): bits, multiples of channels and constraints go in steps",)
@@ -128,6 +127,10 @@ class Problem:
         """The limits as shares of the float model."""
         return {measure: limit / self.cost.whole[measure] for measure, limit in self.limits.items()}
 
+    def _shares_of(self, plan: Plan) -> dict[str, float]:
+        """What a plan costs of what is limited, as shares of the float model."""
+        return {measure: price / self.cost.whole[measure] for measure, price in self.price(plan).items()}
+
     def check_feasible(self, method: str) -> None:
         """Raise InfeasibleBudget if the least of everything is over a limit: prices grow with each decision."""
         if not self.fits(self.space.least):
@@ -136,7 +139,7 @@ class Problem:
     def infeasible(self, method: str, least: Plan) -> InfeasibleBudget:
         """The error that says what a method reaches, and which constraints and settings keep it from less."""
         price = self.price(least)
-        reached = {measure: price[measure] / self.cost.whole[measure] for measure in self.limits}
+        reached = self._shares_of(least)
         over = [measure for measure, limit in self.limits.items() if price[measure] > limit] or list(self.limits)
         binding, of_space = [], self.price(self.space.least)
         for name, settings in self.space.relaxations():

@@ -335,6 +335,12 @@ def test_budget_that_means_nothing() -> None:
             Budget(**fields)
 
 
+def test_what_was_asked_for_is_kept_to_the_last_digit() -> None:
+    assert Budget(bops=0.05, macs=None).asked == {"bops": 0.05}
+    assert Budget(size=math.nextafter(0.1, 1)).asked != Budget(size=0.1).asked
+    assert Budget(latency=0.01).asked != Budget(amounts={"latency": 0.01}).asked
+
+
 def test_budget_from_text() -> None:
     assert Budget.parse("5%") == Budget.parse("0.05") == Budget.parse(" bops = 5 % ") == Budget(bops=0.05)
     assert Budget.parse("bops=5%,size=20%, macs=.5") == Budget(bops=0.05, size=0.2, macs=0.5)

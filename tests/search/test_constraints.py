@@ -170,7 +170,7 @@ def test_a_policy_changed_by_hand_and_what_it_may_cost() -> None:
     assert again.policy == fewer
     more = first.policy.changed(weight_bits={"3": 32}, activation_bits={"relu": 32})
     assert sbs_fx.apply(net(), more, EXAMPLE).cost.bops > 0.05 * first.baseline_cost.bops
-    with pytest.raises(BudgetError, match="this policy costs .* of the float model; expected at most .*5 %"):
+    with pytest.raises(BudgetError, match="this policy costs .* of the float model; expected at most .*0.05"):
         sbs_fx.apply(net(), more, EXAMPLE, budget=0.05)
 
 
