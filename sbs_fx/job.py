@@ -26,7 +26,7 @@ from sbs_fx.passes.capture.models import unwrapped
 from sbs_fx.passes.capture.part import Part
 from sbs_fx.passes.capture.part_search import naming_parts
 from sbs_fx.passes.capture.signature import Inputs, Signature
-from sbs_fx.passes.capture.sound import check_runs, check_weights
+from sbs_fx.passes.capture.sound import check_graph, check_weights
 from sbs_fx.plan import Budget
 from sbs_fx.plan.errors import BudgetError
 from sbs_fx.training import Checkpoints
@@ -103,7 +103,7 @@ def traced_model(
     set_task(graph, task)
     card = input_config(module)
     _, inputs = Signature.of(module, called)
-    check_runs(graph, inputs)
+    check_graph(graph)
     metadata: dict[str, Any] = {key: list(card[key]) for key in ("mean", "std") if key in card}
     set_bounds(graph, inputs, metadata)
     return Traced(graph, inputs, metadata)

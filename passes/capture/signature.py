@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,11 @@ class Signature:
         leaves = [self.constants[i] if i in self.constants else next(rest) for i in range(self.spec.num_leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return args, kwargs
+
+    def called(self, module: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+        """What a module gives for copies of these tensors."""
+        args, kwargs = self.call([x.clone() for x in tensors])
+        return module(*args, **kwargs)
 
     def tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """The tensors of a call: of its own structure, or the tensors alone, by place or by name. Raises InputError."""

@@ -5,12 +5,15 @@ In: a module, or its graph and inputs. Out: nothing, or an error that names what
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sbs_fx.passes.graph import attribute
-from sbs_fx.plan.errors import InputError, WeightsError
+from sbs_fx.plan.errors import InputError, TraceError, WeightsError
 
 
 def check_weights(module: nn.Module) -> None:
@@ -28,9 +31,9 @@ def check_weights(module: nn.Module) -> None:
         )
 
 
-def check_runs(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
-    """Refuse statistics that are NaN, texts among the outputs, which no file can hold, and what capture does not see:
-    operators that real tensors do not go through. Raises WeightsError, InputError."""
+def check_graph(graph: fx.GraphModule) -> None:
+    """Refuse statistics that are NaN and texts among the outputs, which no file can hold. Raises WeightsError,
+    InputError."""
     (output,) = graph.graph.find_nodes(op="output")
     if texts := [leaf for leaf in pytree.tree_leaves(output.args) if isinstance(leaf, str)]:
         raise InputError(
@@ -50,11 +53,52 @@ def check_runs(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
                     f"{float(values.max()):.3g}; a variance is a finite number of at least 0: load sound ones",
                     names=[str(variance.target)],
                 )
+
+
+def check_same(graph: fx.GraphModule, call: Callable[[], Any], inputs: Sequence[Tensor]) -> None:
+    """Refuse what capture does not see: operators that real tensors do not go through, and a model that computes
+    something else while it is exported than in a call.
+
+    Args:
+        call: the module on the same inputs; what draws random numbers is not compared.
+
+    Raises:
+        InputError: the graph does not run on these inputs. TraceError: it gives something else.
+    """
+    if any(x.is_meta for x in (*inputs, *graph.parameters(), *graph.buffers())):
+        return
     try:
-        with torch.no_grad():
-            graph(*inputs)
+        given = _tensors(graph(*(x.clone() for x in inputs)))
     except Exception as error:
         raise InputError(
             f"the model was captured, but does not run on the example inputs: {type(error).__name__}: {error}; give "
             "inputs and a model that run together, all of one floating dtype"
         ) from error
+    expected = _tensors(call())
+    problem = _difference(given, expected)
+    if problem and not _difference(expected, _tensors(call())):
+        raise TraceError(
+            f"the model computes something else while it is exported than when it is called: {problem}; a branch of "
+            "forward depends on it (`torch.compiler.is_exporting()` or `is_compiling()`, "
+            "`torch.jit.is_tracing()` or a flag): take the branch of the call, or give a module without it"
+        )
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _difference(given: Sequence[Tensor], expected: Sequence[Tensor]) -> str:
+    """What tells outputs apart beyond rounding, in words; empty if nothing does."""
+    if len(given) != len(expected):
+        return f"{len(given)} tensors instead of {len(expected)}"
+    for i, (a, b) in enumerate(zip(given, expected, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"output {i} is {a.dtype} of {tuple(a.shape)} instead of {b.dtype} of {tuple(b.shape)}"
+        finite = torch.isfinite(a) & torch.isfinite(b)
+        if a.is_floating_point() and bool(finite.any()):
+            x, y = a[finite].double(), b[finite].double()
+            error = float((x - y).norm() / y.norm().clamp_min(torch.finfo(a.dtype).tiny))
+            if error > torch.finfo(a.dtype).eps ** 0.5:
+                return f"output {i} differs by {error:.2g} of its norm"
+    return ""

@@ -17,10 +17,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sbs_fx.passes.capture.canonical import canonicalise
-from sbs_fx.passes.capture.export import Dynamic, dynamic_dims, exported
+from sbs_fx.passes.capture.export import Dynamic, dynamic_dims, exported, quiet_torch
 from sbs_fx.passes.capture.inputs import set_inputs
 from sbs_fx.passes.capture.models import put_in_eval_mode, unwrapped
 from sbs_fx.passes.capture.signature import Inputs, Signature
+from sbs_fx.passes.capture.sound import check_same
 from sbs_fx.passes.capture.unchanged import unchanged
 from sbs_fx.passes.capture.weights import fold_weights, merge_weights
 from sbs_fx.passes.channels.inference import load_rules
@@ -47,8 +48,8 @@ def trace(module: Any, example_inputs: Inputs, *, dynamic: Dynamic | None = None
     Raises:
         InputError: inputs that the model does not take, a batch of 1, or an input on another device.
         GraphError: the rules of another package cannot be loaded.
-        TraceError: `torch.export` could not capture the module, or the module fixes a size that was to change; names
-            the place and the reason.
+        TraceError: `torch.export` could not capture the module, the module fixes a size that was to change, or it
+            computes something else while it is exported; names the place and the reason.
     """
     load_rules()
     module = unwrapped(module)
@@ -59,6 +60,16 @@ def trace(module: Any, example_inputs: Inputs, *, dynamic: Dynamic | None = None
     with unchanged(module):
         put_in_eval_mode(module)
         graph_module, spec = exported(module, signature, tensors, dims)
+    _made_canonical(graph_module, module)
+    with unchanged(module), quiet_torch():  # reason: apart, as what was cached while tensors were fake is forgotten
+        put_in_eval_mode(module)
+        check_same(graph_module, lambda: signature.called(module, tensors), tensors)
+    set_dialect(graph_module, Traced())
+    set_inputs(graph_module, spec)
+    return graph_module
+
+
+def _made_canonical(graph_module: fx.GraphModule, module: nn.Module) -> None:
     _share_storage(graph_module, module)
     _drop_writes(graph_module)
     _register_constants(graph_module)
@@ -70,9 +81,6 @@ def trace(module: Any, example_inputs: Inputs, *, dynamic: Dynamic | None = None
     graph_module.graph.lint()
     _drop_unused_tensors(graph_module)
     graph_module.recompile()
-    set_dialect(graph_module, Traced())
-    set_inputs(graph_module, spec)
-    return graph_module
 
 
 def _apart(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

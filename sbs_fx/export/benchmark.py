@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, fx, nn
 
 from sbs_fx.export.formats import runner
@@ -27,6 +26,9 @@ from sbs_fx.export.runtime import Runner, has_vnni, layer_names, weight_name
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.graph import attribute
 from sbs_fx.plan.errors import BackendError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FLOAT = "float"  # the name of the float model under torch.compile with freezing
 _LEAST_SECONDS = 0.02  # a sample is as many calls as take this long
@@ -89,6 +91,8 @@ class Benchmark:
 
     def tables(self) -> Iterator[Table]:
         """One table of backends, and one of layers per profiled backend, for rich."""
+        from rich.table import Table  # reason: rich draws a random number where it is imported
+
         has_float = any(t.backend == FLOAT for t in self.timings)
         table = Table(title=f"Latency, {self.threads} thread(s), medians of runs in turn")
         for column in ("backend", "batch", "ms", "spread", "images/s", "peak MB", "to float", "int8 layers"):

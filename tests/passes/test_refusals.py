@@ -77,6 +77,29 @@ class Number(Head):
         return self.linear(self.features(x)) * torch.arange(int((x > 9).sum()) + 1)[-1:]
 
 
+class Exporting(Head):
+    """A head that leaves its scale out while it is exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.linear(self.features(x))
+        return logits if torch.compiler.is_exporting() else 2 * logits
+
+
+class Compiling(Head):
+    """A head with a second output in a call alone."""
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        logits = self.linear(self.features(x))
+        return logits if torch.compiler.is_compiling() else (logits, x.mean((2, 3)))
+
+
+class Noisy(Head):
+    """A head whose every call is another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.features(x)) + torch.randn(4)
+
+
 class Named(Head):
     def forward(self, x: Tensor) -> Any:
         return {"scores": self.linear(self.features(x)), "kind": "softmax"}
@@ -192,12 +215,22 @@ def test_a_model_of_another_kind_says_what_to_give(name: str) -> None:
         ),
         (Slope, TraceError, "comes back as a constant, as by torch.autograd.grad inside it; write that as operators"),
         (Named, InputError, "the text 'softmax' is among the model's outputs, which cannot be saved; return tensors"),
+        (
+            Exporting,
+            TraceError,
+            "something else while it is exported .*: output 0 differs by 0.5 of its norm; a branch",
+        ),
+        (Compiling, TraceError, "something else while it is exported .*: 1 tensors instead of 2; a branch of forward"),
         (Number, TraceError, r"keep what int\(...\) or .item\(\) reads there as a plain number of the model"),
     ],
 )
 def test_what_no_graph_can_hold_is_named(kind: type[Head], error: type[SbsError], said: str) -> None:
     with pytest.raises(error, match=said):
         sbs_fx.compress(kind().eval(), torch.randn(4, 3, 8, 8), budget=0.1)
+
+
+def test_what_draws_random_numbers_is_not_taken_for_a_branch() -> None:
+    assert trace(Noisy(), images()).graph.find_nodes(op="call_function", target=torch.ops.aten.randn.default)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
