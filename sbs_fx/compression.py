@@ -232,14 +232,26 @@ def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:
     config, checkpoints = job.config, job.checkpoints if method.resumes else None
     saved = None if checkpoints is None else checkpoints.load("searched")
     if saved is not None:
-        plan = Policy.from_json(saved.state["policy"]).plan
-        return SearchResult(plan, saved.tensors, tuple(saved.state["notes"]))
+        plan, table = Policy.from_json(saved.state["policy"]).plan, saved.state["sensitivities"]
+        measured = None if table is None else Sensitivities.from_json(table)
+        return SearchResult(plan, saved.tensors, tuple(saved.state["notes"]), sensitivities=measured)
     run = Run(
-        job.data, config.of(method), config.training, config.ranges, bool(config.epochs), checkpoints, job.observer
+        job.data,
+        config.of(method),
+        config.training,
+        config.ranges,
+        bool(config.epochs),
+        checkpoints,
+        job.observer,
+        config.executor,
     )
     result = method.search(problem, run)
     if checkpoints is not None:
-        state = {"policy": problem.policy(result.plan, method.name).to_json(), "notes": result.notes}
+        state = {
+            "policy": problem.policy(result.plan, method.name).to_json(),
+            "notes": result.notes,
+            "sensitivities": None if result.sensitivities is None else result.sensitivities.to_json(),
+        }
         checkpoints.save("searched", result.tensors, state)
     return result
 

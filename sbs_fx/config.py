@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
 
 from sbs_fx.calibration.reconstruction import Reconstruction
 from sbs_fx.export.latency import Latency
@@ -31,6 +31,8 @@ class Config(SpaceSettings):
             "ignore", which leaves them out of the cost and says so in the report.
         latency: how time is measured if the budget limits it.
         training: how search and fine-tuning train.
+        executor: of `concurrent.futures` or of its form, such as a `ProcessPoolExecutor` or Dask's; plans are measured
+            by its workers (`two_stage`). No part of what identifies a run.
         seed: of everything random.
     """
 
@@ -46,6 +48,7 @@ class Config(SpaceSettings):
     uncounted: Literal["error", "ignore"] = "error"
     latency: Latency = Latency()
     training: Training = Training()
+    executor: Any = Field(default=None, exclude=True, repr=False)
     seed: int = 0
 
     @model_validator(mode="before")
@@ -65,6 +68,13 @@ class Config(SpaceSettings):
             name: classes[name](**value) if isinstance(value, dict) else value for name, value in settings.items()
         }
         return fields
+
+    @field_validator("executor")
+    @classmethod
+    def _submits(cls, executor: Any) -> Any:
+        if executor is not None and not callable(getattr(executor, "submit", None)):
+            raise ValueError(f"a {type(executor).__name__} is no executor; expected one of concurrent.futures")
+        return executor
 
     def space_of(self, method: Method) -> SpaceSettings:
         """What may be decided, with the bitwidths that a method chooses from where none were asked for."""

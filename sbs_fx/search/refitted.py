@@ -85,7 +85,7 @@ def readings(
                         columns[group.name] = (first[..., None] + torch.arange(width)).flatten(1)
             matrix = moments[name].matrix.double().cpu()
             matrix = matrix + damping_of(matrix, moments[name].samples) * torch.eye(matrix.shape[1]).to(matrix)
-            rows = product.rows(weights[name].detach().float().cpu())[0]
+            rows = product.rows(weights[name].detach().float().cpu())[0].clone()  # reason: weights change with plans
             result[name] = Reading(product, rows, matrix[0].float(), columns)
     return result
 

@@ -8,6 +8,7 @@ depends on a method's name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ class Run:
         settings: of the method, of the class that it registered.
         training: how weights are trained. ranges: how ranges are chosen, as in `calibrate`.
         fine_tunes: whether training follows, so that what is lost may be won back.
-        checkpoints, observer: of a method that takes long.
+        checkpoints, observer: of a method that takes long. executor: whose workers may measure.
     """
 
     data: Any = None
@@ -44,6 +45,7 @@ class Run:
     fine_tunes: bool = False
     checkpoints: Checkpoints | None = None
     observer: Observer | None = None
+    executor: Executor | None = None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from sbs_fx.plan.plan import KINDS_OF_BITS, Kind
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.search.allocation import Allocator, Candidate, Decision
 from sbs_fx.search.dynamic_norm import Predictor
+from sbs_fx.search.measuring import Measuring
 from sbs_fx.search.problem import Considered, Problem, SearchResult
 from sbs_fx.search.ranges import gates_by_bits
 from sbs_fx.search.refitted import Reading, readers_of, readings, removal
@@ -73,6 +74,7 @@ class TwoStage(Value):
     needs="images",
     settings=TwoStage,
     automatic="with data",
+    resumes=True,
 )
 def two_stage(problem: Problem, run: Run) -> SearchResult:
     """Search without training, on images or (images, labels).
@@ -103,19 +105,20 @@ def two_stage(problem: Problem, run: Run) -> SearchResult:
         weight_bits=dict.fromkeys(start.weight_bits, FLOAT_BITS),
         activation_bits=dict.fromkeys(start.activation_bits, FLOAT_BITS),
     )
-    floor = predictor(opened)
+    measuring = Measuring(predictor, run.executor, run.checkpoints)
+    floor = measuring(opened)
     passes = int(search.effort / (macs * predictor.images))
-    decisions = _measured(decisions, opened, floor, predictor, min(search.measured, passes // 4))
+    decisions = _measured(decisions, opened, floor, measuring, min(search.measured, passes // 4))
     table = Sensitivities.of(problem, "two_stage", decisions)
     allocator = Allocator(problem, search.time_limit)
-    scored = [(predictor(candidate.plan), candidate) for candidate in allocator.candidates(decisions)]
+    scored = _scored(allocator.candidates(decisions), measuring)
     for _ in range(search.rounds):
         loss, best = min(scored, key=lambda item: item[0])
-        if loss < floor + _NOTHING or predictor.passes + 2 * len(decisions) > passes:
+        if loss < floor + _NOTHING or len(measuring.asked) + 2 * len(decisions) > passes:
             break
-        near = _around(decisions, best, loss, predictor)
+        near = _around(decisions, best, loss, measuring)
         moves = [allocator.moved(near, best, most) for most in _MOVES]
-        moved = [(predictor(candidate.plan), candidate) for candidate in moves if candidate is not None]
+        moved = _scored([candidate for candidate in moves if candidate is not None], measuring)
         scored += [item for item in moved if item[0] < loss - _NOTHING]
         if scored[-1][0] >= loss:
             break
@@ -218,21 +221,25 @@ def _channel_decision(
     return Decision("channels", name, tuple(counts), losses, order)
 
 
-def _measured(decisions: list[Decision], start: Plan, base: float, predictor: Predictor, count: int) -> list[Decision]:
+def _scored(candidates: Sequence[Candidate], measuring: Measuring) -> list[tuple[float, Candidate]]:
+    return list(zip(measuring.of([candidate.plan for candidate in candidates]), candidates, strict=True))
+
+
+def _measured(decisions: list[Decision], start: Plan, base: float, measuring: Measuring, count: int) -> list[Decision]:
     """Losses measured one by one from the float model, whose own is `base`, the greatest estimates first; the rest
     scaled as its kind is, by the median ratio of measured to estimated."""
     ranked = sorted(
         ((loss, i, k) for i, decision in enumerate(decisions) for k, loss in enumerate(decision.losses)),
         key=lambda item: (-item[0], item[1:]),
     )
+    asked = [(loss, i, k) for loss, i, k in ranked[:count] if loss > 0 and not decisions[i].is_harmless(k)]
     measured: dict[tuple[int, int], float] = {}
     ratios: dict[str, list[float]] = {}
-    for loss, i, k in ranked[:count]:
-        decision = decisions[i]
-        if loss <= 0 or decision.is_harmless(k):
-            continue
-        measured[i, k] = max(predictor(decision.applied(start, k)) - base, 0.0)
-        ratios.setdefault(decision.kind, []).append(measured[i, k] / loss)
+    for (loss, i, k), found in zip(
+        asked, measuring.of([decisions[i].applied(start, k) for _, i, k in asked]), strict=True
+    ):
+        measured[i, k] = max(found - base, 0.0)
+        ratios.setdefault(decisions[i].kind, []).append(measured[i, k] / loss)
     scale = {kind: float(torch.tensor(of_kind).median()) for kind, of_kind in ratios.items()}
     return [
         decision.with_losses(
@@ -242,12 +249,15 @@ def _measured(decisions: list[Decision], start: Plan, base: float, predictor: Pr
     ]
 
 
-def _around(decisions: list[Decision], centre: Candidate, loss: float, predictor: Predictor) -> list[Decision]:
+def _around(decisions: list[Decision], centre: Candidate, loss: float, measuring: Measuring) -> list[Decision]:
     """Decisions with the next choice on either side alone, at losses measured from the plan."""
     near = []
     for decision in decisions:
         at = decision.chosen(centre.plan)
-        places = [k for k in (at - 1, at, at + 1) if 0 <= k < len(decision.choices)]
-        losses = [0.0 if k == at else predictor(decision.applied(centre.plan, k)) - loss for k in places]
-        near.append(decision.only(places, losses))
-    return near
+        near.append([(decision, k) for k in (at - 1, at, at + 1) if 0 <= k < len(decision.choices)])
+    plans = [decision.applied(centre.plan, k) for of_one in near for decision, k in of_one]
+    losses = iter(measuring.of(plans))
+    return [
+        decision.only([k for _, k in of_one], [next(losses) - loss for _ in of_one])
+        for decision, of_one in zip(decisions, near, strict=True)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -188,7 +189,13 @@ class Predicted:
         self.losses, self.asked = losses, list[Plan]()
 
     def __call__(self, plan: Plan) -> float:
-        self.asked.append(plan)
+        return self.of([plan])[0]
+
+    def of(self, plans: Sequence[Plan]) -> list[float]:
+        self.asked += plans
+        return [self._loss(plan) for plan in plans]
+
+    def _loss(self, plan: Plan) -> float:
         return self.losses[f"b{plan.weight_bits['b']}"] + self.losses[f"c{plan.weight_bits['c']}"]
 
 

@@ -21,7 +21,7 @@ from sbs_fx.search import Run, SearchResult, TwoStage, two_stage
 from sbs_fx.search.allocation import Allocator, Decision
 from sbs_fx.search.dynamic_norm import Predictor
 from sbs_fx.search.sensitivity import sensitivity
-from sbs_fx.search.two_stage import _levels
+from sbs_fx.search.two_stage import _levels, evidence_of
 from tests.networks.models import SMALLEST, example
 from tests.oracles.problems import cost_of, problem_of
 from tests.oracles.search_runs import IMAGES, digits, network
@@ -319,6 +319,16 @@ def test_a_layer_with_a_single_choice(trained: CostModel) -> None:
 
 
 # Dynamic BN
+
+
+def test_a_loss_is_the_same_whatever_was_measured_before(trained: CostModel) -> None:
+    """Refits start from the float weights, never from what an earlier plan has left."""
+    given = problem_of(trained, IMAGES, BUDGET)
+    run = Run(digits(shuffle=False), SMALL)
+    fewer = [given.space.most.with_value("channels", "8.weight:0", range(0, 24, step)) for step in (3, 2)]
+    alone = [evidence_of(given, run, SMALL)[1](plan) for plan in fewer]
+    _, predictor = evidence_of(given, run, SMALL)
+    assert [predictor(plan) for plan in (*fewer, *fewer)] == [*alone, *alone]
 
 
 def test_predicted_loss_is_that_of_moved_statistics(trained: CostModel) -> None:
