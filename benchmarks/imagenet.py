@@ -1,11 +1,11 @@
 """What is left of a trained ImageNet network without training it again, by method and plan.
 
 `python benchmarks/imagenet.py --data-dir DIR --weights FILE --out FILE` takes EfficientNet-Lite0 (`--model`: another
-name of timm; `--pretrained`: its published weights, where there is a network) and pictures, {train,test}_images.npy,
-uint8 (N, H, W, 3), with labels of ImageNet as {train,test}_imagenet.npy in DIR. Each row is a process of its own:
-top-1, how often the prediction is the float network's, KL divergence from it in nats, slope of its logits against the
-float ones (each less its image's mean), seconds of CPU and peak memory of the compression. `--rows` picks
-some. Other tools calibrate on the same pictures; those that are not installed are "not run".
+name of timm, such as the transformer that `vit.py` trains; `--pretrained`: its published weights, where there is a
+network) and pictures, {train,test}_images.npy, uint8 (N, H, W, 3), with labels as {train,test}_imagenet.npy in DIR.
+Each row is a process of its own: top-1, how often the prediction is the float network's, KL divergence from it in nats,
+slope of its logits against the float ones (each less its image's mean), seconds of CPU and peak memory of the
+compression. `--rows` picks some. Other tools calibrate on the same pictures; what is not installed is "not run".
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _price(net: nn.Module, inputs: Tensor, bits: tuple[int, int], settings: dict
 
 
 def _network(options: argparse.Namespace) -> nn.Module:
-    net = timm.create_model(options.model, pretrained=options.pretrained).eval()
+    net = timm.create_model(options.model, pretrained=options.pretrained, **json.loads(options.model_args)).eval()
     if options.weights:
         net.load_state_dict({k: v.float() for k, v in load_file(options.weights).items()}, strict=False)
     return net
@@ -139,7 +139,7 @@ def _pictures(options: argparse.Namespace, split: str, net: nn.Module) -> Tensor
 
 
 def _measured(options: argparse.Namespace, net: nn.Module, model: Any) -> dict[str, Any]:
-    labels = torch.from_numpy(np.load(options.data_dir / "test_imagenet.npy").astype(np.int64))[: options.test]
+    labels = torch.from_numpy(np.load(options.data_dir / f"test_{options.labels}.npy").astype(np.int64))[: options.test]
     batches = _pictures(options, "test", net).split(50)
     with torch.no_grad():
         real, given = (torch.cat([torch.as_tensor(f(x)) for x in batches]) for f in (net, model))
@@ -157,6 +157,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--model", default="tf_efficientnet_lite0")
+    parser.add_argument("--model-args", default="{}", help="of timm's create_model, JSON")
+    parser.add_argument("--labels", default="imagenet", help="which labels, test_LABELS.npy")
     parser.add_argument("--weights", help="safetensors of the model's state dict")
     parser.add_argument("--pretrained", action="store_true")
     parser.add_argument("--images", type=int, default=256, help="for calibration")
