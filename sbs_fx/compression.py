@@ -34,6 +34,7 @@ from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.errors import BudgetError, GraphError
 from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report import Report
+from sbs_fx.report.measured import Fidelity, tensors_of
 from sbs_fx.result import Result
 from sbs_fx.search.problem import Problem, SearchResult
 from sbs_fx.search.registry import Method, Run, chosen, methods
@@ -132,6 +133,7 @@ def compress(
         result = _realised(traced, problem.cost, searched, problem.policy(searched.plan, entry.name), job)
         result.sensitivities, result.problem = searched.sensitivities, problem
         result.settings = config.of(entry)
+        result.report = result.report.under(problem.shares)
         if not budget.is_satisfied_by(result.cost):
             raise GraphError(
                 f"the result costs {budget.shares(result.cost)} of the float model, over {budget}", pass_name="compress"
@@ -262,16 +264,23 @@ def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: P
     groups, graph = cost.groups, traced.graph
     _check_policy(cost, policy)
     job.stage("slim", 0.4)
-    gated = insert_gates(slim(with_tensors(graph, searched.tensors), groups, plan.kept), groups, channels=False)
+    looked_at = job.looked_at(traced.inputs, bounds_of(graph))
+    fidelity = Fidelity(graph, looked_at)
+    slimmed = slim(with_tensors(graph, searched.tensors), groups, plan.kept)
+    if plan.nonzeros or any(len(kept) < groups[name].size for name, kept in plan.kept.items()):
+        fidelity.add("pruned", slimmed)
+    gated = insert_gates(slimmed, groups, channels=False)
     apply_bits(gated, slim_bits(groups, plan), plan.activation_bits)
     observed = None
     if _rounds(plan):
         job.stage("calibrate", 0.5)
         observed = observe(gated, data, inputs=traced.inputs, max_batches=config.calibration_batches)
         observed.set_ranges(config.ranges)
+        fidelity.add("quantised", gated)
     if config.epochs and data is not None:
         job.stage("fine-tune", 0.6)
         tune(gated, graph, job, frozen_masks=bool(plan.nonzeros))
+        fidelity.add("fine-tuned", gated)
     elif not plan.nonzeros:
         job.stage("reconstruct", 0.6)
         settings = config.reconstruction
@@ -280,15 +289,18 @@ def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: P
             reconstruct_without_data(gated, graph, **options)
         else:
             reconstruct(gated, graph, data, seed=config.seed, **options)
+        fidelity.add("refitted", gated)
     job.stage("finalise", 0.9)
     static = finalize(gated, nonzeros=plan.nonzeros)
     if observed is not None:
         static = _integer(static, observed, traced.inputs, job)
+    fidelity.add("static", static)
     total = cost.evaluate(plan)
     uncounted = [f"not in the cost, as nobody knows it: {listed(cost.uncounted)}"] if cost.uncounted else []
     of_part = [] if job.part is None else [str(job.part)]
     report = Report.of(groups, cost, policy, total, (*of_part, *searched.notes, *uncounted))
     job.close()
+    report = report.with_measures(tensors_of(gated, looked_at), fidelity.rows, job.seconds, traced.name)
     guarded(static)
     metadata = traced.metadata if job.path is None else {**traced.metadata, "part": job.path}
     return Result(static, policy, total, report, gated, traced.inputs, job.seconds, metadata)

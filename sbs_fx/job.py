@@ -7,15 +7,17 @@ keeps their times. Holds: the model is not changed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from sbs_fx.calibration.synthetic import set_bounds
+from sbs_fx.calibration.calibrate import calibration_batches
+from sbs_fx.calibration.synthetic import Bounds, set_bounds
 from sbs_fx.config import Config
+from sbs_fx.data.batches import Tensors, in_cache, split_inputs
 from sbs_fx.data.prepared import Prepare, prepared
 from sbs_fx.export.latency import latency_model
 from sbs_fx.models import create_model, input_config
@@ -36,6 +38,9 @@ from sbs_fx.training.task import Task, set_task
 Data = Iterable[Any]
 Progress = Callable[[str, float], None]
 Model = nn.Module | ExportedProgram | str
+
+
+_FEWEST_LOOKED_AT, _MOST_LOOKED_AT, _NUMBERS = 8, 256, 1 << 21
 
 
 class Job:
@@ -66,6 +71,13 @@ class Job:
         names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
         self.data, self.validation = (prepared(data, names, prepare) for data in (self.data, self.validation))
 
+    def looked_at(self, inputs: Sequence[torch.Tensor], bounds: Bounds | None) -> list[Tensors]:
+        """A few examples, of the data or made up, for what a report measures; in small batches."""
+        batch = next(calibration_batches(self.data, inputs, 1, bounds=bounds))
+        count = min(_MOST_LOOKED_AT, max(_FEWEST_LOOKED_AT, _NUMBERS // max(x[:1].numel() for x in inputs)))
+        moved = tuple(x.to(e.device, e.dtype) for x, e in zip(batch, inputs, strict=True))
+        return in_cache(split_inputs(moved, count)[0])
+
     def stage(self, name: str, done: float) -> None:
         self.close()
         self._current = name
@@ -80,11 +92,13 @@ class Job:
 
 
 class Traced(NamedTuple):
-    """A float model as a graph; `metadata` has mean and std of images, if the model says so."""
+    """A float model as a graph; `metadata` has mean and std of images, if the model says so; `name`: of its class, or
+    its own."""
 
     graph: fx.GraphModule
     inputs: tuple[torch.Tensor, ...]
     metadata: dict[str, Any]
+    name: str = ""
 
 
 def traced_model(
@@ -106,7 +120,7 @@ def traced_model(
     check_graph(graph)
     metadata: dict[str, Any] = {key: list(card[key]) for key in ("mean", "std") if key in card}
     set_bounds(graph, inputs, metadata)
-    return Traced(graph, inputs, metadata)
+    return Traced(graph, inputs, metadata, model if isinstance(model, str) else type(module).__name__)
 
 
 def priced(traced: Traced, job: Job, budget: Budget | None) -> CostModel:

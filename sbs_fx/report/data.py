@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,7 +15,8 @@ class _Row(BaseModel):
 
 
 class LayerRow(_Row):
-    """One layer. `channels` and `channels_before` count output channels; None where it has no weight."""
+    """One layer: its `node` in the graph, its cost, and before, the float model's. `channels` and `channels_before`
+    count output channels; None where it has no weight."""
 
     name: str
     kind: str
@@ -25,6 +27,11 @@ class LayerRow(_Row):
     params: int
     channels: int | None
     channels_before: int | None
+    node: str = ""
+    stored_bits: int = 0
+    seconds: float = 0.0
+    macs_before: int = 0
+    bops_before: int = 0
 
 
 class GroupRow(_Row):
@@ -45,6 +52,73 @@ class PinRow(_Row):
     sides: tuple[str, ...]
 
 
+class StepRow(_Row):
+    """One node of the float graph, in the order in which it runs.
+
+    Attributes:
+        module: path of the sub-module that calls it. source: file and line of that call, "" if they are not known.
+        reads: places of the steps whose results it takes. shape: of its result, with 0 for what may change.
+        groups: channel groups in its result. pinned: why other coordinates of its result cannot go.
+    """
+
+    name: str
+    operator: str
+    module: str = ""
+    source: str = ""
+    reads: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    groups: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
+
+
+class TensorRow(_Row):
+    """A quantised activation tensor as it was on a few inputs, fake-quantised.
+
+    Attributes:
+        reader: the layer that reads it. low, high: ends of what it held. step: of its grid.
+        sqnr: signal to quantisation noise, dB; None without noise or signal. clipped: the share beyond the grid's ends.
+        spread: the largest channel over the smallest that is not zero, by largest magnitudes. dead: channels of zeros.
+    """
+
+    name: str
+    reader: str
+    bits: int
+    low: float
+    high: float
+    step: float
+    sqnr: float | None
+    clipped: float
+    spread: float
+    dead: int
+    channels: int
+
+
+class StageRow(_Row):
+    """The network after a stage, on a few inputs: mean divergence of its outputs from the float ones in the measure of
+    the task (nats for classes), and of classes the share of equal predictions."""
+
+    name: str
+    divergence: float
+    same: float | None
+    seconds: float = 0.0
+
+
+class Warned(_Row):
+    """What a person may want to look at: the rule, the place, and what to do."""
+
+    rule: str
+    where: str
+    text: str
+
+
+class LimitRow(_Row):
+    """A budget's limit and what was reached, as shares of the float model."""
+
+    measure: str
+    limit: float
+    reached: float
+
+
 class ReportData(_Row):
     """Everything worth knowing about one model under one plan.
 
@@ -56,8 +130,12 @@ class ReportData(_Row):
         prunable_share: of the MACs of convolutions and linears, those with a side that can be pruned.
         accuracy: top-1 in percent (before, after), if it was measured; (before,) of a float model.
         notes: what the method has to say about how it went.
+        model: its class or name. weights, data, command: where they came from, where somebody said.
+        limits: of the budget. steps: the float graph. tensors, stages: measured on a few inputs.
+        warnings: what to look at. seconds: by stage. versions: of what it was made with.
     """
 
+    format: Literal[2] = 2
     method: str | None
     cost: Cost
     layers: tuple[LayerRow, ...]
@@ -67,6 +145,17 @@ class ReportData(_Row):
     prunable_share: float
     accuracy: tuple[float, ...] | None = None
     notes: tuple[str, ...] = ()
+    model: str = ""
+    weights: str = ""
+    data: str = ""
+    command: str = ""
+    limits: tuple[LimitRow, ...] = ()
+    steps: tuple[StepRow, ...] = ()
+    tensors: tuple[TensorRow, ...] = ()
+    stages: tuple[StageRow, ...] = ()
+    warnings: tuple[Warned, ...] = ()
+    seconds: dict[str, float] = {}
+    versions: dict[str, str] = {}
 
     def totals(self) -> list[tuple[str, float, float | None]]:
         """(measure, before, after) of BOPs, MACs, parameters, stored bytes and, if measured, milliseconds and accuracy

@@ -16,9 +16,11 @@ from sbs_fx.passes import ChannelGroups, CostModel
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.dims import Axis, Dim
 from sbs_fx.passes.cost.layers import LayerExpression
-from sbs_fx.plan import Cost, Policy, write_atomic
+from sbs_fx.plan import Cost, Policy, current_versions, write_atomic
 from sbs_fx.plan.errors import FileError
-from sbs_fx.report.data import GroupRow, LayerRow, PinRow, ReportData
+from sbs_fx.report.data import GroupRow, LayerRow, LimitRow, PinRow, ReportData, StageRow, TensorRow
+from sbs_fx.report.lint import warnings_of
+from sbs_fx.report.steps import steps_of
 from sbs_fx.report.text import render
 
 _NAMED_ENDS = ("model input", "model output")
@@ -50,11 +52,30 @@ class Report(ReportData):
             unknown_operators={operator: tuple(nodes) for operator, nodes in unknown.items()},
             prunable_share=cost_model.prunable_share(),
             notes=notes,
+            steps=steps_of(groups),
+            versions=current_versions(),
         )
 
     def with_accuracy(self, *accuracy: float) -> Self:
         """The same report with the metric in percent: (before, after), or that of the float model alone."""
         return self.model_copy(update={"accuracy": accuracy})
+
+    def with_measures(
+        self, tensors: Sequence[TensorRow], stages: Sequence[StageRow], seconds: Mapping[str, float], model: str
+    ) -> Self:
+        """The same report with what was measured of values, and the warnings that follow."""
+        fields = {"tensors": tuple(tensors), "stages": tuple(stages), "seconds": dict(seconds), "model": model}
+        changed = self.model_copy(update=fields)
+        return changed.model_copy(update={"warnings": warnings_of(changed)})
+
+    def under(self, limits: Mapping[str, float]) -> Self:
+        """The same report with the budget's limits, shares of the float model."""
+        whole = (self.cost.reference or self.cost).by_measure
+        rows = [
+            LimitRow(measure=name, limit=limit, reached=self.cost.by_measure[name] / whole[name] if whole[name] else 0)
+            for name, limit in limits.items()
+        ]
+        return self.model_copy(update={"limits": tuple(rows)})
 
     def to_json(self) -> str:
         """The report as JSON."""
@@ -91,7 +112,7 @@ def _layers(groups: ChannelGroups, cost_model: CostModel, kept: Mapping[str, int
         return d.evaluate(dim, lambda axis: of.get(axis, axis.size))
 
     rows = []
-    for expression, layer in zip(cost_model.layers, cost.layers, strict=True):
+    for expression, layer, before in zip(cost_model.layers, cost.layers, cost_model.reference.layers, strict=True):
         outputs = next((dims[i] for dims, i in expression.weights.values()), None)
         rows.append(
             LayerRow(
@@ -104,6 +125,11 @@ def _layers(groups: ChannelGroups, cost_model: CostModel, kept: Mapping[str, int
                 params=layer.params,
                 channels=None if outputs is None else size(outputs, sizes),
                 channels_before=None if outputs is None else size(outputs, {}),
+                node=expression.node,
+                stored_bits=layer.stored_bits,
+                seconds=layer.seconds,
+                macs_before=before.macs,
+                bops_before=before.bops,
             )
         )
     return tuple(sorted(rows, key=lambda row: -row.bops))

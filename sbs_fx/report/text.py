@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from sbs_fx.report.data import ReportData
+from sbs_fx.report.data import ReportData, Warned
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,6 +29,7 @@ def _sections(report: ReportData) -> Iterator[list[str]]:
         for operator, nodes in report.unknown_operators.items()
     ]
     yield [f"note: {note}" for note in report.notes]
+    yield list(_warned(report))
     yield totals(report)
     yield [f"{100 * report.prunable_share:.1f} % of the MACs of convolutions and linears have a prunable side"]
     if report.layers:
@@ -73,6 +74,16 @@ def _sections(report: ReportData) -> Iterator[list[str]]:
                 left=1,
             ),
         ]
+
+
+def _warned(report: ReportData) -> Iterator[str]:
+    """A line a rule: its first warning, and how many more there are."""
+    rules: dict[str, list[Warned]] = {}
+    for warning in report.warnings:
+        rules.setdefault(warning.rule, []).append(warning)
+    for rule, found in rules.items():
+        more = f" ({len(found) - 1} more in report.json)" if len(found) > 1 else ""
+        yield f"warning: {rule}: {found[0].where}: {found[0].text}{more}"
 
 
 def totals(report: ReportData) -> list[str]:

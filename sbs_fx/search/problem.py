@@ -125,7 +125,7 @@ class Problem:
     @cached_property
     def shares(self) -> dict[str, float]:
         """The limits as shares of the float model."""
-        return {measure: limit / self.cost.whole[measure] for measure, limit in self.limits.items()}
+        return {m: limit / self.cost.whole[m] if self.cost.whole[m] else 1.0 for m, limit in self.limits.items()}
 
     def _shares_of(self, plan: Plan) -> dict[str, float]:
         """What a plan costs of what is limited, as shares of the float model."""
