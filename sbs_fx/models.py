@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sbs_fx.plan.errors import InputError, WeightsError
+from sbs_fx.weights import load_weights
 
 PREPARATION = ("mean", "std", "crop_pct", "interpolation", "crop_mode")  # of pictures, as timm names it
 SMALL_MODEL = "test_resnet"  # what the demo trains: 16 convolutions, 0.5 M parameters
@@ -19,11 +20,11 @@ def create_model(name: str, *, pretrained: bool = True, checkpoint: str | None =
 
     Args:
         name: as timm has it, also "hf-hub:OWNER/NAME" and "local-dir:PATH". pretrained: False: random weights, unless
-            `checkpoint`, a file, has others. options: of `timm.create_model`.
+            `checkpoint`, a file, has others (see `sbs_fx.weights`). options: of `timm.create_model`.
 
     Raises:
         InputError: timm knows no such model (the nearest names are listed). WeightsError: there are no published
-        weights, or they cannot be had here.
+        weights, they cannot be had here, or do not fit. FileError: the checkpoint cannot be read.
     """
     import timm
 
@@ -31,11 +32,12 @@ def create_model(name: str, *, pretrained: bool = True, checkpoint: str | None =
         near = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
         raise InputError(f"timm has no model {name!r}; the nearest names are {near}; `timm.list_models()` has all")
     published = pretrained and checkpoint is None
+    of_timm = checkpoint if checkpoint is not None and checkpoint.endswith(".npz") else ""  # arrays of other libraries
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)  # reason: each of ten tries would be told
     try:
-        model: nn.Module = timm.create_model(name, pretrained=published, checkpoint_path=checkpoint or "", **options)
+        model: nn.Module = timm.create_model(name, pretrained=published, checkpoint_path=of_timm, **options)
     except TypeError:  # reason: of arguments that a model does not take
         raise
     except Exception as error:  # reason: each hub has exceptions of its own
@@ -47,6 +49,8 @@ def create_model(name: str, *, pretrained: bool = True, checkpoint: str | None =
         ) from error
     finally:
         hub.setLevel(level)
+    if checkpoint is not None and not of_timm:
+        load_weights(model, checkpoint)
     return model.eval()
 
 

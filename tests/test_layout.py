@@ -14,7 +14,8 @@ ROOT = Path(sbs_fx.__file__).parent
 # Each floor imports from those above it in this list alone; folders of one floor know nothing of one another.
 FLOORS = (
     ("plan",),
-    ("quantizer", "data", "models"),
+    ("quantizer", "data", "weights"),
+    ("models",),
     ("passes",),
     ("training",),
     ("calibration", "report"),

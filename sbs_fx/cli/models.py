@@ -20,7 +20,7 @@ from sbs_fx.models import PREPARATION, create_model, input_config
 from sbs_fx.passes.capture.part import with_part
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.graph import digest
-from sbs_fx.plan.errors import DataError, FileError, InputError, SbsError
+from sbs_fx.plan.errors import DataError, FileError, InputError
 
 
 class NamedModel(NamedTuple):
@@ -61,15 +61,7 @@ def make_model(
         raise FileError(f"there is no checkpoint {checkpoint!r}; expected a file of weights")
 
     def create(**more: Any) -> nn.Module:
-        try:
-            return create_model(name, pretrained=not random_weights, checkpoint=checkpoint, **options, **more)
-        except RuntimeError as error:
-            if checkpoint is None or isinstance(error, SbsError):
-                raise
-            raise InputError(
-                f"the weights in {checkpoint!r} do not fit {name!r}: {str(error).splitlines()[0]}; check "
-                "--num-classes, --in-chans and the model's name"
-            ) from error
+        return create_model(name, pretrained=not random_weights, checkpoint=checkpoint, **options, **more)
 
     if size is None:
         module = create()
