@@ -135,7 +135,11 @@ def write_cut(path: Path, save: Callable[[Path], None]) -> None:
 UNREAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no file": ("no.pth", lambda p: None, "cannot read .*no.pth.*: No such file or directory"),
     "an empty file": ("a.pth", lambda p: p.write_bytes(b""), "is empty: it was cut short; expected weights"),
-    "a text": ("a.pth", lambda p: p.write_text("hello there"), "KeyError.*it was cut short or is none|it holds objects beside tensors"),
+    "a text": (
+        "a.pth",
+        lambda p: p.write_text("hello there"),
+        "KeyError.*it was cut short or is none|it holds objects beside tensors",
+    ),
     "a pickle that runs": ("a.pth", write_pickle, "it holds objects beside tensors, which loading would run"),
     "a whole module": ("a.pth", lambda p: torch.save(net(), p), r"save model.state_dict\(\) alone"),
     "a scripted model": (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Sequence
 from json import dumps
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,8 +46,10 @@ from sbs_fx.cli.options import (
     make_config,
     parse_share,
 )
-from sbs_fx.cli.planning import replan, save_run
+from sbs_fx.cli.planning import dry_run, replan, save_run
 from sbs_fx.cli.progress import METRICS, errors, show_progress, show_steps
+from sbs_fx.cli.running import circumstances, default_directory, rerun, typed
+from sbs_fx.cli.settings import ListSettings, OptionsFile
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,14 +78,15 @@ def _version(
         raise typer.Exit
 
 
-for command in (compare, sweep, export, bench, replan):
+for command in (compare, sweep, export, bench, replan, rerun):
     app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; always ends in SystemExit: 0, 2 for an error of ours or a wrong option, 130 when interrupted."""
     try:
-        app(list(arguments) if arguments is not None else None)
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        app(given, obj=given)
     except KeyboardInterrupt:
         errors.print("interrupted")
         raise SystemExit(130) from None
@@ -144,6 +148,7 @@ def methods() -> None:
 
 @app.command()
 def compress(
+    context: typer.Context,
     model: Model,
     budget: Annotated[
         str | None,
@@ -183,9 +188,17 @@ def compress(
     num_classes: NumClasses = None,
     in_chans: InChans = None,
     out: OutDir = None,
+    dry: Annotated[bool, typer.Option("--dry-run", help="what would be done and what is in reach, and stop")] = False,
+    options_file: OptionsFile = None,
+    list_settings: ListSettings = False,
     json: Json = False,
 ) -> None:
-    """Prune and quantise a model under a budget."""
+    """Prune and quantise a model under a budget.
+
+    sbs-fx compress resnet18 --budget 5%
+
+    sbs-fx compress resnet18 --checkpoint mine.pth --num-classes 3 --data pictures/ --budget 20x -o small
+    """
     from sbs_fx.cli.models import both_splits, make_model
     from sbs_fx.compression import compress as run
     from sbs_fx.plan import Budget
@@ -213,10 +226,15 @@ def compress(
             *(settings or []),
         ],
     )
-    _check_output(out)
+    out = out or default_directory(model, budget, typed(context))
+    if not dry:
+        _check_output(out)
     made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
     errors.print(f"weights: {made.weights}", highlight=False, markup=False, soft_wrap=True)
     train, test = both_splits(made, data, data_dir, batch_size, seed, skip_unreadable)
+    if dry:
+        dry_run(made, limits or Budget.parse("5%"), method, config, has_data=train is not None)
+        return
     with show_progress() as progress, show_steps(out, restart) as observer:
         result = run(
             made.module,
@@ -235,11 +253,12 @@ def compress(
         )
         report = _measured(made.module, result, test, progress, part)
     _finish(made, result, report, out, json)
-    if out is not None:
-        options: dict[str, Any] = {"checkpoint": checkpoint and os.path.abspath(checkpoint)}
-        options |= {"random_weights": random_weights, "weights": made.weights}
-        options |= {"input_size": input_size, "num_classes": num_classes, "in_chans": in_chans, "part": part}
-        save_run(out, model=model, method=result.policy.method, budget=budget, **options)
+    options: dict[str, Any] = {"checkpoint": checkpoint and os.path.abspath(checkpoint)}
+    options |= {"random_weights": random_weights, "weights": made.weights}
+    options |= {"input_size": input_size, "num_classes": num_classes, "in_chans": in_chans, "part": part}
+    options |= {"seed": seed, "settings": config.model_dump(mode="json"), "seconds": result.seconds}
+    options |= circumstances(typed(context), train, test)
+    save_run(out, model=model, method=result.policy.method, budget=budget, **options)
 
 
 @app.command()

@@ -61,7 +61,9 @@ def make_model(
         raise FileError(f"there is no checkpoint {checkpoint!r}; expected a file of weights")
 
     def create(**more: Any) -> nn.Module:
-        return create_model(name, pretrained=not random_weights, checkpoint=checkpoint, **options, **more)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # reason: random weights are the same ones in the next command
+            return create_model(name, pretrained=not random_weights, checkpoint=checkpoint, **options, **more)
 
     if size is None:
         module = create()

@@ -6,10 +6,11 @@ In: options as they were typed. Out: annotated types for typer, and a `Config`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from json import loads
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from sbs_fx.cli.settings import nested
 
 if TYPE_CHECKING:
     from sbs_fx.config import Config
@@ -49,7 +50,10 @@ Keep = Annotated[
 NoPrune = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="layers by name that keep all channels, such as 'layer1'")
 ]
-OutDir = Annotated[str | None, typer.Option("--out", "-o", metavar="DIR", help="where policy, model and report go")]
+OutDir = Annotated[
+    str | None,
+    typer.Option("--out", "-o", metavar="DIR", help="where policy, model and report go; default: out/MODEL-BUDGET"),
+]
 Only = Annotated[str | None, typer.Option(metavar="prune|quantise", help="do one of the two alone")]
 
 
@@ -81,20 +85,8 @@ def make_config(overrides: Sequence[str] = (), **settings: Any) -> Config:
     from sbs_fx.config import Config
 
     chosen = {name: value for name, value in settings.items() if value is not None}
-    for text in overrides:
-        path, equals, value = text.partition("=")
-        *owners, name = path.strip().split(".")
-        place = chosen
-        for owner in owners:
-            place = place.setdefault(owner, {})
-        if not equals or not name or not isinstance(place, dict):
-            raise typer.BadParameter(f"--set {text}: expected NAME=VALUE, such as training.ema=0.999")
-        try:
-            place[name] = loads(value)
-        except ValueError:
-            place[name] = value.strip()
     try:
-        return Config(**chosen)
+        return Config(**{**chosen, **nested(overrides)})
     except ValidationError as error:
         raise typer.BadParameter("; ".join(map(_problem, error.errors()))) from None
 

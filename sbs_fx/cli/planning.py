@@ -16,14 +16,16 @@ from sbs_fx.cli.options import Json, Keep, NoPrune, Only, Overrides, constraints
 from sbs_fx.cli.progress import show_progress
 
 if TYPE_CHECKING:
-    from sbs_fx.plan import Policy
+    from sbs_fx.cli.models import NamedModel
+    from sbs_fx.config import Config
+    from sbs_fx.plan import Budget, Policy
 
 RUN = "run.json"
 _MODEL = ("model", "checkpoint", "random_weights", "input_size", "num_classes", "in_chans")
 
 
 def save_run(directory: str, **options: Any) -> None:
-    """Write what a run was asked for, so that it can be taken up again: the options that make the model, and more."""
+    """Write what a run was asked for and what it depended on, so that it can be taken up again or repeated."""
     from sbs_fx.plan import write_atomic
 
     write_atomic(os.path.join(directory, RUN), (dumps({"format": 1, **options}, indent=1) + "\n").encode())
@@ -91,3 +93,31 @@ def _told(policy: Policy) -> str:
     bits = [b for table in (policy.weight_bits, policy.activation_bits) for b in table.values() if isinstance(b, int)]
     counts = ", ".join(f"{bits.count(b)} at {b}" for b in sorted(set(bits)))
     return f"plan: {gone} of {sum(policy.sizes.values())} channels go; bits of weights and tensors: {counts}"
+
+
+def dry_run(made: NamedModel, limits: Budget, method: str, config: Config, *, has_data: bool) -> None:
+    """Print what would be compressed, by which method, and how far the decisions reach. Raises InfeasibleBudget."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sbs_fx.passes import channel_groups, cost_model, trace
+    from sbs_fx.search import Problem
+    from sbs_fx.search.registry import chosen
+
+    entry = chosen(method, has_data, bool(config.epochs))
+    graph = trace(made.module, made.example_inputs)
+    cost = cost_model(graph, channel_groups(graph, keep_outputs=config.keep_outputs))
+    typer.echo(f"method {entry.name}: {entry.help}; needs {entry.needs}")
+    if "latency" in {**limits.limits, **limits.amounts}:
+        typer.echo("how far a limit on latency reaches is known once layers were timed, which a dry run does not")
+        return
+    problem = Problem.of(cost, limits, (made.example_inputs,), config.space_of(entry), config.seed)
+    rows = problem.price(problem.space.most), problem.price(problem.space.least)
+    table = Table("measure", "float", "limit", "all at most bits", "least in reach")
+    for measure, limit in problem.limits.items():
+        whole = cost.whole[measure]
+        shares = [f"{value:,} ({value / whole:.2%})" if whole else f"{value:,}" for value in (r[measure] for r in rows)]
+        table.add_row(measure, f"{whole:,}", f"{limit:,} ({limit / whole:.2%})", *shares)
+    Console().print(table)
+    problem.check_feasible(entry.name)
+    typer.echo("within reach; nothing was computed or written")
