@@ -70,8 +70,8 @@ class Result:
         return replanned(problem, self.policy.method, self.sensitivities, self.settings)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `policy.json`, `model.pt2`, the report (`.txt`, `.json`, `.html`) and, where losses were
-        measured, `sensitivity.json` into `directory`, each whole or not at all.
+        """Write `policy.json`, `model.pt2`, the report (`.txt`, `.json`, `.html`) and, where losses were measured,
+        `sensitivity.json` into `directory`, each whole or not at all.
 
         Raises:
             FileError: the directory is a file or cannot be written, or the disk is full.

@@ -46,7 +46,8 @@ from sbs_fx.cli.options import (
     parse_share,
 )
 from sbs_fx.cli.planning import replan, save_run
-from sbs_fx.cli.progress import METRICS, errors, show_progress, show_steps
+from sbs_fx.cli.progress import errors, show_progress, show_steps
+from sbs_fx.cli.reporting import report as show_report
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,6 +78,7 @@ def _version(
 
 for command in (compare, sweep, export, bench, replan):
     app.command()(command)
+app.command("report")(show_report)  # reason: `report` is the name of a value here
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -234,12 +236,12 @@ def compress(
             observer=observer,
         )
         report = _measured(made.module, result, test, progress, part)
-    _finish(made, result, report, out, json)
-    if out is not None:
+    if out is not None:  # reason: before the report, whose page tells of it
         options: dict[str, Any] = {"checkpoint": checkpoint and os.path.abspath(checkpoint)}
         options |= {"random_weights": random_weights, "weights": made.weights}
         options |= {"input_size": input_size, "num_classes": num_classes, "in_chans": in_chans, "part": part}
         save_run(out, model=model, method=result.policy.method, budget=budget, **options)
+    _finish(made, result, report, out, json)
 
 
 @app.command()
@@ -326,25 +328,6 @@ def evaluate(
         made = made if with_part is None else with_saved_part(made, with_part)
     accuracy = run(made.module, open_split(made, data, data_dir, "test", batch_size, 0, skip_unreadable))
     typer.echo(dumps({"model": model, "accuracy": accuracy}) if json else f"{model}: {accuracy:.2f} % top-1")
-
-
-@app.command()
-def report(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="the --out of an earlier run")], json: Json = False
-) -> None:
-    """Show the report of an earlier run."""
-    from sbs_fx.plan.files import read_text
-    from sbs_fx.report import Report
-
-    text = read_text(os.path.join(directory, "report.json"), "the --out directory of `sbs-fx compress`")
-    saved = Report.from_json(text)
-    typer.echo(saved.to_json() if json else str(saved), nl=json)
-    metrics = os.path.join(directory, METRICS)
-    if not json and os.path.exists(metrics):
-        from sbs_fx.report.curves import training_lines
-        from sbs_fx.report.monitor import read_metrics
-
-        typer.echo("\n".join(["Training", *training_lines(read_metrics(metrics))]))
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """`Report`: layers, channel groups, pins and totals of one model, before or after compression.
 
-In: channel groups, their cost model, maybe a policy. Out: frozen data that is written as JSON or as a
-page; `str` of it is the text of `sbs_fx.report.text`. Invariant: the layers of a report add up to its cost.
+In: channel groups, their cost model, maybe a policy. Out: frozen data that is written as JSON or as a page; `str` of it
+is the text of `sbs_fx.report.text`. Invariant: the layers of a report add up to its cost.
 """
 
 from __future__ import annotations
