@@ -25,7 +25,9 @@ def report(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="the --out of an earlier run")],
     against: Annotated[str | None, typer.Argument(metavar="[DIR]", help="another one, to compare it with")] = None,
     html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="write the report as one page")] = None,
-    card: Annotated[bool, typer.Option("--card", help="a model card, README.md of a hub, in place of the text")] = False,
+    card: Annotated[
+        bool, typer.Option("--card", help="a model card, README.md of a hub, in place of the text")
+    ] = False,
     node_data: Annotated[
         str | None,
         typer.Option("--node-data", metavar="FILE.json", help="node data of Model Explorer: FILE.bits.json and so on"),
@@ -37,7 +39,9 @@ def report(
     from sbs_fx.plan import write_atomic
 
     if against is not None and (card or json or node_data):
-        raise typer.BadParameter("--card, --json and --node-data are of one directory; of two there are the text and --html")
+        raise typer.BadParameter(
+            "--card, --json and --node-data are of one directory; of two there are the text and --html"
+        )
     if out is not None and not card:
         raise typer.BadParameter(f"--out {out}: that is where a card goes; expected --card as well, or --html FILE")
     saved = _load(directory)
@@ -64,7 +68,9 @@ def _load(directory: str) -> Report:
     from sbs_fx.plan.files import read_text
     from sbs_fx.report import Report
 
-    return Report.from_json(read_text(os.path.join(directory, "report.json"), "the --out directory of `sbs-fx compress`"))
+    return Report.from_json(
+        read_text(os.path.join(directory, "report.json"), "the --out directory of `sbs-fx compress`")
+    )
 
 
 def _show(saved: Report, directory: str, json: bool) -> None:

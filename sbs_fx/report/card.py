@@ -36,7 +36,12 @@ def _metadata(report: ReportData, name: str) -> Iterator[str]:
 
 def _body(report: ReportData, run: Mapping[str, Any], name: str) -> Iterator[str]:
     how = "looked at" if report.method is None else f"pruned and quantised by method `{_plain(report.method)}`"
-    yield from (f"# {_plain(name)}, compressed", "", f"{_plain(name)}, {how} of sbs-fx. The figures are of one example.", "")
+    yield from (
+        f"# {_plain(name)}, compressed",
+        "",
+        f"{_plain(name)}, {how} of sbs-fx. The figures are of one example.",
+        "",
+    )
     yield from ("| | before | after | ratio |", "|---|---:|---:|---:|")
     for measure, before, after in report.totals():
         cells = [measure, amount(before), "" if after is None else amount(after), ratio(measure, before, after)]
@@ -53,7 +58,13 @@ def _body(report: ReportData, run: Mapping[str, Any], name: str) -> Iterator[str
             yield f"- {label}: {_plain(value)}."
     if report.versions:
         yield f"- Made with {', '.join(f'{_plain(k)} {_plain(v)}' for k, v in report.versions.items())}."
-    yield from ("", "```python", "import torch", "import torch.ao.quantization.fx._decomposed  # registers operators", "")
+    yield from (
+        "",
+        "```python",
+        "import torch",
+        "import torch.ao.quantization.fx._decomposed  # registers operators",
+        "",
+    )
     yield from ('model = torch.export.load("model.pt2").module()', "outputs = model(inputs)", "```")
 
 

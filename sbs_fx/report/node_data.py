@@ -21,7 +21,9 @@ def node_data(report: ReportData) -> dict[str, str]:
     layers = [row for row in report.layers if row.node]
     values: dict[str, dict[str, float]] = {
         "bits": {row.node: row.weight_bits for row in layers},
-        "kept": {row.node: row.channels / row.channels_before for row in layers if row.channels and row.channels_before},
+        "kept": {
+            row.node: row.channels / row.channels_before for row in layers if row.channels and row.channels_before
+        },
         "sqnr": {row.name: row.sqnr for row in report.tensors if row.sqnr is not None},
     }
     return {name: _json(results) for name, results in values.items() if results}

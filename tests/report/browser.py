@@ -49,7 +49,11 @@ class Browser:
         command = f'exec "$@" 3<&{take} 4>&{give}'
         arguments = ["sh", "-c", command, "sh", path, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(
-            arguments, pass_fds=(take, give), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            arguments,
+            pass_fds=(take, give),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         os.close(take)
         os.close(give)
@@ -65,7 +69,9 @@ class Browser:
     def __enter__(self) -> Browser:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._write)
         os.close(self._read)
         self._process.terminate()

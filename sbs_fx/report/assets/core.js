@@ -199,7 +199,8 @@ function legend(kind, model) {
     const bar = h("span", { class: "gradient", style: { background: `linear-gradient(to right, ${stops.join(", ")})` } });
     return h("span", { class: "legend" }, entry.text(low), bar, entry.text(high));
   }
-  const values = [...new Set(model.layers.map((row) => Math.round(entry.value(model, row))))].sort((a, b) => a - b);
+  const layers = MODELS.flatMap((each) => each.layers);
+  const values = [...new Set(layers.map((row) => Math.round(entry.value(model, row))))].sort((a, b) => a - b);
   const swatches = values.map((value) => [
     h("span", { class: "swatch", style: { background: entry.colour(value, model) } }),
     h("span", {}, entry.text(value)),

@@ -23,7 +23,7 @@ function strip(model, title, press) {
   drawing.style.setProperty("min-width", `${3 * count}px`);
   drawing.style.setProperty("max-width", `${56 * count}px`);
   const says = h("p", { class: "says", role: "status" });
-  const hint = "Point at a bar, or use the arrow keys; Enter shows the layer in the graph.";
+  const hint = `Point at a bar, or use the arrow keys${press ? "; Enter shows the layer in the graph" : ""}.`;
   let current = -1;
 
   function point(i) {
@@ -85,6 +85,7 @@ function strip(model, title, press) {
 
 function layerColumns(model) {
   const tensor = (row) => model.tensor(row);
+  const stored = model.layers.some((row) => row.stored_bits > 0);
   return [
     { label: "layer", left: true, value: (row) => row.name, show: (row) => named(model, row) },
     { label: "kind", left: true, value: (row) => row.kind },
@@ -101,7 +102,7 @@ function layerColumns(model) {
       text: (row) => percent(model.share(row)),
       show: (row) => shareBar(model.share(row) / model.most.share, percent(model.share(row))),
     },
-    { label: "size", unit: "kB", value: (row) => row.stored_bits / 8e3, text: (row) => fixed(row.stored_bits / 8e3, 1) },
+    { label: "size", unit: "kB", value: (row) => (stored ? row.stored_bits / 8e3 : null), text: (row) => fixed(row.stored_bits / 8e3, 1) },
     { label: "time", unit: "ms", value: (row) => (model.timed ? 1e3 * row.seconds : null), text: (row) => fixed(1e3 * row.seconds, 3) },
     { label: "SQNR", unit: "dB", value: (row) => model.sqnr(row), text: (row) => (model.sqnr(row) === null ? "" : fixed(model.sqnr(row), 1)) },
     { label: "clipped", unit: "%", value: (row) => tensor(row)?.clipped ?? null, text: (row) => (tensor(row) ? percent(tensor(row).clipped, 2) : "") },
@@ -125,7 +126,8 @@ function layerPanel(model, reveal) {
       swatch.style.background = colourOf(kind, model, model.layerOf.get(swatch.dataset.node));
     }
   });
-  const note = "In the order in which they run: upwards the share of BOPs, downwards the share of channels that stay.";
+  const order = model.steps.length ? "In the order in which they run" : "Those with most BOPs first";
+  const note = `${order}: upwards the share of BOPs, downwards the share of channels that stay.`;
   return [
     section("strip", "Layers", note, chooser(model), strip(model, "layers", press)),
     section("layers", "Layer table", "SQNR and clipped share are of the tensor that the layer reads.", table),
@@ -134,10 +136,10 @@ function layerPanel(model, reveal) {
 
 // -- two reports ------------------------------------------------------------------------------------------------------
 
-function changeColumns(first, second, labels) {
+function changeColumns() {
   const pair = (label, part, text, rest = {}) => [
-    { label, unit: labels[0], value: (row) => (row.a ? part(row.a) : null), text: (row) => (row.a ? text(row.a) : ""), ...rest },
-    { label, unit: labels[1], value: (row) => (row.b ? part(row.b) : null), text: (row) => (row.b ? text(row.b) : ""), ...rest },
+    { label, unit: "A", value: (row) => (row.a ? part(row.a) : null), text: (row) => (row.a ? text(row.a) : ""), ...rest },
+    { label, unit: "B", value: (row) => (row.b ? part(row.b) : null), text: (row) => (row.b ? text(row.b) : ""), ...rest },
   ];
   const factor = (row) => (row.a && row.b && row.a.bops ? row.b.bops / row.a.bops - 1 : null);
   return [
@@ -154,13 +156,13 @@ function signed(value, digits) {
 }
 
 function changePanel(first, second, labels) {
-  const names = new Set([...first.layers, ...second.layers].map((row) => row.node || row.name));
-  const of = (model) => new Map(model.layers.map((row) => [row.node || row.name, row]));
+  const names = new Set([...first.layers, ...second.layers].map((row) => row.name));
+  const of = (model) => new Map(model.layers.map((row) => [row.name, row]));
   const [a, b] = [of(first), of(second)];
   const rows = [...names].map((name) => ({ a: a.get(name), b: b.get(name) }));
-  const strips = [first, second].map((model, i) => [h("h3", {}, labels[i]), strip(model, labels[i], null)]);
+  const strips = [first, second].map((model, i) => [h("h3", {}, `${"AB"[i]}: ${labels[i]}`), strip(model, labels[i], null)]);
   return [
     section("strip", "Layers", "Both in the order in which they run, each to its own scale.", chooser(first), ...strips.flat()),
-    section("layers", "Layer table", null, grid(changeColumns(first, second, labels), rows, { filter: "filter layers", csv: "difference.csv", caption: "layers of both" })),
+    section("layers", "Layer table", null, grid(changeColumns(), rows, { filter: "filter layers", csv: "difference.csv", caption: "layers of both" })),
   ];
 }

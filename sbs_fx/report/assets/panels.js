@@ -22,18 +22,23 @@ function titlePanel() {
   const [model, other] = MODELS;
   const { report } = model;
   const { run } = DATA;
-  const name = run.model || report.model || "Model";
+  const name = other ? `${DATA.labels[0]} and ${DATA.labels[1]}` : run.model || report.model || "Model";
+  if (other) {
+    const what = MODELS.map(({ report: { model: kind, method } }, i) => `${"AB"[i]}: ${DATA.labels[i]} (${[kind, method ?? "float"].filter(Boolean).join(", ")})`);
+    return [h("div", { class: "title" }, h("h1", {}, name), themeButton()), h("p", { class: "lede" }, what.join("; "))];
+  }
+  const weights = report.weights || run.weights;
   const parts = [];
-  if (other) parts.push(`${DATA.labels[0]} against ${DATA.labels[1]}`);
-  else if (model.planned) parts.push(["Pruned and quantised by ", h("code", {}, report.method)]);
+  if (model.planned) parts.push(["Pruned and quantised by ", h("code", {}, report.method)]);
   else parts.push("Float model, as it was given");
   if (report.data) parts.push(`data: ${report.data}`);
-  if (report.weights || run.weights) parts.push(`weights: ${report.weights || run.weights}`);
+  if (weights) parts.push(`weights: ${weights}`);
   if (run.part) parts.push(`part: ${run.part}`);
   if (run.model && report.model) parts.push(`class ${report.model}`);
   const lede = parts.flatMap((part, i) => (i ? ["; ", part] : [part])).flat();
-  const limits = other ? [] : budgetLines(model);
-  const notes = other ? [] : report.notes.map((note) => h("p", { class: "note" }, note));
+  const limits = budgetLines(model);
+  const told = report.notes.filter((note) => note !== `weights: ${weights}`);
+  const notes = told.map((note) => h("p", { class: "note" }, note));
   const unknown = Object.entries(report.unknown_operators).map(([operator, nodes]) =>
     h("p", { class: "alarm" }, `Operator without a rule: ${operator} (${plural(nodes.length, "time")}); nothing that it touches can be pruned`),
   );
@@ -94,7 +99,7 @@ function cardPanel() {
     extra.push(card("divergence", significant(last.divergence), "", "from the float model's outputs"));
     cards.splice(rows.length && rows[0][0].startsWith("accuracy") ? 1 : 0, 0, ...extra);
   }
-  return h("section", { id: "summary", class: "cards", "aria-label": "summary" }, cards);
+  return h("section", { id: "summary", class: other ? "cards pairs" : "cards", "aria-label": "summary" }, cards);
 }
 
 // -- warnings ---------------------------------------------------------------------------------------------------------
@@ -148,7 +153,7 @@ function stagePanel(models) {
   const told = models.filter((model) => model.report.stages.length);
   if (!told.length) return [];
   const note = "How far the outputs are from the float model's after each stage, on a few inputs; a bar spans what the stage added or took away.";
-  const parts = told.flatMap((model) => [models.length > 1 ? h("h3", {}, DATA.labels[models.indexOf(model)]) : null, stageTable(model)]);
+  const parts = told.flatMap((model) => [models.length > 1 ? h("h3", {}, `${"AB"[models.indexOf(model)]}: ${DATA.labels[models.indexOf(model)]}`) : null, stageTable(model)]);
   return [section("stages", "From float to static", note, ...parts)];
 }
 
