@@ -156,7 +156,7 @@ class Graph {
     const label = folder ? node.label : node.label ? `${node.label}` : step.operator;
     const spread = total.low === total.high ? bits(total.low) : `${bits(total.low)}–${bits(total.high)}`;
     const row = model.layerOf.get(step.name);
-    const member = this.group && this.has(node);
+    const member = this.group && !node.open && this.has(node);
     const classes = ["line", folder ? "folder" : "", node === this.selected ? "selected" : "", member ? "member" : "", this.model.scalar[node.first] && !folder ? "scalar" : ""];
     const children = [
       h("span", { class: "fold" }, folder ? (node.open ? "▾" : "▸") : ""),

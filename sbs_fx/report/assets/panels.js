@@ -96,7 +96,7 @@ function cardPanel() {
   if (last && !other) {
     const extra = [];
     if (last.same !== null) extra.push(card("equal predictions", fixed(100 * last.same, 1), "%", "with the float model's, on a few inputs"));
-    extra.push(card("divergence", significant(last.divergence), "", "from the float model's outputs"));
+    extra.push(card("divergence", significant(last.divergence, 2), "", "from the float model's outputs"));
     cards.splice(rows.length && rows[0][0].startsWith("accuracy") ? 1 : 0, 0, ...extra);
   }
   return h("section", { id: "summary", class: other ? "cards pairs" : "cards", "aria-label": "summary" }, cards);

@@ -99,6 +99,7 @@ function grid(columns, rows, options = {}) {
   if (options.csv) {
     tools.push(h("button", { type: "button", click: () => download(options.csv, csv(columns, matching())) }, "download CSV"));
   }
+  addEventListener("beforeprint", () => ((all = true), draw()));
   draw();
   const table = h("table", {}, h("thead", {}, h("tr", {}, heads)), body);
   const scroll = h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": options.caption || "table" }, table);
