@@ -80,7 +80,8 @@ def test_compress_leaves_policy_model_and_report(output: Path, capsys: Captured)
 
 def test_a_report_becomes_a_page_a_difference_and_a_card(output: Path, tmp_path: Path, capsys: Captured) -> None:
     out = str(output / "out")
-    assert _run(["report", out, "--html", str(tmp_path / "page.html"), "--node-data", str(tmp_path / "nodes.json")]) == 0
+    files = ["--html", str(tmp_path / "page.html"), "--node-data", str(tmp_path / "nodes.json")]
+    assert _run(["report", out, *files]) == 0
     assert (tmp_path / "page.html").read_text() == (output / "out" / "report.html").read_text()
     assert sorted(p.name for p in tmp_path.iterdir())[:3] == ["nodes.bits.json", "nodes.kept.json", "nodes.sqnr.json"]
     capsys.readouterr()
