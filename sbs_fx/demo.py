@@ -75,8 +75,8 @@ def run(directory: str) -> int:
     path = os.path.join(directory, "model.pt2")
     before, after = evaluate(model, digits("test")), evaluate_afresh(path)
     result.report = result.report.with_accuracy(before, after)
-    result.report.save(os.path.join(directory, "report.txt"))
-    result.report.save(os.path.join(directory, "report.json"))
+    for name in ("report.txt", "report.json", "report.html"):
+        result.report.save(os.path.join(directory, name))
     Console().print(closing_table(result.report))
     ratio = result.baseline_cost.bops / result.cost.bops
     met = ratio >= LEAST_RATIO and before - after <= MOST_POINTS

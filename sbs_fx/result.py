@@ -70,7 +70,7 @@ class Result:
         return replanned(problem, self.policy.method, self.sensitivities, self.settings)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `policy.json`, `model.pt2`, the report (`.txt`, `.json`) and, where losses were measured,
+        """Write `policy.json`, `model.pt2`, the report (`.txt`, `.json`, `.html`) and, where losses were measured,
         `sensitivity.json` into `directory`, each whole or not at all.
 
         Raises:
@@ -81,7 +81,7 @@ class Result:
         self.policy.save(os.path.join(path, "policy.json"))
         if self.sensitivities is not None:
             self.sensitivities.save(os.path.join(path, "sensitivity.json"))
-        for name in ("report.txt", "report.json"):
+        for name in ("report.txt", "report.json", "report.html"):
             self.report.save(os.path.join(path, name))
 
     def export(self, format: str, path: str | os.PathLike[str], **options: Any) -> Runner:

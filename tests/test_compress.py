@@ -250,7 +250,8 @@ def test_a_full_disk_leaves_what_was_there(result, tmp_path, monkeypatch) -> Non
 
 def test_timm_name_and_budget_as_text(tmp_path) -> None:
     result = sbs_fx.compress(timm.create_model("test_resnet"), budget="4%", output_dir=tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pt2", "policy.json", "report.json", "report.txt"]
+    reports = ["report.html", "report.json", "report.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pt2", "policy.json", *reports]
     assert sbs_fx.Budget(bops=0.04).is_satisfied_by(result.cost)
     with pytest.raises(InputError, match="resnet18"):
         sbs_fx.compress("resnet1888")

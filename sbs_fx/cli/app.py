@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from json import dumps
@@ -47,7 +48,8 @@ from sbs_fx.cli.options import (
     parse_share,
 )
 from sbs_fx.cli.planning import dry_run, replan, save_run
-from sbs_fx.cli.progress import METRICS, errors, show_progress, show_steps
+from sbs_fx.cli.progress import errors, show_progress, show_steps
+from sbs_fx.cli.reporting import report as show_report
 from sbs_fx.cli.running import circumstances, default_directory, rerun, typed
 from sbs_fx.cli.settings import ListSettings, OptionsFile
 
@@ -80,6 +82,7 @@ def _version(
 
 for command in (compare, sweep, export, bench, replan, rerun):
     app.command()(command)
+app.command("report")(show_report)  # reason: `report` is the name of a value here
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -195,9 +198,9 @@ def compress(
 ) -> None:
     """Prune and quantise a model under a budget.
 
-    sbs-fx compress resnet18 --budget 5%
+    sbs-fx compress MODEL --budget 5%
 
-    sbs-fx compress resnet18 --checkpoint mine.pth --num-classes 3 --data pictures/ --budget 20x -o small
+    sbs-fx compress MODEL --checkpoint mine.pth --num-classes 3 --data pictures/ --budget 20x -o small
     """
     from sbs_fx.cli.models import both_splits, make_model
     from sbs_fx.compression import compress as run
@@ -252,13 +255,16 @@ def compress(
             observer=observer,
         )
         report = _measured(made.module, result, test, progress, part)
-    _finish(made, result, report, out, json)
     options: dict[str, Any] = {"checkpoint": checkpoint and os.path.abspath(checkpoint)}
     options |= {"random_weights": random_weights, "weights": made.weights}
     options |= {"input_size": input_size, "num_classes": num_classes, "in_chans": in_chans, "part": part}
     options |= {"seed": seed, "settings": config.model_dump(mode="json"), "seconds": result.seconds}
     options |= circumstances(typed(context), train, test)
+    # reason: before the report, whose page tells of it
     save_run(out, model=model, method=result.policy.method, budget=budget, **options)
+    told = {"model": model, "weights": made.weights, "command": shlex.join(["sbs-fx", *typed(context)])}
+    told["data"] = "" if data is None else f"{data}, {options['data']['train']} pictures to calibrate or train on"
+    _finish(made, result, report.model_copy(update=told), out, json)
 
 
 @app.command()
@@ -347,25 +353,6 @@ def evaluate(
     typer.echo(dumps({"model": model, "accuracy": accuracy}) if json else f"{model}: {accuracy:.2f} % top-1")
 
 
-@app.command()
-def report(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="the --out of an earlier run")], json: Json = False
-) -> None:
-    """Show the report of an earlier run."""
-    from sbs_fx.plan.files import read_text
-    from sbs_fx.report import Report
-
-    text = read_text(os.path.join(directory, "report.json"), "the --out directory of `sbs-fx compress`")
-    saved = Report.from_json(text)
-    typer.echo(saved.to_json() if json else str(saved), nl=json)
-    metrics = os.path.join(directory, METRICS)
-    if not json and os.path.exists(metrics):
-        from sbs_fx.report.curves import training_lines
-        from sbs_fx.report.monitor import read_metrics
-
-        typer.echo("\n".join(["Training", *training_lines(read_metrics(metrics))]))
-
-
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
@@ -402,11 +389,13 @@ def _finish(made: NamedModel, result: Result, report: Report, directory: str | N
     if json:
         typer.echo(report.to_json())
         return
-    from sbs_fx.report.text import closing_table
+    from sbs_fx.report.text import closing_table, warned
 
     Console().print(closing_table(report))
     for note in report.notes:
         typer.echo(f"note: {note}")
+    for line in warned(report):
+        typer.echo(line)
     if directory is not None:
         typer.echo(f"policy.json, model.pt2 and the report are in {directory}")
 

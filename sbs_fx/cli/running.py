@@ -80,7 +80,7 @@ def rerun(
     out: Annotated[str | None, typer.Option("--out", "-o", metavar="DIR", help="default: DIR-again")] = None,
 ) -> None:
     """The same command again, in a directory of its own, and whether the same bytes came of it."""
-    from sbs_fx.cli.app import main
+    from sbs_fx.cli import main
     from sbs_fx.plan.errors import FileError
 
     asked = load_run(directory)

@@ -1,7 +1,7 @@
 """`Report`: layers, channel groups, pins and totals of one model, before or after compression.
 
-In: channel groups, their cost model, maybe a policy. Out: frozen data that is written as JSON; `str` of it is the text
-of `sbs_fx.report.text`. Invariant: the layers of a report add up to its cost.
+In: channel groups, their cost model, maybe a policy. Out: frozen data that is written as JSON or as a page; `str` of it
+is the text of `sbs_fx.report.text`. Invariant: the layers of a report add up to its cost.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sbs_fx.plan import Cost, Policy, current_versions, write_atomic
 from sbs_fx.plan.errors import FileError
 from sbs_fx.report.data import GroupRow, LayerRow, LimitRow, PinRow, ReportData, StageRow, TensorRow
 from sbs_fx.report.lint import warnings_of
+from sbs_fx.report.page import Extras, page
 from sbs_fx.report.steps import steps_of
 from sbs_fx.report.text import render
 
@@ -97,8 +98,15 @@ class Report(ReportData):
             ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report, all of it or nothing: JSON if the name ends in ".json", else text. Raises FileError."""
-        text = self.to_json() if os.fspath(path).endswith(".json") else str(self)
+        """Write the report, all of it or nothing: JSON if the name ends in ".json", a page if in ".html", else text.
+
+        A page has what lies beside it too: see `Extras`. Raises FileError.
+        """
+        name = os.fspath(path)
+        if name.endswith(".html"):
+            text = page(self, Extras.of(os.path.dirname(name)))
+        else:
+            text = self.to_json() if name.endswith(".json") else str(self)
         write_atomic(path, f"{text.rstrip()}\n".encode())
 
     def __str__(self) -> str:

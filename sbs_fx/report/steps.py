@@ -21,6 +21,7 @@ from sbs_fx.report.data import StepRow
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _LIBRARY = f"{os.sep}torch{os.sep}"
 _PACKAGES = "site-packages"
+_PLACEHOLDER = "_empty_nn_module_stack"  # what export names where no module calls
 
 
 def steps_of(groups: ChannelGroups) -> tuple[StepRow, ...]:
@@ -69,7 +70,8 @@ def _operator(node: fx.Node) -> str:
 
 def _module(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    return str(next(reversed(list(stack.values())), ("",))[0])
+    path = str(next(reversed(list(stack.values())), ("",))[0])
+    return "" if path.startswith(_PLACEHOLDER) else path
 
 
 def _source(node: fx.Node) -> str:

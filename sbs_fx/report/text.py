@@ -29,7 +29,7 @@ def _sections(report: ReportData) -> Iterator[list[str]]:
         for operator, nodes in report.unknown_operators.items()
     ]
     yield [f"note: {note}" for note in report.notes]
-    yield list(_warned(report))
+    yield list(warned(report))
     yield totals(report)
     yield [f"{100 * report.prunable_share:.1f} % of the MACs of convolutions and linears have a prunable side"]
     if report.layers:
@@ -76,7 +76,7 @@ def _sections(report: ReportData) -> Iterator[list[str]]:
         ]
 
 
-def _warned(report: ReportData) -> Iterator[str]:
+def warned(report: ReportData) -> Iterator[str]:
     """A line a rule: its first warning, and how many more there are."""
     rules: dict[str, list[Warned]] = {}
     for warning in report.warnings:

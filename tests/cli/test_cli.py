@@ -59,6 +59,7 @@ def test_compress_leaves_policy_model_and_report(output: Path, capsys: Captured)
     assert sorted(p.name for p in (output / "out").iterdir()) == [
         "model.pt2",
         "policy.json",
+        "report.html",
         "report.json",
         "report.txt",
         "run.json",
@@ -71,7 +72,29 @@ def test_compress_leaves_policy_model_and_report(output: Path, capsys: Captured)
     assert report.accuracy is not None
     assert len(report.accuracy) == 2
     assert _run(["report", str(output / "out")]) == 0
-    assert capsys.readouterr().out == (output / "out" / "report.txt").read_text()
+    told = capsys.readouterr()
+    assert told.out == (output / "out" / "report.txt").read_text()
+    assert told.err.splitlines()[-1] == f"page: {output / 'out' / 'report.html'}"
+    assert "test_vit: report" in (output / "out" / "report.html").read_text(), "as run.json names it"
+
+
+def test_a_report_becomes_a_page_a_difference_and_a_card(output: Path, tmp_path: Path, capsys: Captured) -> None:
+    out = str(output / "out")
+    files = ["--html", str(tmp_path / "page.html"), "--node-data", str(tmp_path / "nodes.json")]
+    assert _run(["report", out, *files]) == 0
+    assert (tmp_path / "page.html").read_text() == (output / "out" / "report.html").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir())[:3] == ["nodes.bits.json", "nodes.kept.json", "nodes.sqnr.json"]
+    capsys.readouterr()
+    assert _run(["report", out, out, "--html", str(tmp_path / "difference.html")]) == 0
+    assert "first" in capsys.readouterr().out.splitlines()[0]
+    assert '"labels":["out","out"]' not in (tmp_path / "difference.html").read_text(), "paths, as the names are equal"
+    assert _run(["report", out, "--card"]) == 0
+    card = capsys.readouterr().out
+    assert card.startswith("---\nlibrary_name: sbs-fx\n")
+    assert _run(["report", out, "--card", "--out", str(tmp_path / "README.md")]) == 0
+    assert (tmp_path / "README.md").read_text() == card
+    assert _run(["report", out, "--out", str(tmp_path / "text")]) == 2
+    assert _run(["report", out, out, "--json"]) == 2
 
 
 def test_a_part_is_saved_as_one(output: Path, tmp_path: Path, capsys: Captured) -> None:
