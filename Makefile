@@ -56,7 +56,7 @@ format: $(STAMP)
 	$(BIN)/python -m ruff format .
 
 docs: $(STAMP)
-	$(BIN)/python -m mkdocs build --strict --quiet --site-dir build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/docs
 	@echo "build/docs/index.html"
 
 bench: $(STAMP)
