@@ -16,7 +16,7 @@ MUTANTS ?=
 BENCHMARKS ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DELETE_ON_ERROR:
-.PHONY: help install test mutants demo lint format bench clean
+.PHONY: help install test mutants demo lint format docs bench clean
 
 help:
 	@echo "make test     run the tests (PYTEST_ARGS='-k slim', WORKERS=2, HYPOTHESIS_PROFILE=long)"
@@ -24,6 +24,7 @@ help:
 	@echo "make demo     train a small model on digits, compress it, print before and after"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff rewrite the files"
+	@echo "make docs     build the documentation in build/docs"
 	@echo "make bench    run the benchmarks (BENCHMARKS='benchmarks/coverage.py')"
 	@echo "make clean    remove caches and builds, keep $(VENV)"
 
@@ -53,6 +54,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/docs
+	@echo "build/docs/index.html"
 
 bench: $(STAMP)
 	@mkdir -p benchmarks/results

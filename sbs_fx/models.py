@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from typing import Any
 
@@ -29,7 +30,7 @@ def create_model(name: str, *, pretrained: bool = True, checkpoint: str | None =
     import timm
 
     if not timm.is_model(name.split(".")[0]) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        near = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 5)
         raise InputError(f"timm has no model {name!r}; the nearest names are {near}; `timm.list_models()` has all")
     published = pretrained and checkpoint is None
     of_timm = checkpoint if checkpoint is not None and checkpoint.endswith(".npz") else ""  # arrays of other libraries

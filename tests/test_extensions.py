@@ -163,10 +163,10 @@ def test_a_package_that_is_broken_is_named(tmp_path: Path, files: dict[str, str]
     assert message in done.stderr
 
 
-def test_the_tables_of_the_readme_are_the_registries() -> None:
+def test_the_table_of_methods_is_the_registry() -> None:
     from sbs_fx.search.registry import methods
 
-    text = (Path(sbs_fx.__file__).parents[1] / "README.md").read_text()
+    text = (Path(sbs_fx.__file__).parents[1] / "docs" / "methods.md").read_text()
     for entry in methods().values():
         needs = f"{entry.needs}{', training' if entry.trains else ''}"
         assert f"| `{entry.name}` | {entry.help} | {needs} | {entry.automatic or ''} |" in text

@@ -42,7 +42,7 @@ def read_batches(data: Iterable[Any], *, inputs: int = 1, max_batches: int | Non
     try:
         iterator = iter(data)
     except TypeError as error:
-        raise DataError(f"data is a {type(data).__name__}; expected an iterable of (images, labels)") from error
+        raise DataError(f"data is of type {type(data).__name__}; expected an iterable of (images, labels)") from error
     index = 0
     while max_batches is None or index < max_batches:
         try:

@@ -33,7 +33,7 @@ class _Prepared:
     def __init__(self, data: Iterable[Any], names: Sequence[str], prepare: Prepare | None) -> None:
         # reason: asked for an iterator, a loader starts its workers and draws from the random state
         if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-            raise DataError(f"data is a {type(data).__name__}; expected an iterable of (images, labels)")
+            raise DataError(f"data is of type {type(data).__name__}; expected an iterable of (images, labels)")
         self.data, self.names, self.prepare = data, tuple(names), prepare
 
     def __iter__(self) -> Iterator[Any]:

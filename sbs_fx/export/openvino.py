@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,15 +32,23 @@ _PRODUCTS = {aten.scaled_dot_product_attention.default, aten.matmul.default, ate
 _LAYERS = {"Convolution", "FullyConnected", "MatMul", "Deconvolution", "GroupConvolution", "GroupDeconvolution"}
 
 
+@cache
+def _core() -> Any:
+    """The runtime, one a process: each has a signal stack of its own, which is gone with it, and with AMX the next
+    signal would end the process."""
+    (openvino,) = require("openvino")
+    return openvino.Core()
+
+
 def openvino_model(static: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Any:
     """The `openvino.Model` of a static graph.
 
     Raises:
         BackendError: openvino, onnx or onnxscript is not installed, or the graph has an operator that ONNX has not.
     """
-    (openvino,) = require("openvino")
+    require("openvino")
     onnx = onnx_model(_explicit(static), example_inputs)
-    return openvino.Core().read_model(onnx.SerializeToString())
+    return _core().read_model(onnx.SerializeToString())
 
 
 def save_openvino(static: fx.GraphModule, example_inputs: Sequence[Tensor], path: str | os.PathLike[str]) -> None:
@@ -50,20 +59,18 @@ def save_openvino(static: fx.GraphModule, example_inputs: Sequence[Tensor], path
 
 def read_openvino(path: str | os.PathLike[str]) -> Any:
     """The `openvino.Model` of a file, which may go away afterwards."""
-    (openvino,) = require("openvino")
     with open(path, "rb") as model, open(os.path.splitext(path)[0] + ".bin", "rb") as weights:
-        return openvino.Core().read_model(model.read(), weights.read())
+        return _core().read_model(model.read(), weights.read())
 
 
 def run_openvino(model: Any, static: fx.GraphModule, example_inputs: Sequence[Tensor], *, threads: int = 0) -> Runner:
     """An OpenVINO model on the CPU, compiled for each shape of inputs that comes: compiled for any batch size it takes
     other kernels, slower ones, which round ties in their own way. `threads`: 0 leaves it to the runtime."""
-    (openvino,) = require("openvino")
     # reason: some processors would compute what is left in float in bfloat16
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    core, made = openvino.Core(), dict[tuple[torch.Size, ...], Any]()
+    core, made = _core(), dict[tuple[torch.Size, ...], Any]()
 
     def fresh(shapes: tuple[torch.Size, ...], **more: Any) -> Any:
         fixed = model.clone()

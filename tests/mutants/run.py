@@ -29,7 +29,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-COPIED = ("sbs_fx", "passes", "tests", "benchmarks", "pyproject.toml", "README.md")
+COPIED = ("sbs_fx", "passes", "tests", "benchmarks", "docs", "pyproject.toml", "README.md")
 SHARE = 0.95  # of mutations that must be noticed
 LIMIT = 300.0  # seconds for one; what takes longer counts as noticed, as an endless loop is
 SLOW = ("tests/passes/test_integer.py::test_every_kind_of_block_keeps_its_function_and_its_form",)  # a minute

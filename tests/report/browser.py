@@ -11,6 +11,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,14 @@ FLAGS = (
     "--no-first-run",
     "--remote-debugging-pipe",
 )
+# reason: the browser reads commands from descriptor 3 and answers on 4; copied above first, as either may be in use
+_START = """
+import fcntl, os, sys
+take, give = (fcntl.fcntl(int(text), fcntl.F_DUPFD, 10) for text in sys.argv[1:3])
+os.dup2(take, 3)
+os.dup2(give, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def chromium() -> str | None:
@@ -45,9 +54,8 @@ class Browser:
         assert path is not None
         take, self._write = os.pipe()
         self._read, give = os.pipe()
-        # reason: the browser reads commands from descriptor 3 and answers on 4
-        command = f'exec "$@" 3<&{take} 4>&{give}'
-        arguments = ["sh", "-c", command, "sh", path, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+        arguments = [sys.executable, "-c", _START, str(take), str(give), path, *FLAGS]
+        arguments += [f"--user-data-dir={profile}", "about:blank"]
         self._process = subprocess.Popen(
             arguments,
             pass_fds=(take, give),
