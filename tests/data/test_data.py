@@ -338,7 +338,7 @@ def test_no_more_batches_are_asked_for_than_used() -> None:
     ("data", "message"),
     [
         ([], "holds no batch"),
-        (3, "data is a int"),
+        (3, "data is of type int"),
         (["image"], "batch 0 is a str"),
         ([torch.zeros(2, 3), torch.zeros(0, 3)], "batch 1 is a tensor of shape .0, 3.*at least one image"),
         ([(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))], "batch 0 has 2 images and 3 labels"),
