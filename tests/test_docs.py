@@ -142,7 +142,12 @@ def test_few_blocks_are_not_run() -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=identity)
-def test_commands_and_options_exist(page: Path) -> None:
+def test_commands_and_options_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of options are those that the page shows."""
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page):
+        if block.language == "yaml":
+            (tmp_path / "run.yaml").write_text(block.text)
     group = typer.main.get_command(app)
     for words in commands(page):
         command = group.commands[words[0]]  # type: ignore[attr-defined]
