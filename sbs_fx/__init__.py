@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from sbs_fx.comparing import compare as compare
     from sbs_fx.compression import apply as apply
     from sbs_fx.compression import compress as compress
+    from sbs_fx.compression import refresh as refresh
     from sbs_fx.compression import replan as replan
     from sbs_fx.config import Config as Config
-    from sbs_fx.export import load_pt2 as load
     from sbs_fx.passes.capture.part import with_part as with_part
     from sbs_fx.plan import Budget as Budget
     from sbs_fx.plan import Cost as Cost
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from sbs_fx.plan import Policy as Policy
     from sbs_fx.plan.errors import SbsError as SbsError
     from sbs_fx.result import Result as Result
+    from sbs_fx.saved import Saved as Saved
+    from sbs_fx.saved import load as load
     from sbs_fx.search.constraints import Keep as Keep
     from sbs_fx.training.task import Task as Task
 
@@ -27,13 +29,13 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Budget": "plan", "Config": "config", "Cost": "plan", "Keep": "search.constraints", "Plan": "plan",
-    "Policy": "plan", "Result": "result", "SbsError": "plan.errors", "Task": "training.task", "apply": "compression",
-    "compare": "comparing", "compress": "compression", "load": "export", "replan": "compression",
-    "with_part": "passes.capture.part",
+    "Policy": "plan", "Result": "result", "Saved": "saved", "SbsError": "plan.errors", "Task": "training.task",
+    "apply": "compression", "compare": "comparing", "compress": "compression", "load": "saved",
+    "refresh": "compression", "replan": "compression", "with_part": "passes.capture.part",
 }  # fmt: skip
 __all__ = [
-    "Budget", "Config", "Cost", "Keep", "Plan", "Policy", "Result", "SbsError", "Task", "apply", "compare",
-    "compress", "load", "replan", "with_part",
+    "Budget", "Config", "Cost", "Keep", "Plan", "Policy", "Result", "Saved", "SbsError", "Task", "apply",
+    "compare", "compress", "load", "refresh", "replan", "with_part",
 ]  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def __getattr__(name: str) -> Any:
         return version("sbs_fx")
     if name not in _PLACES:
         raise AttributeError(f"module 'sbs_fx' has no attribute {name!r}")
-    value = getattr(import_module(f"sbs_fx.{_PLACES[name]}"), "load_pt2" if name == "load" else name)
+    value = getattr(import_module(f"sbs_fx.{_PLACES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -220,6 +220,40 @@ def replan(
     return replanned(Problem.of(cost, limits, traced.inputs, job.config, job.config.seed), table.method, table)
 
 
+@own_context()
+@random_state_kept()
+def refresh(result: Result, data: Data | None = None, *, config: Config | None = None) -> Result:
+    """The result with `model` made again from `result.gated`, after training of one's own.
+
+    Args:
+        result: whose `gated` was trained: its weights, biases, norms and ranges may have changed, its bits not.
+        data: images on which joins are calibrated, as for `compress`; None: made up. config: as for `compress`.
+
+    >>> train(result.gated)  # doctest: +SKIP
+    >>> result = sbs_fx.refresh(result, data=loader)  # doctest: +SKIP
+
+    Raises:
+        DataError, InputError: as `compress`. GraphError: a gate still searches.
+    """
+    job, inputs = Job(config or Config(), data), result.example_inputs
+    job.prepare(result.gated, None)
+    job.stage("finalise", 0.0)
+    static = finalize(result.gated, nonzeros=result.policy.nonzeros)
+    looked_at = job.looked_at(inputs, bounds_of(result.gated))
+    if _rounds(result.policy.plan):
+        observed = observe(result.gated, job.data, inputs=inputs, max_batches=job.config.calibration_batches)
+        static = _integer(static, observed, inputs, job)
+    job.close()
+    stages = list(result.report.stages)
+    if result.problem is not None:
+        fidelity = Fidelity(result.problem.graph, looked_at)
+        fidelity.add("refreshed", static)
+        stages += fidelity.rows
+    tensors = tensors_of(result.gated, looked_at)
+    report = result.report.with_measures(tensors, stages, {**result.seconds, **job.seconds}, result.report.model)
+    return replace(result, model=guarded(static), report=report)
+
+
 def _told(data: Data | None) -> str:
     """What can be told of data without reading them: what they say of themselves, or their kind and length."""
     own = getattr(data, "identity", None)

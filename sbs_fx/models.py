@@ -1,15 +1,16 @@
-"""The timm adapter: model names to modules, and the example inputs that a module's own configuration implies."""
+"""Model names to modules, and the example inputs that a module's own configuration implies, as timm writes it."""
 
 from __future__ import annotations
 
 import difflib
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from sbs_fx.plan.errors import InputError, WeightsError
+from sbs_fx.plan.errors import InputError
+from sbs_fx.sources import published, source_of
 from sbs_fx.weights import load_weights
 
 PREPARATION = ("mean", "std", "crop_pct", "interpolation", "crop_mode")  # of pictures, as timm names it
@@ -17,47 +18,43 @@ SMALL_MODEL = "test_resnet"  # what the demo trains: 16 convolutions, 0.5 M para
 
 
 def create_model(name: str, *, pretrained: bool = True, checkpoint: str | None = None, **options: Any) -> nn.Module:
-    """A timm model by name with its published weights, or those of a local file, in eval mode.
+    """A model by name with its published weights, or those of a local file, in eval mode.
 
     Args:
-        name: as timm has it, also "hf-hub:OWNER/NAME" and "local-dir:PATH". pretrained: False: random weights, unless
-            `checkpoint`, a file, has others (see `sbs_fx.weights`). options: of `timm.create_model`.
+        name: as timm has it, also "hf-hub:OWNER/NAME" and "local-dir:PATH"; "torchvision/NAME", "hf/DIR" or a function
+            as "package.module:function" (see `sbs_fx.sources`). pretrained: False: random weights, unless `checkpoint`,
+            a file, has others (see `sbs_fx.weights`); a function of one's own gives what it gives. options: of the
+            source, such as `num_classes`.
 
     Raises:
-        InputError: timm knows no such model (the nearest names are listed). WeightsError: there are no published
+        InputError: nobody knows such a model (the nearest names are listed). WeightsError: there are no published
         weights, they cannot be had here, or do not fit. FileError: the checkpoint cannot be read.
     """
+    from_timm = source_of(name) is None
+    make = source_of(name) or _of_timm
+    # reason: arrays of other libraries, which timm turns around
+    arrays = checkpoint if from_timm and checkpoint is not None and checkpoint.endswith(".npz") else None
+    if arrays is not None:
+        options["checkpoint_path"] = arrays
+    model = published(make, name, options) if pretrained and checkpoint is None else make(name, False, options)
+    if checkpoint is not None and arrays is None:
+        load_weights(model, checkpoint)
+    return model.eval()
+
+
+def _of_timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     import timm
 
     if not timm.is_model(name.split(".")[0]) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 5)
         raise InputError(f"timm has no model {name!r}; the nearest names are {near}; `timm.list_models()` has all")
-    published = pretrained and checkpoint is None
-    of_timm = checkpoint if checkpoint is not None and checkpoint.endswith(".npz") else ""  # arrays of other libraries
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)  # reason: each of ten tries would be told
     try:
-        model: nn.Module = timm.create_model(name, pretrained=published, checkpoint_path=of_timm, **options)
-    except TypeError:  # reason: of arguments that a model does not take
-        raise
-    except Exception as error:  # reason: each hub has exceptions of its own
-        if not published:
-            raise
-        raise WeightsError(
-            f"the published weights of {name!r} cannot be had: {_first_line(error)}; give a file (--checkpoint FILE) "
-            f"or ask for random ones (--random-weights; in Python a module, such as timm.create_model({name!r}))"
-        ) from error
+        return cast(nn.Module, timm.create_model(name, pretrained=pretrained, **options))
     finally:
         hub.setLevel(level)
-    if checkpoint is not None and not of_timm:
-        load_weights(model, checkpoint)
-    return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return " ".join(text.splitlines()[0].split())
 
 
 def input_config(module: nn.Module) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sbs_fx.plan import Budget, Cost, Policy
 from sbs_fx.plan.errors import MethodError
 from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report import Report
+from sbs_fx.report.text import html_table
 from sbs_fx.search.problem import Problem
 from sbs_fx.search.replan import replanned
 from sbs_fx.search.sensitivities import Sensitivities
@@ -77,12 +79,13 @@ class Result:
             FileError: the directory is a file or cannot be written, or the disk is full.
         """
         path = prepare_directory(directory)
-        save_pt2(*self._on_cpu(), os.path.join(path, "model.pt2"), self.metadata)
+        of_policy = {"policy": self.policy.checksum}  # reason: by which a set of files is known to be of one result
+        save_pt2(*self._on_cpu(), os.path.join(path, "model.pt2"), {**self.metadata, **of_policy})
         self.policy.save(os.path.join(path, "policy.json"))
         if self.sensitivities is not None:
             self.sensitivities.save(os.path.join(path, "sensitivity.json"))
         for name in ("report.txt", "report.json", "report.html"):
-            self.report.save(os.path.join(path, name))
+            self.report.model_copy(update=of_policy).save(os.path.join(path, name))
 
     def export(self, format: str, path: str | os.PathLike[str], **options: Any) -> Runner:
         """Write `model` as a file of another tool; see `sbs_fx.export.export`."""
@@ -104,6 +107,9 @@ class Result:
         if all(x.device.type == "cpu" for x in self.example_inputs):
             return self.model, self.example_inputs
         return on_device(self.model, "cpu"), tuple(x.cpu() for x in self.example_inputs)
+
+    def _repr_html_(self) -> str:
+        return f"<p><code>{escape(repr(self))}</code></p>{html_table(self.report)}"
 
     def __str__(self) -> str:
         return str(self.report)

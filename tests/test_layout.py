@@ -14,13 +14,13 @@ ROOT = Path(sbs_fx.__file__).parent
 # Each floor imports from those above it in this list alone; folders of one floor know nothing of one another.
 FLOORS = (
     ("plan",),
-    ("quantizer", "data", "weights"),
+    ("quantizer", "data", "weights", "sources"),
     ("models",),
     ("passes",),
     ("training",),
     ("calibration", "report"),
     ("search", "export"),
-    ("config", "result"),
+    ("config", "result", "saved"),
     ("bisection", "job"),
     ("compression", "demo"),
     ("comparing",),

@@ -235,6 +235,7 @@ def compress(
     made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
     errors.print(f"weights: {made.weights}", highlight=False, markup=False, soft_wrap=True)
     train, test = both_splits(made, data, data_dir, batch_size, seed, skip_unreadable)
+    made = made._replace(classes=tuple(getattr(train, "classes", ())))
     if dry:
         dry_run(made, limits or Budget.parse("5%"), method, config, has_data=train is not None)
         return
@@ -303,6 +304,7 @@ def apply(
     _check_output(out)
     made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
     train, test = both_splits(made, data, data_dir, batch_size, seed, skip_unreadable)
+    made = made._replace(classes=tuple(getattr(train, "classes", ())))
     with show_progress() as progress, show_steps(None, False) as observer:
         result = run(
             made.module,
@@ -406,7 +408,7 @@ def _save(made: NamedModel, result: Result, report: Report, directory: str) -> N
     if made.weights:
         report = report.model_copy(update={"notes": (*report.notes, f"weights: {made.weights}")})
     prepared = {k: list(v) if isinstance(v, tuple) else v for k, v in made.preparation.items()}
-    metadata = {**result.metadata, **prepared}
+    metadata = {**result.metadata, **prepared, **({"classes": list(made.classes)} if made.classes else {})}
     dataclasses.replace(result, report=report, metadata=metadata).save(directory)
 
 

@@ -16,6 +16,7 @@ from sbs_fx.cli.progress import errors
 from sbs_fx.data.datasets import Batches, open_data
 from sbs_fx.data.pictures import Pictures, listed
 from sbs_fx.export import load_saved as load_static
+from sbs_fx.export.pt2 import load_program
 from sbs_fx.models import PREPARATION, create_model, input_config
 from sbs_fx.passes.capture.part import with_part
 from sbs_fx.passes.dialects import static_of
@@ -24,12 +25,13 @@ from sbs_fx.plan.errors import DataError, FileError, InputError
 
 
 class NamedModel(NamedTuple):
-    """A model, what it takes, how images are made ready for it, and where its weights are from."""
+    """A model, what it takes, how images are made ready for it, where its weights are from, its classes' names."""
 
     module: nn.Module
     example_inputs: Tensor
     preparation: dict[str, Any]
     weights: str = ""
+    classes: tuple[str, ...] = ()
 
 
 def make_model(
@@ -51,6 +53,8 @@ def make_model(
         InputError: an unknown name, a size that makes no sense, weights that do not fit. FileError: no checkpoint.
     """
     place = _device(device)
+    if name.endswith(".pt2"):
+        return _of_program(name, checkpoint, place)
     options = {k: v for k, v in (("num_classes", num_classes), ("in_chans", in_chans)) if v is not None}
     size = _parse_size(input_size)
     if size is not None:
@@ -80,6 +84,22 @@ def make_model(
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     weights = weights_of(name, module, not random_weights, checkpoint)
     return NamedModel(module.to(place), images.to(place), {k: card[k] for k in PREPARATION if k in card}, weights)
+
+
+def _of_program(path: str, checkpoint: str | None, place: torch.device) -> NamedModel:
+    """A float model as `torch.export.save` wrote it, and zeros as it takes them, 2 along dimensions that may change."""
+    if checkpoint is not None:
+        raise InputError(f"{path!r} has its own weights; leave --checkpoint out")
+    program = load_program(path)
+    names = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
+    values = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder") if n.name in names]
+    if len(values) != 1 or values[0].ndim != 4:
+        raise InputError(f"{path!r} takes {len(values)} inputs; the command line gives one of images: use the library")
+    shape = [2 if isinstance(size, torch.SymInt) else int(size) for size in values[0].shape]
+    module = program.module(check_guards=False)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(values[0].dtype)
+    weights = f"file {path} (sha256 {digest(module.state_dict())[:16]})"
+    return NamedModel(module.to(place), images.to(place), {}, weights)
 
 
 def weights_of(name: str, module: nn.Module, pretrained: bool, checkpoint: str | None) -> str:

@@ -15,7 +15,9 @@ from sbs_fx.cli.settings import nested
 if TYPE_CHECKING:
     from sbs_fx.config import Config
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm model name")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="timm name, torchvision/NAME, hf/DIR, package.module:function, FILE.pt2")
+]
 Checkpoint = Annotated[str | None, typer.Option(metavar="FILE", help="weights; default: the published ones")]
 RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="not the published weights: to try things out, no use else")

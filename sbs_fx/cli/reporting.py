@@ -65,12 +65,16 @@ def report(
 
 
 def _load(directory: str) -> Report:
+    from sbs_fx.plan import Policy
     from sbs_fx.plan.files import read_text
     from sbs_fx.report import Report
+    from sbs_fx.saved import POLICY, REPORT, check_one_result
 
-    return Report.from_json(
-        read_text(os.path.join(directory, "report.json"), "the --out directory of `sbs-fx compress`")
-    )
+    report = Report.from_json(read_text(os.path.join(directory, REPORT), "the --out directory of `sbs-fx compress`"))
+    policy = os.path.join(directory, POLICY)
+    if os.path.exists(policy):
+        check_one_result(directory, Policy.load(policy), {REPORT: report.policy})
+    return report
 
 
 def _show(saved: Report, directory: str, json: bool) -> None:

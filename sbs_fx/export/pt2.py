@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from sbs_fx.export.packing import pack, unpack
@@ -38,6 +39,7 @@ from sbs_fx.plan.errors import FileError, GraphError
 FORMAT = 2
 INFORMATION = "extra/sbs_fx.json"  # what we know beside the graph, with a digest of all other members
 _SAMPLE_INPUTS = "data/sample_inputs/"
+_PICKLED = f"{_SAMPLE_INPUTS}model.pt"
 _WEIGHTS = "data/weights/weight_"
 _IDENTITY = ".data/serialization_id"  # depends on the example inputs; left out
 
@@ -123,6 +125,27 @@ def load_pt2(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> fx.
     if information.get("inputs") is not None:
         set_inputs(result, InputSpec.from_json(information["inputs"]))
     return guarded(result.eval())
+
+
+def load_program(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> ExportedProgram:
+    """A float model that `torch.export.save` wrote, checked as files of ours are but for a digest, which it has not.
+
+    Raises:
+        FileError: it cannot be read, or holds what a model of tensors does not; its example inputs are not read.
+    """
+    data, name = _read(path), os.fspath(path)
+    try:
+        members = members_of(data, unread=(_IDENTITY, _PICKLED)) | {_PICKLED: b""}
+        check(members, libraries)
+        with quiet_torch():
+            return torch.export.load(archive_of(members))
+    except Refused as error:
+        raise FileError(f"{name!r} {error}; a model to compress holds tensors and operators alone") from None
+    except Exception as error:  # zipfile and torch raise many kinds
+        raise FileError(
+            f"cannot read {name!r} as a model of torch {torch.__version__} ({type(error).__name__}: {error}); write it "
+            "with torch.export.save and this version"
+        ) from error
 
 
 def load_saved(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:

@@ -52,8 +52,8 @@ class Refused(FileError):
     """A file that holds what a saved model does not."""
 
 
-def members_of(data: bytes) -> dict[str, bytes]:
-    """Members by name, without the folder that all are in.
+def members_of(data: bytes, unread: Collection[str] = ()) -> dict[str, bytes]:
+    """Members by name, without the folder that all are in. unread: names of members that are left out.
 
     Raises:
         Refused: a member that no saved model has, one twice, in other letters, of another folder, or too large.
@@ -62,6 +62,7 @@ def members_of(data: bytes) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
         root = entries[0].filename.partition("/")[0] if entries else ""
+        entries = [entry for entry in entries if entry.filename.removeprefix(f"{root}/") not in unread]
         names = [entry.filename.removeprefix(f"{root}/") for entry in entries]
         if not all(entry.filename.startswith(f"{root}/") for entry in entries):
             raise Refused("has members in several folders")

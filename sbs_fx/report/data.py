@@ -131,6 +131,7 @@ class ReportData(_Row):
         accuracy: top-1 in percent (before, after), if it was measured; (before,) of a float model.
         notes: what the method has to say about how it went.
         model: its class or name. weights, data, command: where they came from, where somebody said.
+        policy: checksum of the policy, by which files of one result are known.
         limits: of the budget. steps: the float graph. tensors, stages: measured on a few inputs.
         warnings: what to look at. seconds: by stage. versions: of what it was made with.
     """
@@ -149,6 +150,7 @@ class ReportData(_Row):
     weights: str = ""
     data: str = ""
     command: str = ""
+    policy: str = ""
     limits: tuple[LimitRow, ...] = ()
     steps: tuple[StepRow, ...] = ()
     tensors: tuple[TensorRow, ...] = ()

@@ -6,6 +6,7 @@ In: a report's data. Out: lines of at most about 110 characters, the same for th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from html import escape
 from typing import TYPE_CHECKING
 
 from sbs_fx.report.data import ReportData, Warned
@@ -112,6 +113,17 @@ def closing_table(report: ReportData) -> Table:
     for name, before, after in report.totals():
         table.add_row(name, amount(before), "" if after is None else amount(after), ratio(name, before, after))
     return table
+
+
+def html_table(report: ReportData) -> str:
+    """The same table for a notebook."""
+    rows = [
+        f"<tr><th>{escape(name)}</th><td>{amount(before)}</td>"
+        f"<td>{'' if after is None else amount(after)}</td><td>{ratio(name, before, after)}</td></tr>"
+        for name, before, after in report.totals()
+    ]
+    head = "<tr><th></th><th>before</th><th>after</th><th>ratio</th></tr>"
+    return f"<table>{head}{''.join(rows)}</table>"
 
 
 def amount(value: float) -> str:
