@@ -1,6 +1,6 @@
 """Models by name from elsewhere than timm: torchvision, directories of Transformers, functions of one's own.
 
-In: a name such as "torchvision/resnet50", "hf/DIR" or "package.module:function". Out: a module, with a `pretrained_cfg`
+In: a name such as "torchvision/NAME", "hf/DIR" or "package.module:function". Out: a module, with a `pretrained_cfg`
 as timm has it where the source says which images it takes. Holds: a function of one's own runs code, and is asked for
 by name alone.
 """
