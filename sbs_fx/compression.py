@@ -280,6 +280,7 @@ def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:
         checkpoints,
         job.observer,
         config.executor,
+        job.step,
     )
     result = method.search(problem, run)
     if checkpoints is not None:
@@ -319,6 +320,7 @@ def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: P
         job.stage("reconstruct", 0.6)
         settings = config.reconstruction
         options: dict[str, Any] = {"inputs": traced.inputs, "groups": groups, "kept": plan.kept, "settings": settings}
+        options["step"] = job.step
         if data is None:
             reconstruct_without_data(gated, graph, **options)
         else:

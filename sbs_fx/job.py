@@ -61,6 +61,7 @@ class Job:
         self.part: Part | None = None
         self.checkpoints: Checkpoints | None = None
         self._current: str | None = None
+        self._share, self._first = 0.0, 0.0
         self._since = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
@@ -80,9 +81,19 @@ class Job:
 
     def stage(self, name: str, done: float) -> None:
         self.close()
-        self._current = name
+        self._current, self._share = name, done
         if self.progress is not None:
             self.progress(name, done)
+
+    def step(self, done: int, total: int) -> None:
+        """A part of the stage has begun: the number of it, of so many."""
+        now = time.perf_counter()
+        if done == 1:
+            self._first = now
+        if self.progress is not None and total > 1:
+            left = (now - self._first) / (done - 1) * (total - done + 1) if done > 1 else 0.0
+            told = f", {left:.0f} s left" if left >= 1 else ""
+            self.progress(f"{self._current} {done} of {total}{told}", self._share)
 
     def close(self) -> None:
         now = time.perf_counter()

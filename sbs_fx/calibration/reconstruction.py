@@ -12,7 +12,7 @@ Holds: no block is left worse than it was on the images that judge; a weight tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,7 @@ def reconstruct(
     kept: Mapping[str, Sequence[int]] | None = None,
     settings: Reconstruction | None = None,
     seed: int = 0,
+    step: Callable[[int, int], None] | None = None,
 ) -> list[Reconstructed]:
     """Reconstruct in place.
 
@@ -87,7 +88,7 @@ def reconstruct(
         gated: from `insert_gates(..., channels=False)` on the slim graph, bits fixed, calibrated.
         teacher: the traced float graph, which `groups` was found on. kept: coordinates by group that are left in gated.
         data: yields (images, labels), images, or tuples of inputs; labels are not read. inputs: example inputs.
-        seed: of the order of images.
+        seed: of the order of images. step: called with the number of each block as it begins, and how many there are.
 
     Raises:
         DataError: no batch, or one of another form. GraphError: gated has channel gates, or gates that still search.
@@ -105,7 +106,9 @@ def reconstruct(
     try:
         with mode(gated, training=False):
             before = work.error_of_all(images, whole[-1])
-            for ends in whole:
+            for i, ends in enumerate(whole, 1):
+                if step is not None:
+                    step(i, len(whole))
                 row, given, wanted = work.reconstruct(begin, ends, now, real)
                 rows.append(row)
                 begin = ends[0]

@@ -6,7 +6,9 @@ In: calls with a stage or a step. Out: a bar, a panel or lines on stderr, so tha
 from __future__ import annotations
 
 import os
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.jsonl"
 
+_EVERY = 30.0  # seconds between lines about steps of one stage
+_STEP = re.compile(r" \d+ of \d+")
+
 errors = Console(stderr=True)
 
 
@@ -28,11 +33,11 @@ errors = Console(stderr=True)
 def show_progress() -> Iterator[Callable[[str, float], None]]:
     """A function of (stage, share done): a bar on a terminal, one line a stage elsewhere."""
     if not sys.stderr.isatty():
-        yield lambda stage, share: typer.echo(f"{stage} ...", err=True) if stage != "done" else None
+        yield _lines()
         return
     # reason: what trains draws a panel of its own, so the bar is taken away then
     bar = Progress(
-        TextColumn("{task.description:16s}"),
+        TextColumn("{task.description:40s}"),
         BarColumn(),
         TextColumn("{task.percentage:3.0f} %"),
         TimeElapsedColumn(),
@@ -50,6 +55,19 @@ def show_progress() -> Iterator[Callable[[str, float], None]]:
                 bar.start()
 
         yield show
+
+
+def _lines() -> Callable[[str, float], None]:
+    """One line a stage; of its steps one every half minute."""
+    last = [0.0]
+
+    def show(stage: str, share: float) -> None:
+        is_step, now = _STEP.search(stage) is not None, time.monotonic()
+        if stage != "done" and (not is_step or now - last[0] > _EVERY):
+            typer.echo(f"{stage} ...", err=True)
+            last[0] = now
+
+    return show
 
 
 @contextmanager

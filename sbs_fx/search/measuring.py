@@ -12,7 +12,7 @@ import json
 import pickle
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -32,16 +32,21 @@ class Measuring:
 
     Args:
         executor: of `concurrent.futures`, whose workers have this package; None: this process.
-        checkpoints: where losses are kept, and taken from.
+        checkpoints: where losses are kept, and taken from. step: called with the number of each plan of a call, or of
+            each worker's plans, and how many there are.
 
     Attributes:
         asked: the plans so far, as keys, those that an earlier run has measured too.
     """
 
     def __init__(
-        self, predictor: Predictor, executor: Executor | None = None, checkpoints: Checkpoints | None = None
+        self,
+        predictor: Predictor,
+        executor: Executor | None = None,
+        checkpoints: Checkpoints | None = None,
+        step: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.predictor, self.executor, self.checkpoints = predictor, executor, checkpoints
+        self.predictor, self.executor, self.checkpoints, self.step = predictor, executor, checkpoints, step
         saved = None if checkpoints is None else checkpoints.load(_STAGE)
         self.known: dict[str, float] = {} if saved is None else dict(saved.state["losses"])
         self.asked: set[str] = set()
@@ -56,7 +61,8 @@ class Measuring:
         self.asked.update(keys)
         waiting = {key: plan for key, plan in zip(keys, plans, strict=True) if key not in self.known}
         if self.executor is None or len(waiting) < 2:
-            for key, plan in waiting.items():
+            for i, (key, plan) in enumerate(waiting.items(), 1):
+                self._tell(i, len(waiting))
                 self._keep({key: self.predictor(plan)})
         elif waiting:
             self._spread(self.executor, waiting)
@@ -73,7 +79,8 @@ class Measuring:
         names = list(waiting)
         parts = [names[i : i + _TOGETHER] for i in range(0, len(names), _TOGETHER)]
         futures = [executor.submit(losses_of, payload, [waiting[name] for name in part]) for part in parts]
-        for part, future in zip(parts, futures, strict=True):
+        for i, (part, future) in enumerate(zip(parts, futures, strict=True), 1):
+            self._tell(i, len(parts))
             try:
                 self._keep(dict(zip(part, future.result(), strict=True)))
             except SbsError:
@@ -83,6 +90,10 @@ class Measuring:
                     f"a worker of the executor failed ({type(error).__name__}: {error}); see its own output, or leave "
                     "`executor` out"
                 ) from error
+
+    def _tell(self, done: int, total: int) -> None:
+        if self.step is not None:
+            self.step(done, total)
 
     def _keep(self, losses: dict[str, float]) -> None:
         self.known |= losses

@@ -35,7 +35,8 @@ class Run:
         settings: of the method, of the class that it registered.
         training: how weights are trained. ranges: how ranges are chosen, as in `calibrate`.
         fine_tunes: whether training follows, so that what is lost may be won back.
-        checkpoints, observer: of a method that takes long. executor: whose workers may measure.
+        checkpoints, observer: of a method that takes long. executor: whose workers may measure. step:
+            to be called with (number, how many) of what the search does one by one, for what is shown.
     """
 
     data: Any = None
@@ -46,6 +47,7 @@ class Run:
     checkpoints: Checkpoints | None = None
     observer: Observer | None = None
     executor: Executor | None = None
+    step: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def two_stage(problem: Problem, run: Run) -> SearchResult:
         weight_bits=dict.fromkeys(start.weight_bits, FLOAT_BITS),
         activation_bits=dict.fromkeys(start.activation_bits, FLOAT_BITS),
     )
-    measuring = Measuring(predictor, run.executor, run.checkpoints)
+    measuring = Measuring(predictor, run.executor, run.checkpoints, run.step)
     floor = measuring(opened)
     passes = int(search.effort / (macs * predictor.images))
     decisions = _measured(decisions, opened, floor, measuring, min(search.measured, passes // 4))

@@ -10,6 +10,7 @@ import pytest
 
 from sbs_fx import Config
 from sbs_fx.cli import main
+from sbs_fx.cli.progress import show_progress
 from sbs_fx.cli.running import default_directory
 from sbs_fx.cli.settings import known_settings, nested
 
@@ -129,3 +130,14 @@ def test_settings_are_listed_and_each_can_be_set(capsys: Captured) -> None:
 def test_settings_that_are_none(text: str, said: str, capsys: Captured) -> None:
     assert _run(["compress", *MODEL, "--set", text]) == 2
     assert said in told(capsys.readouterr().err)
+
+
+def test_in_a_pipe_there_is_a_line_a_stage_and_one_every_half_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    clock = iter([0.0, 10.0, 20.0, 45.0, 50.0, 51.0])
+    monkeypatch.setattr("sbs_fx.cli.progress.time.monotonic", lambda: next(clock))
+    with show_progress() as show:
+        for stage in ("search", "search 1 of 9", "search 2 of 9, 5 s left", "search 3 of 9, 4 s left", "slim", "done"):
+            show(stage, 0.5)
+    assert capsys.readouterr().err.splitlines() == ["search ...", "search 3 of 9, 4 s left ...", "slim ..."]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -138,3 +139,17 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
         assert measuring.of([*plans((2, 3, 4, 2, 5))]) == wanted
     assert (first.calls, second.calls) == ([2, 3, 4], [5])
     assert len(measuring.asked) == 4
+
+
+def test_steps_are_told_with_the_time_that_is_left() -> None:
+    said: list[str] = []
+    config = Config(two_stage=BRIEF)
+    sbs_fx.compress(
+        network(), IMAGES, budget=BUDGET, data=digits(shuffle=False), method="two_stage", config=config,
+        progress=lambda stage, share: said.append(stage),
+    )  # fmt: skip
+    steps = [re.fullmatch(r"(\w+) (\d+) of (\d+)(, \d+ s left)?", stage) for stage in said]
+    for stage in ("search", "reconstruct"):
+        found = [(int(s[2]), int(s[3])) for s in steps if s is not None and s[1] == stage]
+        assert found[0][0] == 1
+        assert found[-1][0] == found[-1][1] > 1
