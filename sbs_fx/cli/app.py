@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from sbs_fx.cli.comparing import compare, sweep
+from sbs_fx.cli.dialogue import init
 from sbs_fx.cli.exporting import bench, export
 from sbs_fx.cli.options import (
     BatchSize,
@@ -80,7 +81,7 @@ def _version(
         raise typer.Exit
 
 
-for command in (compare, sweep, export, bench, replan, rerun):
+for command in (compare, sweep, export, bench, replan, rerun, init):
     app.command()(command)
 app.command("report")(show_report)  # reason: `report` is the name of a value here
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,3 +142,26 @@ def test_in_a_pipe_there_is_a_line_a_stage_and_one_every_half_minute(
         for stage in ("search", "search 1 of 9", "search 2 of 9, 5 s left", "search 3 of 9, 4 s left", "slim", "done"):
             show(stage, 0.5)
     assert capsys.readouterr().err.splitlines() == ["search ...", "search 3 of 9, 4 s left ...", "slim ..."]
+
+
+def test_a_dialogue_ends_in_a_command(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    (elsewhere / "mine.pth").write_bytes(b"x")
+    (elsewhere / "my pictures").mkdir()
+    answers = ["resnet18", "no.pth", "mine.pth", "3", "nowhere", "my pictures", "many", "2", "5 apples", "20x"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(answers) + "\n"))
+    assert _run(["init"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "\n  sbs-fx compress resnet18 --checkpoint mine.pth --num-classes 3 --data 'my pictures' "
+        "--epochs 2 --budget 20x\n" in said
+    )
+    for problem in (
+        "there is no file 'no.pth'",
+        "there is no folder 'nowhere'",
+        "'many' is no whole number",
+        "no share",
+    ):
+        assert problem in said
+    monkeypatch.setattr("sys.stdin", io.StringIO("resnet18\n\n\n\n"))
+    assert _run(["init"]) == 0
+    assert "\n  sbs-fx compress resnet18 --budget 5%\n" in capsys.readouterr().out
