@@ -15,30 +15,48 @@ from sbs_fx.cli.settings import nested
 if TYPE_CHECKING:
     from sbs_fx.config import Config
 
+# groups of options in help
+MODEL, DATA, TRAINING, DECISIONS, OUTPUT = "Model", "Data", "Training", "What may be decided", "Output"
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="timm name, torchvision/NAME, hf/DIR, package.module:function, FILE.pt2")
 ]
-Checkpoint = Annotated[str | None, typer.Option(metavar="FILE", help="weights; default: the published ones")]
+Checkpoint = Annotated[
+    str | None, typer.Option(metavar="FILE", help="weights; default: the published ones", rich_help_panel=MODEL)
+]
 RandomWeights = Annotated[
-    bool, typer.Option("--random-weights", help="not the published weights: to try things out, no use else")
+    bool,
+    typer.Option(
+        "--random-weights", help="not the published weights: to try things out, no use else", rich_help_panel=MODEL
+    ),
 ]
-InputSize = Annotated[str | None, typer.Option(metavar="C,H,W", help="default: the model's own")]
-NumClasses = Annotated[int | None, typer.Option(help="default: the model's own")]
-InChans = Annotated[int | None, typer.Option(help="input channels; default: the model's own")]
+InputSize = Annotated[str | None, typer.Option(metavar="C,H,W", help="default: the model's own", rich_help_panel=MODEL)]
+NumClasses = Annotated[int | None, typer.Option(help="default: the model's own", rich_help_panel=MODEL)]
+InChans = Annotated[int | None, typer.Option(help="input channels; default: the model's own", rich_help_panel=MODEL)]
 PartPath = Annotated[
-    str | None, typer.Option(metavar="PATH", help="sub-module in place of the whole, such as 'layer3'")
+    str | None,
+    typer.Option(metavar="PATH", help="sub-module in place of the whole, such as 'layer3'", rich_help_panel=MODEL),
 ]
-Data = Annotated[str | None, typer.Option(help="'digits', a folder, or a timm data set such as torch/cifar100")]
-DataDir = Annotated[str | None, typer.Option(help="where data sets are kept")]
+Data = Annotated[
+    str | None, typer.Option(help="'digits', a folder, or a timm data set such as torch/cifar100", rich_help_panel=DATA)
+]
+DataDir = Annotated[str | None, typer.Option(help="where data sets are kept", rich_help_panel=DATA)]
 SkipUnreadable = Annotated[
-    bool, typer.Option("--skip-unreadable", help="leave out files that are no pictures, and say how many")
+    bool,
+    typer.Option(
+        "--skip-unreadable", help="leave out files that are no pictures, and say how many", rich_help_panel=DATA
+    ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1)]
-Device = Annotated[str, typer.Option(help="cpu, or cuda: of several processes, each takes its own GPU")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-Epochs = Annotated[int, typer.Option(help="epochs of fine-tuning with the gates fixed")]
-Rate = Annotated[float | None, typer.Option(help="learning rate of fine-tuning")]
-Ranges = Annotated[str, typer.Option(help="how ranges are chosen: mse, percentile or minmax")]
+BatchSize = Annotated[int, typer.Option(min=1, rich_help_panel=DATA)]
+Device = Annotated[
+    str, typer.Option(help="cpu, or cuda: of several processes, each takes its own GPU", rich_help_panel=MODEL)
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON", rich_help_panel=OUTPUT)]
+Epochs = Annotated[int, typer.Option(help="epochs of fine-tuning with the gates fixed", rich_help_panel=TRAINING)]
+Rate = Annotated[float | None, typer.Option(help="learning rate of fine-tuning", rich_help_panel=TRAINING)]
+Ranges = Annotated[
+    str, typer.Option(help="how ranges are chosen: mse, percentile or minmax", rich_help_panel=DECISIONS)
+]
 Seed = Annotated[int, typer.Option(help="of everything random")]
 Overrides = Annotated[
     list[str] | None,
@@ -47,16 +65,64 @@ Overrides = Annotated[
 
 Keep = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATTERN=BITS", help="bits of layers by name, such as 'head.*=32' (float) or 'stem=8/4'"),
+    typer.Option(
+        metavar="PATTERN=BITS",
+        help="bits of layers by name, such as 'head.*=32' (float) or 'stem=8/4'",
+        rich_help_panel=DECISIONS,
+    ),
 ]
 NoPrune = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="layers by name that keep all channels, such as 'layer1'")
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN", help="layers by name that keep all channels, such as 'layer1'", rich_help_panel=DECISIONS
+    ),
 ]
 OutDir = Annotated[
     str | None,
-    typer.Option("--out", "-o", metavar="DIR", help="where policy, model and report go; default: out/MODEL-BUDGET"),
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="DIR",
+        help="where policy, model and report go; default: out/MODEL-BUDGET",
+        rich_help_panel=OUTPUT,
+    ),
 ]
-Only = Annotated[str | None, typer.Option(metavar="prune|quantise", help="do one of the two alone")]
+Only = Annotated[
+    str | None, typer.Option(metavar="prune|quantise", help="do one of the two alone", rich_help_panel=DECISIONS)
+]
+
+Limits = Annotated[
+    str | None,
+    typer.Option(help="5% of the float BOPs (the default), 20x, bops=5%,size=20%, 300M, 2MB, 5ms"),
+]
+MaxDrop = Annotated[
+    str | None, typer.Option(metavar="SHARE", help="the smallest that loses no more of the metric, such as 1%")
+]
+MethodName = Annotated[str, typer.Option(help="auto, or a name that `sbs-fx methods` lists")]
+SearchEpochs = Annotated[int | None, typer.Option(help="epochs of a search that trains", rich_help_panel=TRAINING)]
+Precision = Annotated[str | None, typer.Option(help="fp32 or bf16", rich_help_panel=TRAINING)]
+Compiled = Annotated[bool, typer.Option("--compiled", help="train through torch.compile", rich_help_panel=TRAINING)]
+Restart = Annotated[bool, typer.Option("--restart", help="forget the checkpoints in --out", rich_help_panel=OUTPUT)]
+Candidates = Annotated[
+    str | None, typer.Option(help="bitwidths by comma; default: the method's; 32: float", rich_help_panel=DECISIONS)
+]
+WeightBits = Annotated[
+    int | None, typer.Option(help="of all weights; default: the method chooses", rich_help_panel=DECISIONS)
+]
+ActivationBits = Annotated[
+    int | None, typer.Option(help="of all tensors; default: the method chooses", rich_help_panel=DECISIONS)
+]
+Importance = Annotated[str, typer.Option(help="norm that ranks channels: l1 or l2", rich_help_panel=DECISIONS)]
+RoundTo = Annotated[
+    int | None, typer.Option(help="keep multiples of this many channels; 1: any number", rich_help_panel=DECISIONS)
+]
+MinorGroups = Annotated[
+    bool, typer.Option("--minor-groups", help="also prune heads and group widths", rich_help_panel=DECISIONS)
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="what would be done and what is in reach, and stop", rich_help_panel=OUTPUT),
+]
 
 
 def constraints_of(keep: list[str] | None, no_prune: list[str] | None, only: str | None) -> dict[str, Any]:
