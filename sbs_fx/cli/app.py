@@ -7,11 +7,10 @@ left; importing this module is light, each command imports what it needs.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from json import dumps
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,16 +64,12 @@ from sbs_fx.cli.options import (
 from sbs_fx.cli.planning import dry_run, replan, save_run
 from sbs_fx.cli.progress import errors, show_progress, show_steps
 from sbs_fx.cli.reporting import report as show_report
+from sbs_fx.cli.results import check_output, finish, measured
 from sbs_fx.cli.running import circumstances, default_directory, rerun, typed
 from sbs_fx.cli.settings import ListSettings, OptionsFile
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from sbs_fx.cli.models import NamedModel
-    from sbs_fx.data.datasets import Batches
-    from sbs_fx.report import Report
-    from sbs_fx.result import Result
+    pass
 
 app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -241,7 +236,7 @@ def compress(
     )
     out = out or default_directory(model, budget, typed(context))
     if not dry:
-        _check_output(out)
+        check_output(out)
     made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
     errors.print(f"weights: {made.weights}", highlight=False, markup=False, soft_wrap=True)
     train, test = both_splits(made, data, data_dir, batch_size, seed, skip_unreadable)
@@ -265,7 +260,7 @@ def compress(
             progress=progress,
             observer=observer,
         )
-        report = _measured(made.module, result, test, progress, part)
+        report = measured(made.module, result, test, progress, part)
     options: dict[str, Any] = {"checkpoint": checkpoint and os.path.abspath(checkpoint)}
     options |= {"random_weights": random_weights, "weights": made.weights}
     options |= {"input_size": input_size, "num_classes": num_classes, "in_chans": in_chans, "part": part}
@@ -275,7 +270,7 @@ def compress(
     save_run(out, model=model, method=result.policy.method, budget=budget, **options)
     told = {"model": model, "weights": made.weights, "command": shlex.join(["sbs-fx", *typed(context)])}
     told["data"] = "" if data is None else f"{data}, {options['data']['train']} pictures to calibrate or train on"
-    _finish(made, result, report.model_copy(update=told), out, json)
+    finish(made, result, report.model_copy(update=told), out, json)
 
 
 @app.command()
@@ -311,7 +306,7 @@ def apply(
 
     plan = Policy.load(policy)
     config = make_config(ranges=ranges, epochs=epochs, learning_rate=lr, seed=seed, overrides=settings or [])
-    _check_output(out)
+    check_output(out)
     made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
     train, test = both_splits(made, data, data_dir, batch_size, seed, skip_unreadable)
     made = made._replace(classes=tuple(getattr(train, "classes", ())))
@@ -328,8 +323,8 @@ def apply(
             progress=progress,
             observer=observer,
         )
-        report = _measured(made.module, result, test, progress, part)
-    _finish(made, result, report, out, json)
+        report = measured(made.module, result, test, progress, part)
+    finish(made, result, report, out, json)
 
 
 @app.command()
@@ -363,63 +358,6 @@ def evaluate(
         made = made if with_part is None else with_saved_part(made, with_part)
     accuracy = run(made.module, open_split(made, data, data_dir, "test", batch_size, 0, skip_unreadable))
     typer.echo(dumps({"model": model, "accuracy": accuracy}) if json else f"{model}: {accuracy:.2f} % top-1")
-
-
-# -- results -----------------------------------------------------------------------------------------------------------
-
-
-def _check_output(directory: str | None) -> None:
-    """An output directory that cannot be written is known before anything is computed."""
-    if directory is not None:
-        from sbs_fx.plan.files import prepare_directory
-
-        prepare_directory(directory)
-
-
-def _measured(
-    module: nn.Module, result: Result, test: Batches | None, progress: Callable[[str, float], None], part: str | None
-) -> Report:
-    """The report with the accuracy of the model before and after, of the whole where a part was compressed."""
-    if test is None:
-        return result.report
-    from sbs_fx.passes.capture.part import with_part
-    from sbs_fx.training import evaluate
-
-    progress("evaluate", 0.95)
-    static = result.model if part is None else with_part(module, part, result.model)
-    report = result.report.with_accuracy(evaluate(module, test), evaluate(static, test))
-    notes = () if part is None else ("the accuracy is the whole model's, with the part in its place",)
-    return report.model_copy(update={"notes": (*report.notes, *notes)})
-
-
-def _finish(made: NamedModel, result: Result, report: Report, directory: str | None, json: bool) -> None:
-    """Save, and print the closing table."""
-    from sbs_fx.training.processes import Processes
-
-    if directory is not None and Processes().is_first:
-        _save(made, result, report, directory)
-    if json:
-        typer.echo(report.to_json())
-        return
-    from sbs_fx.report.text import closing_table, warned
-
-    Console().print(closing_table(report))
-    for note in report.notes:
-        typer.echo(f"note: {note}")
-    for line in warned(report):
-        typer.echo(line)
-    if directory is not None:
-        typer.echo(f"policy.json, model.pt2 and the report are in {directory}")
-
-
-def _save(made: NamedModel, result: Result, report: Report, directory: str) -> None:
-    """What `Result.save` writes, with the accuracy in the report and in the file the normalisation that was used, so
-    that `evaluate` prepares images as they were prepared here."""
-    if made.weights:
-        report = report.model_copy(update={"notes": (*report.notes, f"weights: {made.weights}")})
-    prepared = {k: list(v) if isinstance(v, tuple) else v for k, v in made.preparation.items()}
-    metadata = {**result.metadata, **prepared, **({"classes": list(made.classes)} if made.classes else {})}
-    dataclasses.replace(result, report=report, metadata=metadata).save(directory)
 
 
 if __name__ == "__main__":
