@@ -18,7 +18,7 @@ Holds: a block that did not come nearer to the float one on the pictures stays a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ def reconstruct_without_data(
     groups: ChannelGroups,
     kept: Mapping[str, Sequence[int]],
     settings: Reconstruction,
+    step: Callable[[int, int], None] | None = None,
 ) -> list[Reconstructed]:
     """Reconstruct in place, with the arguments of `reconstruct`; a network without batch norms is left as it is."""
     names = [name for pair in statistics_of(gated) for name in pair]
@@ -62,7 +63,7 @@ def reconstruct_without_data(
     shift = NormShift(gated, [images], own)
     write(gated, own)
     settings = settings.model_copy(update={"damping": max(_DAMPING, settings.damping)})
-    options: dict[str, Any] = {"inputs": inputs, "groups": groups, "kept": kept, "settings": settings}
+    options: dict[str, Any] = {"inputs": inputs, "groups": groups, "kept": kept, "settings": settings, "step": step}
     rows = reconstruct(gated, settled, [images], **options)
     if any(row.after < row.before for row in rows):
         write(gated, trained)
