@@ -31,7 +31,7 @@ MOST_LINES = 420
 MOST_ARGUMENTS = 6
 # Where argument lists are short: what users do not call. `benchmark` they do.
 INSIDE = ("plan", "search", "export", "passes/cost", "calibration", "report")
-PUBLIC = {"benchmark", "calibrate", "reconstruct"}
+PUBLIC = {"benchmark", "calibrate", "reconstruct", "reconstruct_without_data"}
 
 
 def sources() -> list[Path]:
