@@ -239,7 +239,7 @@ def refresh(result: Result, data: Data | None = None, *, config: Config | None =
     job.prepare(result.gated, None)
     job.stage("finalise", 0.0)
     static = finalize(result.gated, nonzeros=result.policy.nonzeros)
-    looked_at = job.looked_at(inputs, bounds_of(result.gated))
+    looked_at = job.looked_at(result.gated, inputs)
     if _rounds(result.policy.plan):
         observed = observe(result.gated, job.data, inputs=inputs, max_batches=job.config.calibration_batches)
         static = _integer(static, observed, inputs, job)
@@ -299,7 +299,7 @@ def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: P
     groups, graph = cost.groups, traced.graph
     _check_policy(cost, policy)
     job.stage("slim", 0.4)
-    looked_at = job.looked_at(traced.inputs, bounds_of(graph))
+    looked_at = job.looked_at(graph, traced.inputs)
     fidelity = Fidelity(graph, looked_at)
     slimmed = slim(with_tensors(graph, searched.tensors), groups, plan.kept)
     if plan.nonzeros or any(len(kept) < groups[name].size for name, kept in plan.kept.items()):

@@ -7,7 +7,8 @@ keeps their times. Holds: the model is not changed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from sbs_fx.calibration.calibrate import calibration_batches
-from sbs_fx.calibration.synthetic import Bounds, set_bounds
+from sbs_fx.calibration.synthetic import bounds_of, set_bounds
 from sbs_fx.config import Config
 from sbs_fx.data.batches import Tensors, in_cache, split_inputs
 from sbs_fx.data.prepared import Prepare, prepared
@@ -24,13 +25,14 @@ from sbs_fx.models import create_model, input_config
 from sbs_fx.models import example_inputs as derive_inputs
 from sbs_fx.passes import CostModel, channel_groups, cost_model, trace
 from sbs_fx.passes.capture.export import Dynamic
+from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.passes.capture.models import unwrapped
 from sbs_fx.passes.capture.part import Part
 from sbs_fx.passes.capture.part_search import naming_parts
 from sbs_fx.passes.capture.signature import Inputs, Signature
 from sbs_fx.passes.capture.sound import check_graph, check_weights
 from sbs_fx.plan import Budget
-from sbs_fx.plan.errors import BudgetError
+from sbs_fx.plan.errors import BudgetError, InputError
 from sbs_fx.training import Checkpoints
 from sbs_fx.training.progress import Observer
 from sbs_fx.training.task import Task, set_task
@@ -72,12 +74,24 @@ class Job:
         names = [node.name for node in graph.graph.find_nodes(op="placeholder")]
         self.data, self.validation = (prepared(data, names, prepare) for data in (self.data, self.validation))
 
-    def looked_at(self, inputs: Sequence[torch.Tensor], bounds: Bounds | None) -> list[Tensors]:
-        """A few examples, of the data or made up, for what a report measures; in small batches."""
-        batch = next(calibration_batches(self.data, inputs, 1, bounds=bounds))
+    def looked_at(self, graph: fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> list[Tensors]:
+        """A few examples for what a report measures, of the data or made up, in batches that the graph takes."""
+        spec = inputs_of(graph)
+        batch = next(calibration_batches(self.data, inputs, 1, bounds=bounds_of(graph)))
+        batch = tuple(x.to(e.device, e.dtype) for x, e in zip(batch, inputs, strict=True))
+        if self.data is None and spec is not None:  # reason: what is made up has as many rows everywhere
+            batch = tuple(
+                e if t.shape and isinstance(t.shape[0], int) else x
+                for x, e, t in zip(batch, inputs, spec.tensors, strict=True)
+            )
         count = min(_MOST_LOOKED_AT, max(_FEWEST_LOOKED_AT, _NUMBERS // max(x[:1].numel() for x in inputs)))
-        moved = tuple(x.to(e.device, e.dtype) for x, e in zip(batch, inputs, strict=True))
-        return in_cache(split_inputs(moved, count)[0])
+        for parts in (in_cache(split_inputs(batch, count)[0]), [batch], [inputs]):
+            with suppress(InputError):
+                for part in parts:
+                    if spec is not None:
+                        spec.check(part)
+                return parts
+        return []
 
     def stage(self, name: str, done: float) -> None:
         self.close()

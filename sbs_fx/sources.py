@@ -111,5 +111,5 @@ def published(make: Callable[[str, bool, Options], nn.Module], name: str, option
         text = str(error).strip() or type(error).__name__
         raise WeightsError(
             f"the published weights of {name!r} cannot be had: {' '.join(text.splitlines()[0].split())}; give a file "
-            f"(--checkpoint FILE) or ask for random ones (--random-weights; in Python a module in the place of {name!r})"
+            f"(--checkpoint FILE) or ask for random ones (--random-weights; in Python a module for {name!r})"
         ) from error

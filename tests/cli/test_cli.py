@@ -291,7 +291,7 @@ def test_a_name_means_published_weights(capsys: Captured) -> None:
     assert "the published weights of 'test_vit' cannot be had" in said
     assert "--random-weights" in said
     assert "--checkpoint" in said
-    with pytest.raises(WeightsError, match=r"a module in the place of 'test_vit'"):
+    with pytest.raises(WeightsError, match=r"a module for 'test_vit'"):
         sbs_fx.compress("test_vit")
 
 
