@@ -64,6 +64,8 @@ def compare(
 ) -> Comparison:
     """Compress a model by each method at each budget, and measure what comes out.
 
+    >>> table = sbs_fx.compare(model, train, ("5%", "2%"), methods=("opq", "two_stage"), validation=test)  # doctest: +SKIP
+
     Args:
         model, example_inputs, dynamic, task, prepare: as for `compress`. data: (images, targets), iterable more than
             once: what methods calibrate, search and fine-tune on.

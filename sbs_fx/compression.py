@@ -72,7 +72,10 @@ def compress(
 ) -> Result:
     """Compress a float model under a budget.
 
-    With `output_dir`, whatever trains leaves checkpoints there, and the same call again goes on from them.
+    With `output_dir`, whatever takes long leaves checkpoints there, and the same call again goes on from them.
+
+    >>> result = sbs_fx.compress(model, images, budget="5%", data=loader)  # doctest: +SKIP
+    >>> result.model(images), result.save("out")  # doctest: +SKIP
 
     Args:
         model: a module that `torch.export` can capture, an `ExportedProgram`, or a timm model name. It is not changed.
@@ -165,6 +168,8 @@ def apply(
 ) -> Result:
     """A saved policy onto the float model again: what `compress` does after its search.
 
+    >>> result = sbs_fx.apply(model, Policy.load("out/policy.json"), images, data=loader)  # doctest: +SKIP
+
     Args:
         budget: what the policy must keep, such as one that was changed by hand; None: whatever it costs.
 
@@ -205,6 +210,8 @@ def replan(
     config: Config | None = None,
 ) -> Policy:
     """A plan for another budget, or other constraints, from losses that an earlier search has measured; for `apply`.
+
+    >>> policy = sbs_fx.replan(model, "out/sensitivity.json", "3%", images)  # doctest: +SKIP
 
     Args:
         sensitivities: of an earlier result, or the path of its `sensitivity.json`. config: what may be decided.

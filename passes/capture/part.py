@@ -266,6 +266,8 @@ def _copy(graph: nn.Module) -> nn.Module:
 def with_part(model: nn.Module, part: str, graph: nn.Module) -> nn.Module:
     """A copy of a whole model, in eval mode, in which a static graph stands in place of one sub-module.
 
+    >>> whole = sbs_fx.with_part(model, "backbone", result.model)  # doctest: +SKIP
+
     Args:
         model: the float model; it is not changed.
         part: path of the sub-module, as `compress(model, ..., part=...)` was given it.

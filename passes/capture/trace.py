@@ -32,6 +32,10 @@ from sbs_fx.plan.errors import InputError, TraceError
 def trace(module: Any, example_inputs: Inputs, *, dynamic: Dynamic | None = None) -> fx.GraphModule:
     """Capture `module` in eval mode as a functional graph whose batch may have any size.
 
+    >>> graph = trace(torch.nn.Linear(4, 3), torch.randn(2, 4))
+    >>> [node.name for node in graph.graph.nodes if node.op == "call_function"]
+    ['linear']
+
     Args:
         module: the float model, an `ExportedProgram` or a graph. It is captured in eval mode and left as it was.
             Wrappers that only pass their arguments on, such as `DataParallel`, are looked through.

@@ -34,6 +34,10 @@ def tensors_of(output: Any) -> Outputs:
 class Task:
     """What outputs mean. `Task(loss=...)` is one of your own: outputs are matched to the float model's.
 
+    >>> Task("segmentation").name
+    'segmentation'
+    >>> own = Task(outputs=lambda output: output["logits"], loss=torch.nn.functional.cross_entropy)
+
     Attributes:
         name: "classification": logits (batch, classes). "segmentation": logits (batch, classes, *positions).
             "matching": every output, by its squared difference from the float model's over that one's variance.
