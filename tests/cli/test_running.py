@@ -30,12 +30,6 @@ def told(text: str) -> str:
     return " ".join(text.replace("│", " ").split())
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_a_run_is_never_thrown_away_and_can_be_repeated(elsewhere: Path, capsys: Captured) -> None:
     (elsewhere / "run.yaml").write_text("budget: 3%\nmethod: uniform\nset:\n  importance: l1\n")
     command = ["compress", *MODEL, "--config", "run.yaml"]
