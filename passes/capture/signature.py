@@ -92,7 +92,8 @@ class Signature:
         leaves, spec = pytree.tree_flatten((_registered(tuple(args)), _registered(dict(kwargs))))
         if spec == self.spec:
             for i, constant in self.constants.items():
-                if type(leaves[i]) is not type(constant) or leaves[i] != constant:
+                both_nan = leaves[i] != leaves[i] and constant != constant
+                if type(leaves[i]) is not type(constant) or leaves[i] != constant and not both_nan:
                     raise InputError(
                         f"the graph was made for {constant!r} where the call has {leaves[i]!r}; compress the model "
                         "again with that among the example inputs"

@@ -327,3 +327,15 @@ def test_data_of_models_with_several_inputs() -> None:
     for method in ("auto", "uniform", "opq"):
         result = sbs_fx.compress(model.eval(), inputs(2), budget=0.3, data=data, method=method)
         assert result.policy.method == ("two_stage" if method == "auto" else method)
+
+
+def test_a_number_that_is_none_is_the_same_number_again() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return x * 2 if scale != scale else x * scale
+
+    x = torch.randn(2, 4)
+    graph = sbs_fx.compress(Scaled(), {"x": x, "scale": float("nan")}).model
+    assert torch.equal(graph(x=x, scale=float("nan")), 2 * x)
+    with pytest.raises(InputError, match="the graph was made for nan where the call has 1.0"):
+        graph(x=x, scale=1.0)
