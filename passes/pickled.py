@@ -11,7 +11,8 @@ import io
 import operator
 import pickle
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -27,8 +28,9 @@ def dumps(value: Any) -> bytes:
     return stream.getvalue()
 
 
-class _Named(NamedTuple):
-    """A node among the arguments of another."""
+@dataclass(frozen=True)
+class _Named:
+    """A node among the arguments of another; no tuple, which would be walked into."""
 
     name: str
 
@@ -58,20 +60,10 @@ def _graph_module(state: Mapping[str, Any], rows: list[Any], codegen: Any, meta:
     root.__dict__.update(state)
     nodes: dict[str, fx.Node] = {}
     for op, target, args, kwargs, name in rows:
-        args, kwargs = _with_nodes((args, kwargs), nodes)
+        args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: nodes[a.name] if isinstance(a, _Named) else a)
         nodes[name] = graph.create_node(op, target, args, kwargs, name)
     graph._codegen = codegen
     result = fx.GraphModule(root, graph)
     result.meta.update(meta)
     result.training = state["training"]
     return result
-
-
-def _with_nodes(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
-    if isinstance(value, _Named):
-        return nodes[value.name]
-    if isinstance(value, dict):
-        return {key: _with_nodes(each, nodes) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([_with_nodes(each, nodes) for each in value])
-    return slice(*_with_nodes((value.start, value.stop, value.step), nodes)) if isinstance(value, slice) else value

@@ -30,10 +30,9 @@ def create_model(name: str, *, pretrained: bool = True, checkpoint: str | None =
         InputError: nobody knows such a model (the nearest names are listed). WeightsError: there are no published
         weights, they cannot be had here, or do not fit. FileError: the checkpoint cannot be read.
     """
-    from_timm = source_of(name) is None
     make = source_of(name) or _of_timm
     # reason: arrays of other libraries, which timm turns around
-    arrays = checkpoint if from_timm and checkpoint is not None and checkpoint.endswith(".npz") else None
+    arrays = checkpoint if make is _of_timm and checkpoint is not None and checkpoint.endswith(".npz") else None
     if arrays is not None:
         options["checkpoint_path"] = arrays
     model = published(make, name, options) if pretrained and checkpoint is None else make(name, False, options)

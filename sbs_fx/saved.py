@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from sbs_fx.data.pictures import timm_transform
+from sbs_fx.data.pictures import prepared_picture, timm_transform
 from sbs_fx.export import load_pt2
+from sbs_fx.models import PREPARATION
 from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.plan import Policy
@@ -23,7 +24,6 @@ from sbs_fx.plan.files import read_as
 from sbs_fx.report import Report
 
 MODEL, POLICY, REPORT = "model.pt2", "policy.json", "report.json"
-_CARD = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,5 @@ def _preprocess(model: fx.GraphModule) -> Callable[[Any], Tensor] | None:
     channels, *sides = (size for size in shape[1:] if isinstance(size, int))
     if len(sides) != 2:
         return None
-    card = {k: metadata[k] for k in _CARD if k in metadata}
-    transform = timm_transform((sides[0], sides[1]), channels, False, **card)
-    mode = "L" if channels == 1 else "RGB"
-    return lambda picture: transform(picture.convert(mode))
+    card = {k: metadata[k] for k in PREPARATION if k in metadata}
+    return prepared_picture(channels, timm_transform((sides[0], sides[1]), channels, False, **card))

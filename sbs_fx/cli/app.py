@@ -244,6 +244,12 @@ def compress(
     if dry:
         dry_run(made, limits or Budget.parse("5%"), method, config, has_data=train is not None)
         return
+    options: dict[str, Any] = {"checkpoint": checkpoint and os.path.abspath(checkpoint)}
+    options |= {"random_weights": random_weights, "weights": made.weights}
+    options |= {"input_size": input_size, "num_classes": num_classes, "in_chans": in_chans, "part": part}
+    options |= {"model": model, "budget": budget, "seed": seed, "settings": config.model_dump(mode="json")}
+    options |= circumstances(typed(context), train, test)
+    save_run(out, method=method, **options)  # reason: the directory is this command's, also if it is stopped
     with show_progress() as progress, show_steps(out, restart) as observer:
         result = run(
             made.module,
@@ -261,13 +267,8 @@ def compress(
             observer=observer,
         )
         report = measured(made.module, result, test, progress, part)
-    options: dict[str, Any] = {"checkpoint": checkpoint and os.path.abspath(checkpoint)}
-    options |= {"random_weights": random_weights, "weights": made.weights}
-    options |= {"input_size": input_size, "num_classes": num_classes, "in_chans": in_chans, "part": part}
-    options |= {"seed": seed, "settings": config.model_dump(mode="json"), "seconds": result.seconds}
-    options |= circumstances(typed(context), train, test)
     # reason: before the report, whose page tells of it
-    save_run(out, model=model, method=result.policy.method, budget=budget, **options)
+    save_run(out, method=result.policy.method, seconds=result.seconds, **options)
     told = {"model": model, "weights": made.weights, "command": shlex.join(["sbs-fx", *typed(context)])}
     told["data"] = "" if data is None else f"{data}, {options['data']['train']} pictures to calibrate or train on"
     finish(made, result, report.model_copy(update=told), out, json)

@@ -16,7 +16,7 @@ from sbs_fx.cli.progress import errors
 from sbs_fx.data.datasets import Batches, open_data
 from sbs_fx.data.pictures import Pictures, listed
 from sbs_fx.export import load_saved as load_static
-from sbs_fx.export.pt2 import load_program
+from sbs_fx.export.pt2 import example_shape, load_program
 from sbs_fx.models import PREPARATION, create_model, input_config
 from sbs_fx.passes.capture.part import with_part
 from sbs_fx.passes.dialects import static_of
@@ -87,7 +87,7 @@ def make_model(
 
 
 def _of_program(path: str, checkpoint: str | None, place: torch.device) -> NamedModel:
-    """A float model as `torch.export.save` wrote it, and zeros as it takes them, 2 along dimensions that may change."""
+    """A float model as `torch.export.save` wrote it, and images of the shape that it takes, 2 where it is dynamic."""
     if checkpoint is not None:
         raise InputError(f"{path!r} has its own weights; leave --checkpoint out")
     program = load_program(path)
@@ -95,9 +95,8 @@ def _of_program(path: str, checkpoint: str | None, place: torch.device) -> Named
     values = [n.meta["val"] for n in program.graph.find_nodes(op="placeholder") if n.name in names]
     if len(values) != 1 or values[0].ndim != 4:
         raise InputError(f"{path!r} takes {len(values)} inputs; the command line gives one of images: use the library")
-    shape = [2 if isinstance(size, torch.SymInt) else int(size) for size in values[0].shape]
     module = program.module(check_guards=False)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(values[0].dtype)
+    images = torch.randn(example_shape(values[0]), generator=torch.Generator().manual_seed(0)).to(values[0].dtype)
     weights = f"file {path} (sha256 {digest(module.state_dict())[:16]})"
     return NamedModel(module.to(place), images.to(place), {}, weights)
 

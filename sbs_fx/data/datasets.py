@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sbs_fx.data.batches import check_labels
-from sbs_fx.data.pictures import Pictures, timm_transform
+from sbs_fx.data.pictures import Pictures, prepared_picture, timm_transform
 from sbs_fx.plan.errors import DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -317,16 +317,6 @@ def _hub_dataset(spec: str, split: str, data_dir: str | os.PathLike[str] | None)
     ) from problem
 
 
-class _Converted:
-    """A transform that first brings a picture to the model's number of channels."""
-
-    def __init__(self, mode: str, transform: Any) -> None:
-        self.mode, self.transform = mode, transform
-
-    def __call__(self, image: Any) -> Any:
-        return self.transform(image.convert(self.mode))
-
-
 class LoaderBatches(Batches):
     """Batches of pictures, prepared as timm prepares them. `classes`: their names, where they are known."""
 
@@ -344,7 +334,7 @@ class LoaderBatches(Batches):
         super().__init__(min(batch_size, len(dataset)) or 1, seed)
         self.dataset, self.num_classes, self.shape = dataset, num_classes, shape
         self.classes: tuple[str, ...] = getattr(dataset, "classes", ())
-        dataset.transform = _Converted("L" if shape.channels == 1 else "RGB", shape.transform(augment))
+        dataset.transform = prepared_picture(shape.channels, shape.transform(augment))
         ordered = not shuffle or isinstance(dataset, torch.utils.data.IterableDataset)
         self.loader: Any = torch.utils.data.DataLoader(
             dataset, self.batch_size, shuffle=not ordered, num_workers=num_workers

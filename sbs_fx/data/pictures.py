@@ -147,3 +147,18 @@ def timm_transform(size: tuple[int, int], channels: int, augment: bool, **card: 
         (channels, *size), is_training=augment, use_prefetcher=False, **card
     )
     return transform
+
+
+class _Converted:
+    """A transform that first brings a picture to the model's number of channels."""
+
+    def __init__(self, mode: str, transform: Any) -> None:
+        self.mode, self.transform = mode, transform
+
+    def __call__(self, image: Any) -> Any:
+        return self.transform(image.convert(self.mode))
+
+
+def prepared_picture(channels: int, transform: Any) -> Callable[[Any], Any]:
+    """A transform for pictures of any mode; it can be sent to the workers of a loader."""
+    return _Converted("L" if channels == 1 else "RGB", transform)

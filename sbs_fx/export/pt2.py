@@ -152,9 +152,12 @@ def load_saved(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, tuple[Tens
     """`load_pt2`, and zeros of the shapes that the graph takes, 2 along dynamic dimensions. Raises FileError."""
     static = load_pt2(path)
     values = [node.meta["val"] for node in static.graph.find_nodes(op="placeholder")]
-    shapes = [[2 if isinstance(size, torch.SymInt) else int(size) for size in value.shape] for value in values]
-    inputs = (torch.zeros(shape, dtype=value.dtype) for shape, value in zip(shapes, values, strict=True))
-    return static, tuple(inputs)
+    return static, tuple(torch.zeros(example_shape(value), dtype=value.dtype) for value in values)
+
+
+def example_shape(value: Tensor) -> list[int]:
+    """The shape of what a program takes, 2 along dynamic dimensions. value: the fake tensor of its placeholder."""
+    return [2 if isinstance(size, torch.SymInt) else int(size) for size in value.shape]
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------

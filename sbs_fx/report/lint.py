@@ -17,7 +17,7 @@ _EIGHT = 8
 
 
 def warnings_of(report: ReportData) -> tuple[Warned, ...]:
-    """All that the rules find, those that cost most first."""
+    """All that the rules find: of tensors, of channel groups, of layers."""
     return (*_tensors(report), *_channels(report), *_layers(report))
 
 

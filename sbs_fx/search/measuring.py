@@ -64,7 +64,7 @@ class Measuring:
             for i, (key, plan) in enumerate(waiting.items(), 1):
                 self._tell(i, len(waiting))
                 self._keep({key: self.predictor(plan)})
-        elif waiting:
+        else:
             self._spread(self.executor, waiting)
         return [self.known[key] for key in keys]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,19 +12,13 @@ import torch
 from PIL import Image
 
 import sbs_fx
-from sbs_fx.cli import main
 from sbs_fx.plan import Policy
 from sbs_fx.plan.errors import WeightsError
 from sbs_fx.report import Report
+from tests.oracles.commands import MODEL
+from tests.oracles.commands import run_command as _run
 
-MODEL = ["test_vit", "--input-size", "1,32,32", "--num-classes", "10", "--random-weights"]
 Captured = pytest.CaptureFixture[str]
-
-
-def _run(arguments: Sequence[str]) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    return int(end.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from sbs_fx import Config
-from sbs_fx.cli import main
 from sbs_fx.cli.progress import show_progress
 from sbs_fx.cli.running import default_directory
 from sbs_fx.cli.settings import known_settings, nested
+from tests.oracles.commands import MODEL
+from tests.oracles.commands import run_command as _run
 
-MODEL = ["test_vit", "--input-size", "1,32,32", "--num-classes", "10", "--random-weights"]
 Captured = pytest.CaptureFixture[str]
-
-
-def _run(arguments: Sequence[str]) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    return int(end.value.code or 0)
 
 
 def told(text: str) -> str:
@@ -49,6 +42,13 @@ def test_a_run_is_never_thrown_away_and_can_be_repeated(elsewhere: Path, capsys:
     assert "policy.json differ from those in out/test_vit-3pct" in capsys.readouterr().out
     assert _run(["rerun", "out/test_vit-3pct", "-o", "out/test_vit-3pct"]) == 2
     assert _run(["rerun", "nowhere"]) == 2
+
+
+def test_a_run_that_was_stopped_is_taken_up_in_its_own_directory(elsewhere: Path) -> None:
+    command = ["compress", *MODEL, "--budget", "0.01%"]
+    for _ in range(2):
+        assert _run(command) == 2  # out of reach
+        assert [path.name for path in (elsewhere / "out").iterdir()] == ["test_vit-0.01pct"]
 
 
 def test_names_of_directories() -> None:
