@@ -7,6 +7,7 @@ the blocks one after the other compute what the graph computes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ def alike(groups: ChannelGroups) -> set[str]:
 
 def cut_points(graph_module: fx.GraphModule, layers: Container[str], among: Container[str]) -> list[str]:
     """Names of tensors at which the graph falls apart: behind each of `layers` (names of nodes), up to the next, the
-    last one there is. Only nodes whose name is in `among` count.
+    last one there is. Only nodes whose name is in `among` count. A tensor that is more than twice as large as those of
+    the cuts on both sides is none, since holding it for all images takes more than running one layer again.
 
     In a residual network these are the sums, in a chain the inputs of layers. A gate is no cut: its tensor is.
     """
@@ -33,18 +35,26 @@ def cut_points(graph_module: fx.GraphModule, layers: Container[str], among: Cont
     live = _live(nodes)
     position = {node: i for i, node in enumerate(nodes)}
     reach = 0  # the last place that reads a tensor met so far
-    cuts: dict[int, str] = {}
+    cuts: dict[int, fx.Node] = {}
     count = 0
     for i, node in enumerate(nodes):
         count += node.name in layers
         if node not in live:
             continue
         if reach <= i and count and node.name in among and isinstance(node.meta.get("val"), Tensor):
-            cuts[count] = node.name
+            cuts[count] = node
         # reason: a size of the input carries no values
         readers = [user for user in node.users if node.op != "placeholder" or user in live]
         reach = max([reach, *(position[user] for user in readers)])
-    return list(cuts.values())
+    found = list(cuts.values())
+    sizes = [_size(node) for node in found]
+    peaks = {i for i in range(1, len(found) - 1) if sizes[i] > 2 * max(sizes[i - 1], sizes[i + 1])}
+    return [node.name for i, node in enumerate(found) if i not in peaks]
+
+
+def _size(node: fx.Node) -> int:
+    """Numbers in its tensor, as it was traced."""
+    return math.prod(size if isinstance(size, int) else size.node.hint for size in node.meta["val"].shape)
 
 
 def _live(nodes: Sequence[fx.Node]) -> set[fx.Node]:

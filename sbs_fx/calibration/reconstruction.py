@@ -99,7 +99,7 @@ def reconstruct(
     work = _Work(gated, teacher, Slices(groups, kept or {}), settings, seed)
     images = _images(data, inputs, settings)
     begin: str | None = None
-    now, real = images, images  # what the block reads in the gated network, and in the float one
+    now, real = images, list(images)  # what the block reads in the gated network, and in the float one
     rows = []
     requires = {p: p.requires_grad for p in gated.parameters()}
     state, whole = _state(gated), _ends(gated, groups)
@@ -176,10 +176,13 @@ class _Work:
     def reconstruct(
         self, begin: str | None, ends: tuple[str, ...], now: list[Tensors], real: list[Tensors]
     ) -> tuple[Reconstructed, list[Tensors], list[Tensors]]:
-        """One block; also what it gives now and what the float network gives at its ends, batch by batch."""
+        """One block; also what it gives now and what the float network gives at its ends, batch by batch. `real` is
+        emptied where nothing reads it again: it takes as much as any of the others."""
         wanted, observed = self.refits.observe(begin, ends, real)
         targets = self._targets(wanted, ends)
         part, fitted = subgraph(self.gated, begin, ends), self._fitted(now)
+        if not any(node.name in self.refits.affine for node in part.graph.nodes):
+            real.clear()
         before = best = _error(self._run(part, now[fitted:]), targets[fitted:])
         signal = _error([tuple(torch.zeros_like(t) for t in ts) for ts in targets[fitted:]], targets[fitted:])
         if before <= self.settings.tolerance * signal:

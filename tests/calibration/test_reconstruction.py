@@ -51,7 +51,7 @@ def test_reconstructed_is_closer_static_and_within_a_step(pruned: bool) -> None:
     before = distance(gated, graph, data)
     trainable = {n: p.requires_grad for n, p in gated.named_parameters()}
     rows = reconstruct(gated, graph, [data[:32], data[32:]], inputs=(IMAGES,), groups=groups, kept=kept, settings=FAST)
-    assert len(rows) == 4
+    assert len(rows) == (3 if pruned else 4)  # reason: pruned, what the second layer gives is a peak, and no cut
     assert all(row.after <= row.before for row in rows)
     assert distance(gated, graph, data) < 0.7 * before
     assert trainable == {n: p.requires_grad for n, p in gated.named_parameters()}
@@ -193,6 +193,17 @@ def test_cuts_are_behind_layers_and_at_sums() -> None:
     gated = insert_gates(graph, groups, channels=False)
     assert [names for (names,) in _ends(gated, groups)] == ["relu", "relu_1", "mean"]
     assert cut_points(gated, groups.inference.layers, {"conv2d", "add"}) == ["conv2d", "add"]
+
+
+def test_a_tensor_much_larger_than_its_neighbours_is_no_cut() -> None:
+    """All images of it are held at once: in networks with expanded widths that is most of the memory."""
+    wide = nn.Sequential(
+        nn.Conv2d(1, 2, 1), nn.Conv2d(2, 5, 1), nn.Conv2d(5, 2, 1), nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1)
+    )
+    graph = trace(wide.eval(), IMAGES)
+    groups = channel_groups(graph)
+    gated = insert_gates(graph, groups, channels=False)
+    assert [names for (names,) in _ends(gated, groups)] == ["conv2d", "conv2d_2", "conv2d_3", "conv2d_4"]
 
 
 # Rounding in closed form
