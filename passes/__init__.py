@@ -7,6 +7,7 @@ from sbs_fx.passes.channels.inference import Inference, Term, rule
 from sbs_fx.passes.channels.slim import slim
 from sbs_fx.passes.cost.model import CostModel, cost_model
 from sbs_fx.passes.dialects import Gated, Searchable, Static, Traced, verify
+from sbs_fx.passes.equalisation import equalise
 from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, channel_gates, insert_gates, weight_gates
 from sbs_fx.passes.graph import on_device
 from sbs_fx.passes.pass_manager import as_pass
@@ -33,6 +34,7 @@ __all__ = [
     "channel_gates",
     "channel_groups",
     "cost_model",
+    "equalise",
     "finalize",
     "insert_gates",
     "integer_grid",
