@@ -63,7 +63,7 @@ class CostModel:
         layers: what multiplies, in graph order; of kind "float" what no rule knows. uncounted: node -> operator whose
             cost nobody knows, which is in no measure. weights, activations: name -> the places where layers read it.
         variables: what costs depend on; `polynomials` number them so.
-        polynomials: measure ("bops", "macs", "size" in stored bits, "latency" in seconds if there is a timing) -> cost.
+        polynomials: measure ("bops", "macs", "size" in bits, "params", "latency" in seconds with a timing) -> cost.
         whole: measure -> cost of the float graph, nothing pruned; what a budget's shares are of.
     """
 
@@ -96,25 +96,26 @@ class CostModel:
         def bits(operand: tuple[str, str] | None) -> Any:
             return FLOAT_BITS if operand is None else terms[operand]  # type: ignore[index]
 
-        bops = macs = size = Polynomial({})
+        bops = macs = size = params = Polynomial({})
         for layer in self.layers:
             for product in layer.products:
-                count = product.macs(of_axis)
-                count = self._at_traced_size(count)
+                count = self._at_traced_size(product.macs(of_axis))
                 macs = macs + count
                 bops = bops + count * bits(product.left) * bits(product.right)
         for name, (dims, _) in self.dims_of_weights.items():
             stored, quantised = self._stored[name], terms["quantised", name]  # type: ignore[index]
-            size = size + _count(dims, of_axis) * bits(("weight", name))
+            params = params + (count := _count(dims, of_axis))
+            size = size + count * bits(("weight", name))
             if stored.float_bits != FLOAT_BITS:
-                narrower = (stored.float_bits - FLOAT_BITS) * _count(dims, of_axis)
+                narrower = (stored.float_bits - FLOAT_BITS) * count
                 size = size + narrower + -1 * narrower * quantised
             size = size + SCALE_BITS * d.evaluate(stored.scales, of_axis) * quantised
         for tensor in self._others:
+            params = params + _count(tensor.dims, of_axis) * tensor.is_parameter
             if tensor.in_static and not tensor.adapted:
                 beside = 1 if tensor.past is None else terms["quantised", tensor.past]  # type: ignore[index]
                 size = size + _count(tensor.dims, of_axis) * tensor.bits * beside
-        result = {"bops": bops, "macs": macs, "size": size}
+        result = {"bops": bops, "macs": macs, "size": size, "params": params}
         if self.timing is not None:
             result["latency"] = Polynomial({}) + self.timing.rest[0]
             for layer in self.layers:

@@ -10,17 +10,25 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sbs_fx.cli.completion import backend_names, by_comma, format_names, model_names
 from sbs_fx.cli.options import Checkpoint, Json
+from sbs_fx.cli.progress import show_progress
+from sbs_fx.cli.results import saved_file
 
-Saved = Annotated[str, typer.Argument(metavar="MODEL.pt2", help="what `sbs-fx compress --out` has saved")]
+Saved = Annotated[
+    str, typer.Argument(metavar="SAVED", help="what `sbs-fx compress` has saved: a directory or model.pt2")
+]
 
 
 def export(
     model: Saved,
     out: Annotated[
-        str, typer.Option("--out", "-o", help="the file: .onnx, .xml (openvino), .pte (executorch) or .pt2")
+        str, typer.Option("--out", "-o", metavar="FILE", help="its suffix says the format: model.onnx, .xml, .pte")
     ],
-    format: Annotated[str, typer.Option(help="onnx, openvino, aoti, executorch or pt2")] = "onnx",
+    format: Annotated[
+        str | None,
+        typer.Option(help="where the suffix is not enough, such as aoti for a .pt2", autocompletion=format_names),
+    ] = None,
     low_bits: Annotated[bool, typer.Option("--low-bits", help="onnx: weights of 2 to 4 bits as int4")] = False,
 ) -> None:
     """Write a saved result as a file of another tool, run it there and compare."""
@@ -28,8 +36,13 @@ def export(
     from sbs_fx.export import load_saved
     from sbs_fx.passes.dialects import static_of
 
-    static, inputs = load_saved(model)
-    written = run(static, inputs, format, out, metadata=static_of(static).metadata, low_bits=low_bits)
+    format = format or format_of(out)
+    with show_progress() as progress:
+        progress("read", 0.0)
+        static, inputs = load_saved(saved_file(model))
+        written = run(
+            static, inputs, format, out, metadata=static_of(static).metadata, low_bits=low_bits, progress=progress
+        )
     exactly = "bit for bit" if static_of(static).exact else "up to rounding ties"
     part = static_of(static).metadata.get("part")
     of_part = "" if part is None else f"the part {part!r} of the model, "
@@ -38,13 +51,31 @@ def export(
         typer.echo(f"{written.name}: {written.kernels}")
 
 
+def format_of(path: str) -> str:
+    """The format whose files end like this; of several the one whose name is the suffix. Raises BadParameter."""
+    from sbs_fx.export.registry import TARGETS
+
+    targets = TARGETS.entries()
+    fitting = [name for name, target in targets.items() if path.endswith(target.suffix)]
+    chosen = [name for name in fitting if targets[name].suffix == f".{name}"] or fitting
+    if len(chosen) == 1:
+        return chosen[0]
+    known = ", ".join(f"{target.suffix} ({name})" for name, target in targets.items())
+    what = f"may be {' or '.join(chosen)}; say which with --format" if chosen else f"ends in no suffix of {known}"
+    raise typer.BadParameter(f"--out {path}: {what}")
+
+
 def bench(
     model: Saved,
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="timm model to time beside it, or its part")
+        str | None,
+        typer.Option(metavar="MODEL", help="timm model to time beside it, or its part", autocompletion=model_names),
     ] = None,
     checkpoint: Checkpoint = None,
-    backends: Annotated[str | None, typer.Option(help="by comma; default: all that are installed")] = None,
+    backends: Annotated[
+        str | None,
+        typer.Option(help="by comma; default: all that are installed", autocompletion=by_comma(backend_names)),
+    ] = None,
     batch_sizes: Annotated[str, typer.Option(help="by comma")] = "1,8",
     threads: Annotated[int, typer.Option(min=1)] = 1,
     rounds: Annotated[int, typer.Option(min=2, help="samples of each")] = 15,
@@ -59,7 +90,7 @@ def bench(
     from sbs_fx.passes.dialects import static_of
     from sbs_fx.plan.errors import InputError
 
-    static, inputs = load_saved(model)
+    static, inputs = load_saved(saved_file(model))
     beside = create_model(against, pretrained=False, checkpoint=checkpoint) if against else None
     if beside is not None and (part := static_of(static).metadata.get("part")):
         beside = submodule(beside, part)
@@ -69,16 +100,18 @@ def bench(
         sizes = []
     if not sizes or min(sizes) < 1:
         raise InputError(f"--batch-sizes {batch_sizes!r}; expected whole numbers by comma, such as 1,8")
-    timings = benchmark(
-        static,
-        inputs,
-        float_model=beside,
-        backends=backends.split(",") if backends else None,
-        batch_sizes=sizes,
-        threads=threads,
-        rounds=rounds,
-        layers=layers,
-    )
+    with show_progress() as progress:
+        timings = benchmark(
+            static,
+            inputs,
+            float_model=beside,
+            backends=backends.split(",") if backends else None,
+            batch_sizes=sizes,
+            threads=threads,
+            rounds=rounds,
+            layers=layers,
+            progress=progress,
+        )
     if json:
         typer.echo(timings.to_json())
         return

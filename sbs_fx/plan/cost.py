@@ -73,7 +73,12 @@ class Cost(Value):
     @property
     def by_measure(self) -> dict[str, float]:
         """What budgets limit, by the names that they give it; latency only where it was measured."""
-        measures: dict[str, float] = {"bops": self.bops, "size": self.stored_bits, "macs": self.macs}
+        measures: dict[str, float] = {
+            "bops": self.bops,
+            "size": self.stored_bits,
+            "macs": self.macs,
+            "params": self.params,
+        }
         return {**measures, "latency": self.seconds} if self.seconds else measures
 
     def to_json(self) -> str:

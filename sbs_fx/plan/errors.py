@@ -76,7 +76,7 @@ class InfeasibleBudget(BudgetError):
     """A budget below what the search space can reach.
 
     Attributes:
-        least: measure ("bops", "size", "macs") -> the least share of the float model that can be reached.
+        least: measure ("bops", "size", "macs", "params") -> the least share of the float model that can be reached.
         binding: constraints and settings without which less could be reached.
     """
 
