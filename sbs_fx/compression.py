@@ -74,8 +74,9 @@ def compress(
 
     With `output_dir`, whatever takes long leaves checkpoints there, and the same call again goes on from them.
 
-    >>> result = sbs_fx.compress(model, images, budget="5%", data=loader)  # doctest: +SKIP
-    >>> result.model(images), result.save("out")  # doctest: +SKIP
+    >>> result = sbs_fx.compress(net, images, budget="5%", data=batches)
+    >>> result.model(images).shape
+    torch.Size([2, 4])
 
     Args:
         model: a module that `torch.export` can capture, an `ExportedProgram`, or a timm model name. It is not changed.
@@ -168,7 +169,7 @@ def apply(
 ) -> Result:
     """A saved policy onto the float model again: what `compress` does after its search.
 
-    >>> result = sbs_fx.apply(model, Policy.load("out/policy.json"), images, data=loader)  # doctest: +SKIP
+    >>> result = sbs_fx.apply(net, sbs_fx.Policy.load("out/policy.json"), images)
 
     Args:
         budget: what the policy must keep, such as one that was changed by hand; None: whatever it costs.
@@ -211,7 +212,7 @@ def replan(
 ) -> Policy:
     """A plan for another budget, or other constraints, from losses that an earlier search has measured; for `apply`.
 
-    >>> policy = sbs_fx.replan(model, "out/sensitivity.json", "3%", images)  # doctest: +SKIP
+    >>> policy = sbs_fx.replan(net, measured.sensitivities, "4%", images)
 
     Args:
         sensitivities: of an earlier result, or the path of its `sensitivity.json`. config: what may be decided.
@@ -236,8 +237,8 @@ def refresh(result: Result, data: Data | None = None, *, config: Config | None =
         result: whose `gated` was trained: its weights, biases, norms and ranges may have changed, its bits not.
         data: images on which joins are calibrated, as for `compress`; None: made up. config: as for `compress`.
 
-    >>> train(result.gated)  # doctest: +SKIP
-    >>> result = sbs_fx.refresh(result, data=loader)  # doctest: +SKIP
+    >>> sbs_fx.training.fine_tune(result.gated, batches, epochs=1, lr=0.001)
+    >>> result = sbs_fx.refresh(result)
 
     Raises:
         DataError, InputError: as `compress`. GraphError: a gate still searches.

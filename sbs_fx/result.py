@@ -38,6 +38,11 @@ class Result:
         seconds: time spent per stage.
         sensitivities: what each decision was measured to cost, of methods that measure; for `replan`.
         problem: what was solved, on the float model, with `settings` of the method.
+
+    >>> result = sbs_fx.compress(net, images, budget="5%")
+    >>> result.save("out")
+    >>> result
+    Result(opq: BOPs ...x, MACs ...x, ... kB, 3 layers)
     """
 
     model: fx.GraphModule

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import sympy
@@ -25,7 +25,7 @@ from sbs_fx.passes.channels.groups import ChannelGroups, quantized_tensors
 from sbs_fx.passes.channels.slim import slim_bits
 from sbs_fx.passes.cost.float_work import all_layers
 from sbs_fx.passes.cost.layers import (
-    LayerExpression,
+    Timing,
     end_layers,
     stored_tensors,
     traced_sizes,
@@ -41,21 +41,6 @@ _KINDS = ("channel group", "weight", "activation tensor")
 Bits = Callable[[tuple[str, str] | None], Any]  # of an operand
 
 
-class Timing(Protocol):
-    """What gives a layer's seconds as an expression of its sizes, such as `sbs_fx.export.latency.LatencyModel`."""
-
-    @property
-    def float_seconds(self) -> float: ...
-
-    @property
-    def rest(self) -> tuple[float, float, float]: ...
-
-    @property
-    def multiple(self) -> int: ...
-
-    def seconds(self, layer: LayerExpression, of_axis: Callable[[Axis], Any]) -> Any: ...
-
-
 class CostModel:
     """Costs of one graph under any plan. Build with `cost_model`; with `timing`, latency is one of them.
 
@@ -65,6 +50,9 @@ class CostModel:
         variables: what costs depend on; `polynomials` number them so.
         polynomials: measure ("bops", "macs", "size" in bits, "params", "latency" in seconds with a timing) -> cost.
         whole: measure -> cost of the float graph, nothing pruned; what a budget's shares are of.
+
+    >>> cost.price(result.policy)["bops"] == result.cost.bops
+    True
     """
 
     def __init__(self, groups: ChannelGroups, timing: Timing | None = None) -> None:
@@ -400,6 +388,9 @@ def cost_model(graph_module: fx.GraphModule, groups: ChannelGroups, timing: Timi
 
     Raises:
         GraphError: the groups belong to another graph.
+
+    >>> cost_model(graph, groups).whole["macs"]
+    700480
     """
     if groups.inference.graph_module is not graph_module:
         raise GraphError(

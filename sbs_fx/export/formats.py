@@ -54,6 +54,10 @@ def export(
     Raises:
         BackendError: an unknown format or option, a tool that is not installed, or one that cannot compute this graph
             as torch does. FileError: the path cannot be written. GraphError: `torch.export` cannot capture the graph.
+
+    >>> written = export(result.model, (images,), "pt2", "copy.pt2")
+    >>> torch.equal(written(images), result.model(images))
+    True
     """
     target = TARGETS[format]
     path, suffix = os.fspath(path), target.suffix
@@ -88,6 +92,9 @@ def runner(static: fx.GraphModule, example_inputs: Sequence[Tensor], name: str, 
 
     Raises:
         BackendError: an unknown backend, one that is not installed, or one that computes something else.
+
+    >>> runner(result.model, (images,), "eager")(images).shape
+    torch.Size([2, 4])
     """
     ready = BACKENDS[name].run(static, example_inputs, threads)
     check(ready, static, example_inputs)

@@ -43,6 +43,9 @@ class Budget(Value):
 
     Raises:
         BudgetError: no limit, or one that is NaN, zero, negative, no number, or, of a share, above 1.
+
+    >>> sbs_fx.Budget.parse("bops=5%,size=10%").limits
+    {'bops': 0.05, 'size': 0.1}
     """
 
     model_config = ConfigDict(strict=True)

@@ -30,7 +30,14 @@ from typing import Self
 
 
 class SbsError(Exception):
-    """Base of all errors of this package; ``except SbsError`` catches every one and nothing else."""
+    """Base of all errors of this package; ``except SbsError`` catches every one and nothing else.
+
+    >>> try:
+    ...     sbs_fx.compress(net, images, budget="nothing")
+    ... except sbs_fx.SbsError as error:
+    ...     type(error).__name__
+    'BudgetError'
+    """
 
 
 class TraceError(SbsError):

@@ -30,6 +30,9 @@ def uniform(problem: Problem, run: Run) -> SearchResult:
 
     Raises:
         InfeasibleBudget: even the smallest plan is over the limits; `least` has the shares it reaches.
+
+    >>> problem.fits(uniform(problem, Run()).plan)
+    True
     """
     space, comfortable = problem.space, _COMFORTABLE_SHARE if run.fine_tunes else _WITHOUT_TRAINING
     pairs = bit_pairs(space)

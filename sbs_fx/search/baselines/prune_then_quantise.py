@@ -35,6 +35,10 @@ def prune_then_quantise(problem: Problem, run: Run) -> SearchResult:
     """Two searches, one after the other; `epochs` are those of both together, at least one each.
 
     Raises: as `sbs`.
+
+    >>> from sbs_fx.search.registry import METHODS
+    >>> METHODS["prune_then_quantise"].search is prune_then_quantise
+    True
     """
     problem.check_feasible("prune_then_quantise")
     search: Search = run.settings or Search()
