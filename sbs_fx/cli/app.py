@@ -57,6 +57,7 @@ from sbs_fx.cli.options import (
     SearchEpochs,
     Seed,
     SkipUnreadable,
+    TrackerName,
     WeightBits,
     Workers,
     constraints_of,
@@ -189,6 +190,7 @@ def compress(
     search_epochs: SearchEpochs = None,
     precision: Precision = None,
     compiled: Compiled = False,
+    tracker: TrackerName = None,
     restart: Restart = False,
     settings: Overrides = None,
     candidates: Candidates = None,
@@ -248,6 +250,11 @@ def compress(
     out = out or default_directory(model, budget, typed(context))
     if not dry:
         check_output(out)
+    told_to = None
+    if tracker is not None:
+        from sbs_fx.report.trackers import Tracker
+
+        told_to = Tracker(tracker, os.path.basename(os.path.abspath(out)), out, config.model_dump(mode="json"))
     made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
     say(f"weights: {made.weights}")
     train, test = both_splits(made, data, data_dir, batch_size, seed, skip_unreadable, workers)
@@ -261,7 +268,7 @@ def compress(
     options |= {"model": model, "budget": budget, "seed": seed, "settings": config.model_dump(mode="json")}
     options |= circumstances(typed(context), train, test)
     save_run(out, method=method, **options)  # reason: the directory is this command's, also if it is stopped
-    with show_progress() as progress, show_steps(out, restart) as observer:
+    with show_progress() as progress, show_steps(out, restart, told_to) as observer:
         result = run(
             made.module,
             made.example_inputs,

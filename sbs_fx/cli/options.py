@@ -129,6 +129,15 @@ Precision = Annotated[
     str | None, typer.Option(help="fp32 or bf16", autocompletion=one_of("fp32", "bf16"), rich_help_panel=TRAINING)
 ]
 Compiled = Annotated[bool, typer.Option("--compiled", help="train through torch.compile", rich_help_panel=TRAINING)]
+TrackerName = Annotated[
+    str | None,
+    typer.Option(
+        "--tracker",
+        metavar="NAME",
+        help="also keep steps of training in tensorboard, wandb or another tracker of accelerate",
+        rich_help_panel=TRAINING,
+    ),
+]
 Restart = Annotated[bool, typer.Option("--restart", help="forget the checkpoints in --out", rich_help_panel=OUTPUT)]
 Candidates = Annotated[
     str | None, typer.Option(help="bitwidths by comma; default: the method's; 32: float", rich_help_panel=DECISIONS)

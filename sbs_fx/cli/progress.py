@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
+    from sbs_fx.report.trackers import Tracker
     from sbs_fx.training.progress import Observer
     from sbs_fx.training.progress import Progress as StepProgress
 
@@ -113,14 +114,14 @@ def _lines() -> Callable[[str, float], None]:
 
 
 @contextmanager
-def show_steps(out: str | None, restart: bool) -> Iterator[Observer]:
+def show_steps(out: str | None, restart: bool, tracker: Tracker | None = None) -> Iterator[Observer]:
     """What shows training steps, and keeps them in the output directory, where an earlier part of the run may be."""
     from sbs_fx.report.monitor import MetricsFile, monitor, together
 
     path = None if out is None else os.path.join(out, METRICS)
     begins = out is not None and (restart or not os.path.exists(os.path.join(out, "checkpoints")))
     with ExitStack() as stack:
-        observers: list[Observer] = []
+        observers: list[Observer] = [] if tracker is None else [stack.enter_context(tracker)]
         begun: list[bool] = []
 
         def observe(step: StepProgress) -> None:
