@@ -133,4 +133,4 @@ def _compare(
         )
     typer.echo(comparison.model_dump_json(indent=1) if json else str(comparison))
     if out is not None and not json:
-        typer.echo(f"comparison.txt, comparison.json and the points are in {out}")
+        typer.echo(f"report.html, comparison.txt, comparison.json and the points are in {out}")
