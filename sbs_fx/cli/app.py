@@ -78,7 +78,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Prune and quantise timm models together, under a budget that is met.",
+    help="Prune and quantise vision models together, under a budget that is met.",
 )
 
 
@@ -390,6 +390,23 @@ def evaluate(
     accuracy = run(made.module, open_split(made, data, data_dir, "test", batch_size, 0, skip_unreadable, workers))
     typer.echo(dumps({"model": model, "accuracy": accuracy}) if json else f"{model}: {accuracy:.2f} % top-1")
 
+
+_ORDER = [
+    "init",
+    "inspect",
+    "methods",
+    "compress",
+    "report",
+    "evaluate",
+    "export",
+    "bench",
+    "replan",
+    "apply",
+    "rerun",
+    "compare",
+    "sweep",
+]
+app.registered_commands.sort(key=lambda each: _ORDER.index(each.name or each.callback.__name__))  # type: ignore[union-attr]
 
 if __name__ == "__main__":
     main()
