@@ -34,7 +34,7 @@ from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.errors import BudgetError, GraphError
 from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report import Report
-from sbs_fx.report.measured import Fidelity, tensors_of
+from sbs_fx.report.measured import Fidelity, tensors_of, weight_noise
 from sbs_fx.result import Result
 from sbs_fx.search.problem import Problem, SearchResult
 from sbs_fx.search.registry import Method, Run, chosen, methods
@@ -258,7 +258,8 @@ def refresh(result: Result, data: Data | None = None, *, config: Config | None =
         fidelity.add("refreshed", static)
         stages += fidelity.rows
     tensors = tensors_of(result.gated, looked_at)
-    report = result.report.with_measures(tensors, stages, {**result.seconds, **job.seconds}, result.report.model)
+    spent, noise = {**result.seconds, **job.seconds}, weight_noise(result.gated, looked_at)
+    report = result.report.with_measures(tensors, stages, spent, result.report.model, noise)
     return replace(result, model=guarded(static), report=report)
 
 
@@ -344,7 +345,8 @@ def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: P
     of_part = [] if job.part is None else [str(job.part)]
     report = Report.of(groups, cost, policy, total, (*of_part, *searched.notes, *uncounted))
     job.close()
-    report = report.with_measures(tensors_of(gated, looked_at), fidelity.rows, job.seconds, traced.name)
+    tensors, noise = tensors_of(gated, looked_at), weight_noise(gated, looked_at)
+    report = report.with_measures(tensors, fidelity.rows, job.seconds, traced.name, noise)
     guarded(static)
     metadata = traced.metadata if job.path is None else {**traced.metadata, "part": job.path}
     return Result(static, policy, total, report, gated, traced.inputs, job.seconds, metadata)
