@@ -264,7 +264,13 @@ def test_training_losses_and_a_difference_are_drawn(browser: Browser, tmp_path: 
     assert browser.value("document.querySelectorAll('#losses table').length") == 2
     other = compressed(8).model_copy(update={"layers": tuple(layer(i, 4) for i in range(8))})
     shown(browser, tmp_path, page(compressed(8), Extras(against=other, labels=("old", "new"))))
-    assert panels(browser) == {"summary", "strip", "layers", "stages"}
+    assert panels(browser) == {"summary", "strip", "layers", "graph", "stages"}
+    rows = "[...document.querySelectorAll('#graph .line .bits')].map((cell) => cell.textContent).join(' ')"
+    assert "4" in browser.value(rows), "the second one's bits"
+    assert "32" not in browser.value(rows)
+    browser.value("document.querySelector('#graph .pick button').click()")
+    assert browser.value("document.querySelectorAll('#graph [aria-pressed=true]').length") == 1
+    assert "float" in browser.value(rows) or "2/2" in browser.value(rows), "and the first one's"
     assert browser.value("document.querySelector('h1').textContent") == "old and new"
     assert browser.value("document.querySelectorAll('.stages').length") == 2
     assert "+300.0" in browser.value("document.querySelector('#layers tbody tr').textContent"), "2/2 to 4/4 bits"

@@ -11,7 +11,7 @@ const highlight = (name) => {
 const shownPanels = DATA.comparison
   ? comparisonPanels()
   : second
-  ? [...changePanel(first, second, DATA.labels), ...stagePanel(MODELS)]
+  ? [...changePanel(first, second, DATA.labels), ...graphPair(MODELS, DATA.labels), ...stagePanel(MODELS)]
   : [
       ...warningPanel(first),
       ...layerPanel(first, reveal),
