@@ -75,7 +75,7 @@ def test_a_folder_stands_for_the_file_in_it(saved: Path, pictures: Path, tmp_pat
     assert run_command(["export", str(saved), "-o", str(out)]) == 0
     steps = capsys.readouterr().err
     assert out.exists()
-    assert steps.splitlines() == ["read ...", "write pt2 ...", "run and compare ..."]
+    assert steps.splitlines() == ["read ...", "write pt2 ...", "run and compare ...", "compare outputs ..."]
     assert run_command(["evaluate", str(tmp_path), "--data", str(pictures)]) == 2, "nothing of ours is in it"
 
 
