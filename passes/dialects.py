@@ -56,12 +56,19 @@ class StaticActivation(NamedTuple):
 
 @dataclass(frozen=True)
 class Traced:
-    """A float graph."""
+    """A float graph.
+
+    >>> verify(graph, Traced)
+    """
 
 
 @dataclass(frozen=True)
 class Gated:
-    """Paths of the quantisers by the name of the weight, or of the tensor (graph node), that each stands behind."""
+    """Paths of the quantisers by the name of the weight, or of the tensor (graph node), that each stands behind.
+
+    >>> list(insert_gates(graph, groups, channels=False).meta["sbs_fx"].weights)
+    ['0', '3', '8']
+    """
 
     weights: Mapping[str, str]
     activations: Mapping[str, str]
@@ -69,7 +76,11 @@ class Gated:
 
 @dataclass(frozen=True)
 class Searchable(Gated):
-    """And of the channel gates by the name of their group."""
+    """And of the channel gates by the name of their group.
+
+    >>> list(insert_gates(graph, groups).meta["sbs_fx"].channels)
+    ['0.weight:0', '3.weight:0']
+    """
 
     channels: Mapping[str, str]
 
@@ -79,6 +90,9 @@ class Static:
     """Weights by the name of the buffer of codes, whose scales are in a buffer "NAME_scale"; activations by the name of
     the tensor. `exact`: every scale is a power of two (`integer_grid`). `metadata`: what a file holds beside the graph.
     `floats`: nodes that layers are to read in float, which `integer_joins` leaves so; a file does not say.
+
+    >>> list(result.model.meta["sbs_fx"].activations)
+    [...'input_1'...]
     """
 
     weights: Mapping[str, StoredWeight] = field(default_factory=dict)
@@ -168,6 +182,8 @@ def verify(graph_module: fx.GraphModule, dialect: type[Dialect]) -> None:
 
     Raises:
         GraphError: says what is wrong, and names the node or the tensor.
+
+    >>> verify(result.model, Static)
     """
     form = dialect_of(graph_module)
     if type(form) is not dialect:

@@ -35,7 +35,10 @@ def as_pass(function: Callable[..., Any], **options: Any) -> Callable[[fx.GraphM
     them. An analysis (`channel_groups`, `cost_model`) leaves its result in `graph_module.meta` under its name, any
     other pass what it changed in `meta["changes"]`: its name -> `Changes`.
 
-        PassManager([as_pass(channel_groups), as_pass(slim, kept=policy.kept)])(graph_module)
+    >>> from torch.fx.passes.infra.pass_manager import PassManager
+    >>> done = PassManager([as_pass(channel_groups), as_pass(slim, kept={"0.weight:0": [0, 1]})])(graph)
+    >>> done.graph_module(images).shape
+    torch.Size([2, 4])
     """
 
     def run(graph_module: fx.GraphModule) -> PassResult:

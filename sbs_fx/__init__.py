@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sbs_fx.saved import Saved as Saved
     from sbs_fx.saved import load as load
     from sbs_fx.search.constraints import Keep as Keep
+    from sbs_fx.timm_model import as_timm as as_timm
     from sbs_fx.training.task import Task as Task
 
     __version__: str
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 _PLACES = {
     "Budget": "plan", "Config": "config", "Cost": "plan", "Keep": "search.constraints", "Plan": "plan",
     "Policy": "plan", "Result": "result", "Saved": "saved", "SbsError": "plan.errors", "Task": "training.task",
-    "apply": "compression", "compare": "comparing", "compress": "compression", "load": "saved",
+    "apply": "compression", "as_timm": "timm_model", "compare": "comparing", "compress": "compression", "load": "saved",
     "refresh": "compression", "replan": "compression", "with_part": "passes.capture.part",
 }  # fmt: skip
 __all__ = [
-    "Budget", "Config", "Cost", "Keep", "Plan", "Policy", "Result", "Saved", "SbsError", "Task", "apply",
+    "Budget", "Config", "Cost", "Keep", "Plan", "Policy", "Result", "Saved", "SbsError", "Task", "apply", "as_timm",
     "compare", "compress", "load", "refresh", "replan", "with_part",
 ]  # fmt: skip
 

@@ -64,7 +64,9 @@ def compare(
 ) -> Comparison:
     """Compress a model by each method at each budget, and measure what comes out.
 
-    >>> table = sbs_fx.compare(model, train, ("5%", "2%"), methods=("opq", "two_stage"))  # doctest: +SKIP
+    >>> table = sbs_fx.compare(net, batches, ("6%", "4%"), methods=("opq", "uniform"), example_inputs=images)
+    >>> len(table.points)
+    4
 
     Args:
         model, example_inputs, dynamic, task, prepare: as for `compress`. data: (images, targets), iterable more than

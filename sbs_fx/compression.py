@@ -34,7 +34,7 @@ from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.errors import BudgetError, GraphError
 from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report import Report
-from sbs_fx.report.measured import Fidelity, tensors_of
+from sbs_fx.report.measured import Fidelity, tensors_of, weight_noise
 from sbs_fx.result import Result
 from sbs_fx.search.problem import Problem, SearchResult
 from sbs_fx.search.registry import Method, Run, chosen, methods
@@ -74,8 +74,9 @@ def compress(
 
     With `output_dir`, whatever takes long leaves checkpoints there, and the same call again goes on from them.
 
-    >>> result = sbs_fx.compress(model, images, budget="5%", data=loader)  # doctest: +SKIP
-    >>> result.model(images), result.save("out")  # doctest: +SKIP
+    >>> result = sbs_fx.compress(net, images, budget="5%", data=batches)
+    >>> result.model(images).shape
+    torch.Size([2, 4])
 
     Args:
         model: a module that `torch.export` can capture, an `ExportedProgram`, or a timm model name. It is not changed.
@@ -168,7 +169,7 @@ def apply(
 ) -> Result:
     """A saved policy onto the float model again: what `compress` does after its search.
 
-    >>> result = sbs_fx.apply(model, Policy.load("out/policy.json"), images, data=loader)  # doctest: +SKIP
+    >>> result = sbs_fx.apply(net, sbs_fx.Policy.load("out/policy.json"), images)
 
     Args:
         budget: what the policy must keep, such as one that was changed by hand; None: whatever it costs.
@@ -211,7 +212,7 @@ def replan(
 ) -> Policy:
     """A plan for another budget, or other constraints, from losses that an earlier search has measured; for `apply`.
 
-    >>> policy = sbs_fx.replan(model, "out/sensitivity.json", "3%", images)  # doctest: +SKIP
+    >>> policy = sbs_fx.replan(net, measured.sensitivities, "4%", images)
 
     Args:
         sensitivities: of an earlier result, or the path of its `sensitivity.json`. config: what may be decided.
@@ -236,8 +237,8 @@ def refresh(result: Result, data: Data | None = None, *, config: Config | None =
         result: whose `gated` was trained: its weights, biases, norms and ranges may have changed, its bits not.
         data: images on which joins are calibrated, as for `compress`; None: made up. config: as for `compress`.
 
-    >>> train(result.gated)  # doctest: +SKIP
-    >>> result = sbs_fx.refresh(result, data=loader)  # doctest: +SKIP
+    >>> sbs_fx.training.fine_tune(result.gated, batches, epochs=1, lr=0.001)
+    >>> result = sbs_fx.refresh(result)
 
     Raises:
         DataError, InputError: as `compress`. GraphError: a gate still searches.
@@ -257,7 +258,8 @@ def refresh(result: Result, data: Data | None = None, *, config: Config | None =
         fidelity.add("refreshed", static)
         stages += fidelity.rows
     tensors = tensors_of(result.gated, looked_at)
-    report = result.report.with_measures(tensors, stages, {**result.seconds, **job.seconds}, result.report.model)
+    spent, noise = {**result.seconds, **job.seconds}, weight_noise(result.gated, looked_at)
+    report = result.report.with_measures(tensors, stages, spent, result.report.model, noise)
     return replace(result, model=guarded(static), report=report)
 
 
@@ -343,7 +345,8 @@ def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: P
     of_part = [] if job.part is None else [str(job.part)]
     report = Report.of(groups, cost, policy, total, (*of_part, *searched.notes, *uncounted))
     job.close()
-    report = report.with_measures(tensors_of(gated, looked_at), fidelity.rows, job.seconds, traced.name)
+    tensors, noise = tensors_of(gated, looked_at), weight_noise(gated, looked_at)
+    report = report.with_measures(tensors, fidelity.rows, job.seconds, traced.name, noise)
     guarded(static)
     metadata = traced.metadata if job.path is None else {**traced.metadata, "part": job.path}
     return Result(static, policy, total, report, gated, traced.inputs, job.seconds, metadata)

@@ -34,6 +34,9 @@ class Config(SpaceSettings):
         executor: of `concurrent.futures` or of its form, such as a `ProcessPoolExecutor` or Dask's; plans are measured
             by its workers (`two_stage`). No part of what identifies a run.
         seed: of everything random.
+
+    >>> sbs_fx.Config(constraints=[sbs_fx.Keep("4", weight_bits=8)], seed=1).seed
+    1
     """
 
     methods: dict[str, SerializeAsAny[BaseModel]] = Field(default_factory=dict)

@@ -17,6 +17,7 @@ from sbs_fx.plan import Budget, Cost, Policy
 from sbs_fx.plan.errors import MethodError
 from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report import Report
+from sbs_fx.report.targets import forget_targets
 from sbs_fx.report.text import html_table
 from sbs_fx.search.problem import Problem
 from sbs_fx.search.replan import replanned
@@ -38,6 +39,11 @@ class Result:
         seconds: time spent per stage.
         sensitivities: what each decision was measured to cost, of methods that measure; for `replan`.
         problem: what was solved, on the float model, with `settings` of the method.
+
+    >>> result = sbs_fx.compress(net, images, budget="5%")
+    >>> result.save("out")
+    >>> result
+    Result(opq: BOPs ...x, MACs ...x, ... kB, 3 layers)
     """
 
     model: fx.GraphModule
@@ -80,6 +86,7 @@ class Result:
         """
         path = prepare_directory(directory)
         of_policy = {"policy": self.policy.checksum}  # reason: by which a set of files is known to be of one result
+        forget_targets(path)
         save_pt2(*self._on_cpu(), os.path.join(path, "model.pt2"), {**self.metadata, **of_policy})
         self.policy.save(os.path.join(path, "policy.json"))
         if self.sensitivities is not None:

@@ -24,6 +24,7 @@ from sbs_fx.plan.files import read_as
 from sbs_fx.report import Report
 
 MODEL, POLICY, REPORT = "model.pt2", "policy.json", "report.json"
+_HUB = "hf-hub:"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Saved:
         model: the static graph, in eval mode. policy, report: of the same result.
         preprocess: picture (PIL) -> tensor (channels, height, width), as pictures were prepared when it was made; None
             where nobody said. classes: their names by number, where the data had names.
+
+    >>> saved = sbs_fx.load("out")
+    >>> saved.model(images).shape
+    torch.Size([2, 4])
     """
 
     model: fx.GraphModule
@@ -51,23 +56,39 @@ def load(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> Any:
     """A directory that holds a saved result as `Saved`, a `model.pt2` as its graph alone.
 
     Args:
+        path: also "hf-hub:OWNER/NAME", a repository of the Hugging Face hub that holds such a directory.
         libraries: operator libraries that the graph may call beside torch's own, such as "mine" of `torch.ops.mine`.
 
     Raises:
         FileError: something is missing, cut, changed, or belongs to another result; see `sbs_fx.export.load_pt2`.
 
-    >>> saved = sbs_fx.load("out")  # doctest: +SKIP
-    >>> saved.model(saved.preprocess(picture)[None]).argmax(1)  # doctest: +SKIP
+    >>> saved = sbs_fx.load("out")
+    >>> saved.model(images).argmax(1).shape
+    torch.Size([2])
     """
+    path = os.fspath(path)
+    if path.startswith(_HUB):
+        path = _of_hub(path.removeprefix(_HUB))
     if not os.path.isdir(path):
         return load_pt2(path, libraries)
-    directory = os.fspath(path)
+    directory = path
     model = load_pt2(os.path.join(directory, MODEL), libraries)
     policy = Policy.load(os.path.join(directory, POLICY))
     report = read_as(os.path.join(directory, REPORT), "the report of a saved result", Report.from_json)
     metadata = static_of(model).metadata
     check_one_result(directory, policy, {MODEL: metadata.get("policy"), REPORT: report.policy})
     return Saved(model, policy, report, _preprocess(model), tuple(metadata.get("classes", ())))
+
+
+def _of_hub(name: str) -> str:
+    """The directory that a repository's files are kept in here."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=[MODEL, POLICY, REPORT])
+    except Exception as error:  # reason: the hub has exceptions of its own, and those of the network's libraries
+        problem = " ".join(str(error).split())[:200]
+        raise FileError(f"{_HUB}{name} cannot be had: {problem}; download it and give its directory") from error
 
 
 def check_one_result(directory: str, policy: Policy, named: dict[str, str | None]) -> None:

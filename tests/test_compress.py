@@ -16,7 +16,7 @@ from torch import nn
 import sbs_fx
 from benchmarks._cifar_models import CifarResNet
 from sbs_fx.export import load_saved
-from sbs_fx.passes import on_device
+from sbs_fx.passes import channel_groups, on_device, slim, trace
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.plan.errors import (
     BudgetError,
@@ -124,6 +124,18 @@ def test_budgets_as_people_say_them(net) -> None:
         assert limits.amounts.keys() == {measure}
         assert limits.is_satisfied_by(result.cost)
         assert 0.5 * limits.amounts[measure] < result.cost.by_measure[measure] <= limits.amounts[measure]
+
+
+@pytest.mark.parametrize(("budget", "method"), [("params=50%", "opq"), ("params=12K", "uniform")])
+def test_a_budget_of_parameters_is_met_as_torch_counts_them(net, budget: str, method: str) -> None:
+    """In the graph that the policy leaves of the float model."""
+    result = sbs_fx.compress(net, IMAGES[:2], budget=budget, method=method)
+    graph = trace(net, IMAGES[:2])
+    slimmed = slim(graph, channel_groups(graph), result.policy.kept)
+    left, whole = (sum(p.numel() for p in m.parameters()) for m in (slimmed, net))
+    limit = whole // 2 if "%" in budget else 12000
+    assert left == result.cost.params
+    assert 0.7 * limit < left <= limit < whole
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, float("nan"), 1.5, "five", "bops=0"])

@@ -21,6 +21,7 @@ FLOORS = (
     ("calibration", "report"),
     ("search", "export"),
     ("config", "result", "saved"),
+    ("timm_model",),
     ("bisection", "job"),
     ("compression", "demo"),
     ("comparing",),

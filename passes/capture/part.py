@@ -266,7 +266,9 @@ def _copy(graph: nn.Module) -> nn.Module:
 def with_part(model: nn.Module, part: str, graph: nn.Module) -> nn.Module:
     """A copy of a whole model, in eval mode, in which a static graph stands in place of one sub-module.
 
-    >>> whole = sbs_fx.with_part(model, "backbone", result.model)  # doctest: +SKIP
+    >>> part = sbs_fx.compress(net, images, part="3", budget="10%").model
+    >>> sbs_fx.with_part(net, "3", part)(images).shape
+    torch.Size([2, 4])
 
     Args:
         model: the float model; it is not changed.

@@ -52,16 +52,31 @@ def never(call: Call) -> bool:
 
 
 def always(call: Call) -> bool:
+    """No result is below zero, such as of an absolute value.
+
+    >>> Facts(always, elementwise=True).elementwise
+    True
+    """
     return True
 
 
 def keeps(*keys: int | str) -> Sign:
-    """No result is below zero where none of these arguments is."""
+    """No result is below zero where none of these arguments is.
+
+    >>> facts = Facts(keeps(0), moves=True)  # such as of a permutation
+    >>> facts.moves
+    True
+    """
     return lambda call: call.keeps(*keys)
 
 
 def any_of(*keys: int | str) -> Sign:
-    """No result is below zero where one of these arguments is not."""
+    """No result is below zero where one of these arguments is not.
+
+    >>> facts = Facts(any_of(0, 1), elementwise=True)  # such as of a maximum
+    >>> facts.elementwise
+    True
+    """
     return lambda call: any(call.keeps(key) for key in keys)
 
 
@@ -76,6 +91,9 @@ class Facts:
         neutral: the number that its reduction ignores. None: it reduces nothing, or counts what it reduces.
         codes: what kernels for 8-bit codes do: "join" those of several tensors, "pick" some of one tensor's as they
             are, take their "mean". None: there is no such kernel.
+
+    >>> Facts(keeps(0), elementwise=True).moves
+    False
     """
 
     non_negative: Sign = never

@@ -36,6 +36,10 @@ class ChannelGroup:
 
     `primary` is False for the smaller factor of a product axis (heads beside head width, groups beside group width):
     both factors compound, so only the larger one is pruned unless the other is asked for.
+
+    >>> group = groups["0.weight:0"]
+    >>> group.size, len(group.members)
+    (16, 7)
     """
 
     name: str
@@ -61,7 +65,11 @@ class Pin:
 
 
 class ChannelGroups(Mapping[str, ChannelGroup]):
-    """The groups of one graph by name, in graph order, with what the other passes read from the same inference."""
+    """The groups of one graph by name, in graph order, with what the other passes read from the same inference.
+
+    >>> list(groups)
+    ['0.weight:0', '3.weight:0']
+    """
 
     def __init__(self, inference: Inference) -> None:
         self.inference = inference
@@ -151,6 +159,9 @@ def channel_groups(
 
     Raises:
         GraphError: a rule gave a node types whose sizes are not the node's shape.
+
+    >>> channel_groups(trace(net, images))["3.weight:0"].size
+    16
     """
     inference = Inference(graph_module, dict(symbol_sizes or {}))
     return ChannelGroups(inference.run(pin_outputs=keep_outputs))

@@ -35,6 +35,10 @@ def slim(graph_module: fx.GraphModule, groups: ChannelGroups, kept: Mapping[str,
 
     Raises:
         PolicyError: an unknown group, an index out of range or twice, or a group with nothing left.
+
+    >>> slimmed = slim(graph, groups, {"0.weight:0": [0, 3, 5]})
+    >>> slimmed.get_parameter("0.weight").shape
+    torch.Size([3, 3, 3, 3])
     """
     index = Slices(groups, _checked(groups, kept))
     tensors = {name: index.tensor(graph_module, name) for name in groups.inference.tensors}

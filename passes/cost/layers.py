@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -79,6 +79,21 @@ class LayerExpression:
             size = d.evaluate(inputs, of_axis) if inputs is not None else 1
             found.append((d.evaluate(dims[place], of_axis), size, macs // max(1, whole)))
         return found
+
+
+class Timing(Protocol):
+    """What gives a layer's seconds as an expression of its sizes, such as `sbs_fx.export.latency.LatencyModel`."""
+
+    @property
+    def float_seconds(self) -> float: ...
+
+    @property
+    def rest(self) -> tuple[float, float, float]: ...
+
+    @property
+    def multiple(self) -> int: ...
+
+    def seconds(self, layer: LayerExpression, of_axis: Callable[[Axis], Any]) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import sympy
@@ -25,7 +25,7 @@ from sbs_fx.passes.channels.groups import ChannelGroups, quantized_tensors
 from sbs_fx.passes.channels.slim import slim_bits
 from sbs_fx.passes.cost.float_work import all_layers
 from sbs_fx.passes.cost.layers import (
-    LayerExpression,
+    Timing,
     end_layers,
     stored_tensors,
     traced_sizes,
@@ -41,21 +41,6 @@ _KINDS = ("channel group", "weight", "activation tensor")
 Bits = Callable[[tuple[str, str] | None], Any]  # of an operand
 
 
-class Timing(Protocol):
-    """What gives a layer's seconds as an expression of its sizes, such as `sbs_fx.export.latency.LatencyModel`."""
-
-    @property
-    def float_seconds(self) -> float: ...
-
-    @property
-    def rest(self) -> tuple[float, float, float]: ...
-
-    @property
-    def multiple(self) -> int: ...
-
-    def seconds(self, layer: LayerExpression, of_axis: Callable[[Axis], Any]) -> Any: ...
-
-
 class CostModel:
     """Costs of one graph under any plan. Build with `cost_model`; with `timing`, latency is one of them.
 
@@ -63,8 +48,11 @@ class CostModel:
         layers: what multiplies, in graph order; of kind "float" what no rule knows. uncounted: node -> operator whose
             cost nobody knows, which is in no measure. weights, activations: name -> the places where layers read it.
         variables: what costs depend on; `polynomials` number them so.
-        polynomials: measure ("bops", "macs", "size" in stored bits, "latency" in seconds if there is a timing) -> cost.
+        polynomials: measure ("bops", "macs", "size" in bits, "params", "latency" in seconds with a timing) -> cost.
         whole: measure -> cost of the float graph, nothing pruned; what a budget's shares are of.
+
+    >>> cost.price(result.policy)["bops"] == result.cost.bops
+    True
     """
 
     def __init__(self, groups: ChannelGroups, timing: Timing | None = None) -> None:
@@ -96,25 +84,26 @@ class CostModel:
         def bits(operand: tuple[str, str] | None) -> Any:
             return FLOAT_BITS if operand is None else terms[operand]  # type: ignore[index]
 
-        bops = macs = size = Polynomial({})
+        bops = macs = size = params = Polynomial({})
         for layer in self.layers:
             for product in layer.products:
-                count = product.macs(of_axis)
-                count = self._at_traced_size(count)
+                count = self._at_traced_size(product.macs(of_axis))
                 macs = macs + count
                 bops = bops + count * bits(product.left) * bits(product.right)
         for name, (dims, _) in self.dims_of_weights.items():
             stored, quantised = self._stored[name], terms["quantised", name]  # type: ignore[index]
-            size = size + _count(dims, of_axis) * bits(("weight", name))
+            params = params + (count := _count(dims, of_axis))
+            size = size + count * bits(("weight", name))
             if stored.float_bits != FLOAT_BITS:
-                narrower = (stored.float_bits - FLOAT_BITS) * _count(dims, of_axis)
+                narrower = (stored.float_bits - FLOAT_BITS) * count
                 size = size + narrower + -1 * narrower * quantised
             size = size + SCALE_BITS * d.evaluate(stored.scales, of_axis) * quantised
         for tensor in self._others:
+            params = params + _count(tensor.dims, of_axis) * tensor.is_parameter
             if tensor.in_static and not tensor.adapted:
                 beside = 1 if tensor.past is None else terms["quantised", tensor.past]  # type: ignore[index]
                 size = size + _count(tensor.dims, of_axis) * tensor.bits * beside
-        result = {"bops": bops, "macs": macs, "size": size}
+        result = {"bops": bops, "macs": macs, "size": size, "params": params}
         if self.timing is not None:
             result["latency"] = Polynomial({}) + self.timing.rest[0]
             for layer in self.layers:
@@ -399,6 +388,9 @@ def cost_model(graph_module: fx.GraphModule, groups: ChannelGroups, timing: Timi
 
     Raises:
         GraphError: the groups belong to another graph.
+
+    >>> cost_model(graph, groups).whole["macs"]
+    700480
     """
     if groups.inference.graph_module is not graph_module:
         raise GraphError(

@@ -75,6 +75,10 @@ def insert_gates(
         block: channels that share one pruning decision, one number or one by group name.
 
     The modules are found with `weight_gates`, `activation_gates` and `channel_gates`.
+
+    >>> gated = insert_gates(graph, groups)
+    >>> torch.equal(gated(images), graph(images))
+    True
     """
     result = copy_graph(graph_module)
     builder = _Builder(result, groups, candidates, per_channel)
@@ -90,17 +94,29 @@ def insert_gates(
 
 
 def weight_gates(gated: fx.GraphModule) -> dict[str, SuperBitQuantizer]:
-    """Weight quantisers by weight name."""
+    """Weight quantisers by weight name.
+
+    >>> list(weight_gates(insert_gates(graph, groups)))
+    ['0', '3', '8']
+    """
     return {n: gated.get_submodule(t) for n, t in gates_of(gated).weights.items()}
 
 
 def activation_gates(gated: fx.GraphModule) -> dict[str, SuperBitQuantizer]:
-    """Activation quantisers by the name of the tensor (graph node) they quantise."""
+    """Activation quantisers by the name of the tensor (graph node) they quantise.
+
+    >>> len(activation_gates(insert_gates(graph, groups)))
+    3
+    """
     return {n: gated.get_submodule(t) for n, t in gates_of(gated).activations.items()}
 
 
 def channel_gates(gated: fx.GraphModule) -> dict[str, ChannelGate]:
-    """Channel gates by group name."""
+    """Channel gates by group name.
+
+    >>> list(channel_gates(insert_gates(graph, groups)))
+    ['0.weight:0', '3.weight:0']
+    """
     dialect = gates_of(gated)
     paths = dialect.channels if isinstance(dialect, Searchable) else {}
     return {n: gated.get_submodule(t) for n, t in paths.items()}
@@ -111,6 +127,11 @@ def apply_bits(gated: fx.GraphModule, weight_bits: Mapping[str, Any], activation
 
     Raises:
         GraphError: a name without a gate.
+
+    >>> gated = insert_gates(graph, groups, channels=False)
+    >>> apply_bits(gated, {"3": 4}, {})
+    >>> torch.equal(gated(images), graph(images))
+    False
     """
     for kind, gates, bits in (
         ("weight", weight_gates(gated), weight_bits),

@@ -49,6 +49,10 @@ def integer_joins(
         known: tensors whose values are known by other means, by name; they are not looked at on the batches.
 
     The activations of the result are the new tensors too, as "<tensor>_joined".
+
+    >>> static = integer_joins(finalize(result.gated), [(images,)])
+    >>> static(images).shape
+    torch.Size([2, 4])
     """
     result = copy_graph(static)
     activations = dict(static_of(static).activations)

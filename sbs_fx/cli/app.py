@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from sbs_fx.cli.comparing import compare, sweep
+from sbs_fx.cli.completion import model_names
 from sbs_fx.cli.dialogue import init
 from sbs_fx.cli.exporting import bench, export
 from sbs_fx.cli.options import (
@@ -56,15 +57,17 @@ from sbs_fx.cli.options import (
     SearchEpochs,
     Seed,
     SkipUnreadable,
+    TrackerName,
     WeightBits,
+    Workers,
     constraints_of,
     make_config,
     parse_share,
 )
 from sbs_fx.cli.planning import dry_run, replan, save_run
-from sbs_fx.cli.progress import errors, show_progress, show_steps
+from sbs_fx.cli.progress import VERBOSE, errors, say, show_progress, show_steps, verbosity, with_verbosity
 from sbs_fx.cli.reporting import report as show_report
-from sbs_fx.cli.results import check_output, finish, measured
+from sbs_fx.cli.results import check_output, finish, measured, saved_file
 from sbs_fx.cli.running import circumstances, default_directory, rerun, typed
 from sbs_fx.cli.settings import ListSettings, OptionsFile
 
@@ -75,7 +78,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Prune and quantise timm models together, under a budget that is met.",
+    help="Prune and quantise vision models together, under a budget that is met.",
 )
 
 
@@ -91,12 +94,13 @@ def _version(
 
 
 for command in (compare, sweep, export, bench, replan, rerun, init):
-    app.command()(command)
-app.command("report")(show_report)  # reason: `report` is the name of a value here
+    app.command()(with_verbosity(command))
+app.command("report")(with_verbosity(show_report))  # reason: `report` is the name of a value here
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; always ends in SystemExit: 0, 2 for an error of ours or a wrong option, 130 when interrupted."""
+    before = verbosity.set(verbosity.get())
     try:
         given = sys.argv[1:] if arguments is None else list(arguments)
         app(given, obj=given)
@@ -111,14 +115,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(130) from None
         if not isinstance(error, SbsError):
             raise
+        if verbosity.get() == VERBOSE:
+            errors.print_exception()
         message = " ".join(str(error).split())
         if parts := getattr(error, "parts", ()):
             message += f"; here: --part {parts[0]}"
         errors.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
+    finally:
+        verbosity.reset(before)
 
 
 @app.command()
+@with_verbosity
 def inspect(
     model: Model,
     checkpoint: Checkpoint = None,
@@ -146,6 +155,7 @@ def inspect(
 
 
 @app.command()
+@with_verbosity
 def methods() -> None:
     """The methods of `compress`: what each does and needs."""
     from rich.table import Table
@@ -160,6 +170,7 @@ def methods() -> None:
 
 
 @app.command()
+@with_verbosity
 def compress(
     context: typer.Context,
     model: Model,
@@ -169,6 +180,7 @@ def compress(
     data_dir: DataDir = None,
     skip_unreadable: SkipUnreadable = False,
     batch_size: BatchSize = 64,
+    workers: Workers = 0,
     device: Device = "cpu",
     part: PartPath = None,
     method: MethodName = "auto",
@@ -178,6 +190,7 @@ def compress(
     search_epochs: SearchEpochs = None,
     precision: Precision = None,
     compiled: Compiled = False,
+    tracker: TrackerName = None,
     restart: Restart = False,
     settings: Overrides = None,
     candidates: Candidates = None,
@@ -237,9 +250,14 @@ def compress(
     out = out or default_directory(model, budget, typed(context))
     if not dry:
         check_output(out)
+    told_to = None
+    if tracker is not None:
+        from sbs_fx.report.trackers import Tracker
+
+        told_to = Tracker(tracker, os.path.basename(os.path.abspath(out)), out, config.model_dump(mode="json"))
     made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
-    errors.print(f"weights: {made.weights}", highlight=False, markup=False, soft_wrap=True)
-    train, test = both_splits(made, data, data_dir, batch_size, seed, skip_unreadable)
+    say(f"weights: {made.weights}")
+    train, test = both_splits(made, data, data_dir, batch_size, seed, skip_unreadable, workers)
     made = made._replace(classes=tuple(getattr(train, "classes", ())))
     if dry:
         dry_run(made, limits or Budget.parse("5%"), method, config, has_data=train is not None)
@@ -250,7 +268,7 @@ def compress(
     options |= {"model": model, "budget": budget, "seed": seed, "settings": config.model_dump(mode="json")}
     options |= circumstances(typed(context), train, test)
     save_run(out, method=method, **options)  # reason: the directory is this command's, also if it is stopped
-    with show_progress() as progress, show_steps(out, restart) as observer:
+    with show_progress() as progress, show_steps(out, restart, told_to) as observer:
         result = run(
             made.module,
             made.example_inputs,
@@ -275,9 +293,10 @@ def compress(
 
 
 @app.command()
+@with_verbosity
 def apply(
     model: Model,
-    policy: Annotated[str, typer.Argument(metavar="POLICY", help="policy.json of an earlier run")],
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="of an earlier run: its directory or policy.json")],
     budget: Annotated[
         str | None, typer.Option(help="what the policy must keep, such as 5% or 2MB; default: anything")
     ] = None,
@@ -285,6 +304,7 @@ def apply(
     data_dir: DataDir = None,
     skip_unreadable: SkipUnreadable = False,
     batch_size: BatchSize = 64,
+    workers: Workers = 0,
     device: Device = "cpu",
     epochs: Epochs = 0,
     lr: Rate = None,
@@ -305,11 +325,11 @@ def apply(
     from sbs_fx.compression import apply as run
     from sbs_fx.plan import Policy
 
-    plan = Policy.load(policy)
+    plan = Policy.load(saved_file(policy, "policy.json"))
     config = make_config(ranges=ranges, epochs=epochs, learning_rate=lr, seed=seed, overrides=settings or [])
     check_output(out)
     made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
-    train, test = both_splits(made, data, data_dir, batch_size, seed, skip_unreadable)
+    train, test = both_splits(made, data, data_dir, batch_size, seed, skip_unreadable, workers)
     made = made._replace(classes=tuple(getattr(train, "classes", ())))
     with show_progress() as progress, show_steps(None, False) as observer:
         result = run(
@@ -329,12 +349,21 @@ def apply(
 
 
 @app.command()
+@with_verbosity
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="timm model name, or a model.pt2")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="timm model name, or what compress has saved: a directory or model.pt2",
+            autocompletion=model_names,
+        ),
+    ],
     data: Annotated[str, typer.Option(help="'digits', a folder, or a timm data set such as torch/cifar100")],
     data_dir: DataDir = None,
     skip_unreadable: SkipUnreadable = False,
     batch_size: BatchSize = 64,
+    workers: Workers = 0,
     device: Device = "cpu",
     checkpoint: Checkpoint = None,
     random_weights: RandomWeights = False,
@@ -342,7 +371,7 @@ def evaluate(
     num_classes: NumClasses = None,
     in_chans: InChans = None,
     with_part: Annotated[
-        str | None, typer.Option(metavar="MODEL.pt2", help="a saved part, put in its place in the model")
+        str | None, typer.Option(metavar="DIR", help="a saved part, put in its place in the model")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -350,6 +379,7 @@ def evaluate(
     from sbs_fx.cli.models import load_saved, make_model, open_split, with_saved_part
     from sbs_fx.training import evaluate as run
 
+    model, with_part = saved_file(model), with_part and saved_file(with_part)
     if device != "cpu" and (model.endswith(".pt2") or with_part is not None):
         raise typer.BadParameter(f"--device {device}: a saved result runs on the CPU")
     if model.endswith(".pt2"):
@@ -357,9 +387,26 @@ def evaluate(
     else:
         made = make_model(model, checkpoint, random_weights, input_size, num_classes, in_chans, device)
         made = made if with_part is None else with_saved_part(made, with_part)
-    accuracy = run(made.module, open_split(made, data, data_dir, "test", batch_size, 0, skip_unreadable))
+    accuracy = run(made.module, open_split(made, data, data_dir, "test", batch_size, 0, skip_unreadable, workers))
     typer.echo(dumps({"model": model, "accuracy": accuracy}) if json else f"{model}: {accuracy:.2f} % top-1")
 
+
+_ORDER = [
+    "init",
+    "inspect",
+    "methods",
+    "compress",
+    "report",
+    "evaluate",
+    "export",
+    "bench",
+    "replan",
+    "apply",
+    "rerun",
+    "compare",
+    "sweep",
+]
+app.registered_commands.sort(key=lambda each: _ORDER.index(each.name or each.callback.__name__))  # type: ignore[union-attr]
 
 if __name__ == "__main__":
     main()

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from sbs_fx.cli.completion import by_comma, method_names
 from sbs_fx.cli.options import (
     BatchSize,
     Checkpoint,
@@ -25,12 +26,13 @@ from sbs_fx.cli.options import (
     RandomWeights,
     Rate,
     Seed,
+    Workers,
     make_config,
 )
 from sbs_fx.cli.progress import show_progress, show_steps
 
 LabelledData = Annotated[str, typer.Option(help="'digits', a folder, or a timm data set such as torch/cifar100")]
-Methods = Annotated[str, typer.Option(help="names as of compress, by comma")]
+Methods = Annotated[str, typer.Option(help="names as of compress, by comma", autocompletion=by_comma(method_names))]
 Out = Annotated[
     str | None,
     typer.Option("--out", "-o", metavar="DIR", help="where points go; the same command again goes on from there"),
@@ -40,12 +42,15 @@ Out = Annotated[
 def compare(
     model: Model,
     data: LabelledData,
-    budget: Annotated[str, typer.Option(help="5% of the float BOPs, 20x, bops=5%,size=20%, 300M, 2MB, 5ms")] = "5%",
+    budget: Annotated[
+        str, typer.Option(help="5% of the float BOPs, 20x, params=50%, bops=5%,size=20%, 300M, 2MB, 5ms")
+    ] = "5%",
     methods: Methods = "uniform,sbs",
     part: PartPath = None,
     epochs: Epochs = 0,
     data_dir: DataDir = None,
     batch_size: BatchSize = 64,
+    workers: Workers = 0,
     lr: Rate = None,
     seed: Seed = 0,
     settings: Overrides = None,
@@ -59,7 +64,7 @@ def compare(
 ) -> None:
     """Several methods on one model at one budget: accuracy, costs and time, in one table."""
     model_options = (model, checkpoint, random_weights, input_size, num_classes, in_chans)
-    data_options = (data, data_dir, batch_size, seed)
+    data_options = (data, data_dir, batch_size, seed, False, workers)
     _compare(model_options, data_options, [budget], methods, part, epochs, lr, settings or [], out, json)
 
 
@@ -74,6 +79,7 @@ def sweep(
     epochs: Epochs = 0,
     data_dir: DataDir = None,
     batch_size: BatchSize = 64,
+    workers: Workers = 0,
     lr: Rate = None,
     seed: Seed = 0,
     settings: Overrides = None,
@@ -87,13 +93,13 @@ def sweep(
 ) -> None:
     """The same at several budgets, with the Pareto front of accuracy over bit operations."""
     model_options = (model, checkpoint, random_weights, input_size, num_classes, in_chans)
-    data_options = (data, data_dir, batch_size, seed)
+    data_options = (data, data_dir, batch_size, seed, False, workers)
     _compare(model_options, data_options, budgets.split(","), methods, part, epochs, lr, settings or [], out, json)
 
 
 def _compare(
     model: tuple[str, str | None, bool, str | None, int | None, int | None],
-    data: tuple[str, str | None, int, int],
+    data: tuple[str, str | None, int, int, bool, int],
     budgets: Sequence[str],
     methods: str,
     part: str | None,
@@ -127,4 +133,4 @@ def _compare(
         )
     typer.echo(comparison.model_dump_json(indent=1) if json else str(comparison))
     if out is not None and not json:
-        typer.echo(f"comparison.txt, comparison.json and the points are in {out}")
+        typer.echo(f"report.html, comparison.txt, comparison.json and the points are in {out}")

@@ -31,7 +31,7 @@ def init(run: Annotated[bool, typer.Option("--run", help="run the command too")]
         words += ["--data", data]
         if (epochs := _asked("Epochs of training that you have time for", _number, "0")) != "0":
             words += ["--epochs", epochs]
-    words += ["--budget", _asked("Budget (5% of the BOPs, 20x, 300M, 2MB, 5ms, macs=70%)", _budget, "5%")]
+    words += ["--budget", _asked("Budget (5% of the BOPs, 20x, 300M, 2MB, 5ms, macs=70%, params=50%)", _budget, "5%")]
     typer.echo(f"\n  {shlex.join(words)}\n")
     typer.echo("Add --dry-run to see first what is in reach; the result goes to out/.")
     if run:

@@ -5,31 +5,59 @@ In: a `model.pt2` and options as they were typed. Out: a file, or tables of time
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from sbs_fx.cli.completion import backend_names, by_comma, format_names, model_names
 from sbs_fx.cli.options import Checkpoint, Json
+from sbs_fx.cli.progress import show_progress
+from sbs_fx.cli.results import saved_file
 
-Saved = Annotated[str, typer.Argument(metavar="MODEL.pt2", help="what `sbs-fx compress --out` has saved")]
+if TYPE_CHECKING:
+    from sbs_fx.report.targets import TargetRow
+
+Saved = Annotated[
+    str, typer.Argument(metavar="SAVED", help="what `sbs-fx compress` has saved: a directory or model.pt2")
+]
 
 
 def export(
     model: Saved,
     out: Annotated[
-        str, typer.Option("--out", "-o", help="the file: .onnx, .xml (openvino), .pte (executorch) or .pt2")
+        str, typer.Option("--out", "-o", metavar="FILE", help="its suffix says the format: model.onnx, .xml, .pte")
     ],
-    format: Annotated[str, typer.Option(help="onnx, openvino, aoti, executorch or pt2")] = "onnx",
+    format: Annotated[
+        str | None,
+        typer.Option(help="where the suffix is not enough, such as aoti for a .pt2", autocompletion=format_names),
+    ] = None,
     low_bits: Annotated[bool, typer.Option("--low-bits", help="onnx: weights of 2 to 4 bits as int4")] = False,
 ) -> None:
     """Write a saved result as a file of another tool, run it there and compare."""
     from sbs_fx.export import export as run
     from sbs_fx.export import load_saved
     from sbs_fx.passes.dialects import static_of
+    from sbs_fx.plan.errors import BackendError
+    from sbs_fx.report.targets import TargetRow, compared
 
-    static, inputs = load_saved(model)
-    written = run(static, inputs, format, out, metadata=static_of(static).metadata, low_bits=low_bits)
+    format = format or format_of(out)
+    with show_progress() as progress:
+        progress("read", 0.0)
+        static, inputs = load_saved(saved_file(model))
+        options: dict[str, Any] = {"metadata": static_of(static).metadata, "low_bits": low_bits, "progress": progress}
+        try:
+            written = run(static, inputs, format, out, **options)
+        except BackendError as error:
+            record(model, [TargetRow(tool=format, reason=" ".join(str(error).split()))])
+            raise
+        progress("compare outputs", 0.9)
+        examples, same, difference = compared(written, static, inputs)
+        kernels = {} if written.kernels is None else {"kernels": written.kernels.summary}
+        told: dict[str, Any] = {"examples": examples, "same": same, "difference": difference, **kernels}
+        record(model, [TargetRow(tool=written.name, file=os.path.basename(out), stored=stored(out), **told)])
     exactly = "bit for bit" if static_of(static).exact else "up to rounding ties"
     part = static_of(static).metadata.get("part")
     of_part = "" if part is None else f"the part {part!r} of the model, "
@@ -38,13 +66,59 @@ def export(
         typer.echo(f"{written.name}: {written.kernels}")
 
 
+def stored(path: str) -> int:
+    """Bytes of a file and of what belongs to it: a directory's files, or those of the same name with another suffix
+    that were written with it."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if os.path.isdir(path):
+        return sum(os.path.getsize(os.path.join(at, each)) for at, _, names in os.walk(path) for each in names)
+    stem, written = os.path.splitext(name)[0], os.path.getmtime(path)
+    beside = (os.path.join(folder, each) for each in os.listdir(folder) if os.path.splitext(each)[0] == stem)
+    # reason: parts of one file are written within a moment of each other
+    return sum(os.path.getsize(each) for each in beside if abs(os.path.getmtime(each) - written) < 2)
+
+
+def record(model: str, rows: Sequence[TargetRow]) -> None:
+    """Keep what was found beside the result that it is of, and show it on its page; nothing where there is none."""
+    from sbs_fx.plan.files import read_text
+    from sbs_fx.report import Report
+    from sbs_fx.report.targets import record_targets
+    from sbs_fx.saved import REPORT
+
+    directory = os.path.dirname(os.path.abspath(saved_file(model)))
+    report = os.path.join(directory, REPORT)
+    if not os.path.exists(report):
+        return
+    record_targets(directory, rows)
+    page = os.path.join(directory, "report.html")
+    Report.from_json(read_text(report, "the report of a saved result")).save(page)
+
+
+def format_of(path: str) -> str:
+    """The format whose files end like this; of several the one whose name is the suffix. Raises BadParameter."""
+    from sbs_fx.export.registry import TARGETS
+
+    targets = TARGETS.entries()
+    fitting = [name for name, target in targets.items() if path.endswith(target.suffix)]
+    chosen = [name for name in fitting if targets[name].suffix == f".{name}"] or fitting
+    if len(chosen) == 1:
+        return chosen[0]
+    known = ", ".join(f"{target.suffix} ({name})" for name, target in targets.items())
+    what = f"may be {' or '.join(chosen)}; say which with --format" if chosen else f"ends in no suffix of {known}"
+    raise typer.BadParameter(f"--out {path}: {what}")
+
+
 def bench(
     model: Saved,
     against: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="timm model to time beside it, or its part")
+        str | None,
+        typer.Option(metavar="MODEL", help="timm model to time beside it, or its part", autocompletion=model_names),
     ] = None,
     checkpoint: Checkpoint = None,
-    backends: Annotated[str | None, typer.Option(help="by comma; default: all that are installed")] = None,
+    backends: Annotated[
+        str | None,
+        typer.Option(help="by comma; default: all that are installed", autocompletion=by_comma(backend_names)),
+    ] = None,
     batch_sizes: Annotated[str, typer.Option(help="by comma")] = "1,8",
     threads: Annotated[int, typer.Option(min=1)] = 1,
     rounds: Annotated[int, typer.Option(min=2, help="samples of each")] = 15,
@@ -52,14 +126,15 @@ def bench(
     json: Json = False,
 ) -> None:
     """Latency of a saved result on the backends at hand, side by side, and where the time goes."""
-    from sbs_fx.export import load_saved
+    from sbs_fx.export import BACKENDS, load_saved
     from sbs_fx.export.benchmark import benchmark
     from sbs_fx.models import create_model
     from sbs_fx.passes.capture.part import submodule
     from sbs_fx.passes.dialects import static_of
     from sbs_fx.plan.errors import InputError
+    from sbs_fx.report.targets import TargetRow
 
-    static, inputs = load_saved(model)
+    static, inputs = load_saved(saved_file(model))
     beside = create_model(against, pretrained=False, checkpoint=checkpoint) if against else None
     if beside is not None and (part := static_of(static).metadata.get("part")):
         beside = submodule(beside, part)
@@ -69,16 +144,25 @@ def bench(
         sizes = []
     if not sizes or min(sizes) < 1:
         raise InputError(f"--batch-sizes {batch_sizes!r}; expected whole numbers by comma, such as 1,8")
-    timings = benchmark(
-        static,
-        inputs,
-        float_model=beside,
-        backends=backends.split(",") if backends else None,
-        batch_sizes=sizes,
-        threads=threads,
-        rounds=rounds,
-        layers=layers,
-    )
+    with show_progress() as progress:
+        timings = benchmark(
+            static,
+            inputs,
+            float_model=beside,
+            backends=backends.split(",") if backends else None,
+            batch_sizes=sizes,
+            threads=threads,
+            rounds=rounds,
+            layers=layers,
+            progress=progress,
+        )
+    rows = [TargetRow(tool=name, reason=why) for name, why in timings.refused.items() if name in BACKENDS.entries()]
+    for name in dict.fromkeys(timing.backend for timing in timings.timings):
+        own = [timing for timing in timings.timings if timing.backend == name]
+        spent = {str(timing.batch): 1e3 * timing.seconds for timing in own}
+        kernels = {"kernels": own[0].kernels} if own[0].kernels else {}
+        rows.append(TargetRow(tool=name, milliseconds=spent, **kernels))
+    record(model, rows)
     if json:
         typer.echo(timings.to_json())
         return

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sbs_fx.cli.progress import errors
+from sbs_fx.cli.progress import say
 from sbs_fx.data.datasets import Batches, open_data
 from sbs_fx.data.pictures import Pictures, listed
 from sbs_fx.export import load_saved as load_static
@@ -171,6 +171,7 @@ def open_split(
     batch_size: int,
     seed: int,
     skip_unreadable: bool = False,
+    workers: int = 0,
 ) -> Batches:
     """Batches of one split, of the size that the model takes, prepared as its configuration says. Raises DataError."""
     channels, height, width = made.example_inputs.shape[1:]
@@ -185,6 +186,7 @@ def open_split(
         data_dir=data_dir,
         num_classes=getattr(made.module, "num_classes", None),
         skip_unreadable=skip_unreadable,
+        num_workers=workers,
         **made.preparation,
     )
 
@@ -196,6 +198,7 @@ def both_splits(
     batch_size: int,
     seed: int,
     skip_unreadable: bool = False,
+    workers: int = 0,
 ) -> tuple[Batches | None, Batches | None]:
     """Training data to calibrate and fine-tune on, held-out data to measure accuracy on; says what there is.
 
@@ -204,7 +207,7 @@ def both_splits(
     """
     if spec is None:
         return None, None
-    options = (batch_size, seed, skip_unreadable)
+    options = (batch_size, seed, skip_unreadable, workers)
     train, test = (open_split(made, spec, data_dir, split, *options) for split in ("train", "test"))
     samples = [getattr(getattr(split, "dataset", None), "samples", None) for split in (train, test)]
     if samples[0] is not None and samples[0] == samples[1]:
@@ -212,7 +215,7 @@ def both_splits(
             f"{spec!r} has no folders train/ and test/ (or val/): accuracy would be measured on the pictures that the "
             "model is calibrated on; put some of them apart"
         )
-    errors.print(told(train, test), highlight=False, markup=False, soft_wrap=True)
+    say(told(train, test))
     return train, test
 
 

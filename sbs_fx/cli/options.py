@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sbs_fx.cli.completion import method_names, model_names, one_of, setting_names
 from sbs_fx.cli.settings import nested
 
 if TYPE_CHECKING:
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 MODEL, DATA, TRAINING, DECISIONS, OUTPUT = "Model", "Data", "Training", "What may be decided", "Output"
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="timm name, torchvision/NAME, hf/DIR, package.module:function, FILE.pt2")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="timm name, torchvision/NAME, hf/DIR, package.module:function, FILE.pt2",
+        autocompletion=model_names,
+    ),
 ]
 Checkpoint = Annotated[
     str | None, typer.Option(metavar="FILE", help="weights; default: the published ones", rich_help_panel=MODEL)
@@ -48,6 +54,7 @@ SkipUnreadable = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, rich_help_panel=DATA)]
+Workers = Annotated[int, typer.Option(min=0, help="processes that read pictures", rich_help_panel=DATA)]
 Device = Annotated[
     str, typer.Option(help="cpu, or cuda: of several processes, each takes its own GPU", rich_help_panel=MODEL)
 ]
@@ -55,12 +62,22 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON", rich_help_panel
 Epochs = Annotated[int, typer.Option(help="epochs of fine-tuning with the gates fixed", rich_help_panel=TRAINING)]
 Rate = Annotated[float | None, typer.Option(help="learning rate of fine-tuning", rich_help_panel=TRAINING)]
 Ranges = Annotated[
-    str, typer.Option(help="how ranges are chosen: mse, percentile or minmax", rich_help_panel=DECISIONS)
+    str,
+    typer.Option(
+        help="how ranges are chosen: mse, percentile or minmax",
+        autocompletion=one_of("mse", "percentile", "minmax"),
+        rich_help_panel=DECISIONS,
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="of everything random")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="any other setting, such as training.ema=0.999 or search.lam=0.1"),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="any other setting, such as training.ema=0.999 or search.lam=0.1",
+        autocompletion=setting_names,
+    ),
 ]
 
 Keep = Annotated[
@@ -88,20 +105,39 @@ OutDir = Annotated[
     ),
 ]
 Only = Annotated[
-    str | None, typer.Option(metavar="prune|quantise", help="do one of the two alone", rich_help_panel=DECISIONS)
+    str | None,
+    typer.Option(
+        metavar="prune|quantise",
+        help="do one of the two alone",
+        autocompletion=one_of("prune", "quantise"),
+        rich_help_panel=DECISIONS,
+    ),
 ]
 
 Limits = Annotated[
     str | None,
-    typer.Option(help="5% of the float BOPs (the default), 20x, bops=5%,size=20%, 300M, 2MB, 5ms"),
+    typer.Option(help="5% of the float BOPs (the default), 20x, params=50%, bops=5%,size=20%, 300M, 2MB, 5ms"),
 ]
 MaxDrop = Annotated[
     str | None, typer.Option(metavar="SHARE", help="the smallest that loses no more of the metric, such as 1%")
 ]
-MethodName = Annotated[str, typer.Option(help="auto, or a name that `sbs-fx methods` lists")]
+MethodName = Annotated[
+    str, typer.Option(help="auto, or a name that `sbs-fx methods` lists", autocompletion=method_names)
+]
 SearchEpochs = Annotated[int | None, typer.Option(help="epochs of a search that trains", rich_help_panel=TRAINING)]
-Precision = Annotated[str | None, typer.Option(help="fp32 or bf16", rich_help_panel=TRAINING)]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32 or bf16", autocompletion=one_of("fp32", "bf16"), rich_help_panel=TRAINING)
+]
 Compiled = Annotated[bool, typer.Option("--compiled", help="train through torch.compile", rich_help_panel=TRAINING)]
+TrackerName = Annotated[
+    str | None,
+    typer.Option(
+        "--tracker",
+        metavar="NAME",
+        help="also keep steps of training in tensorboard, wandb or another tracker of accelerate",
+        rich_help_panel=TRAINING,
+    ),
+]
 Restart = Annotated[bool, typer.Option("--restart", help="forget the checkpoints in --out", rich_help_panel=OUTPUT)]
 Candidates = Annotated[
     str | None, typer.Option(help="bitwidths by comma; default: the method's; 32: float", rich_help_panel=DECISIONS)
@@ -112,7 +148,12 @@ WeightBits = Annotated[
 ActivationBits = Annotated[
     int | None, typer.Option(help="of all tensors; default: the method chooses", rich_help_panel=DECISIONS)
 ]
-Importance = Annotated[str, typer.Option(help="norm that ranks channels: l1 or l2", rich_help_panel=DECISIONS)]
+Importance = Annotated[
+    str,
+    typer.Option(
+        help="norm that ranks channels: l1 or l2", autocompletion=one_of("l1", "l2"), rich_help_panel=DECISIONS
+    ),
+]
 RoundTo = Annotated[
     int | None, typer.Option(help="keep multiples of this many channels; 1: any number", rich_help_panel=DECISIONS)
 ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sbs_fx.cli.options import Json
-from sbs_fx.cli.progress import METRICS, errors
+from sbs_fx.cli.progress import METRICS, say
 
 if TYPE_CHECKING:
     from sbs_fx.report import Report
@@ -61,7 +61,7 @@ def report(
         _show(saved, directory, json)
     page = html or os.path.join(directory, _PAGE)
     if not json and not card and (html is not None or (against is None and os.path.exists(page))):
-        errors.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
+        say(f"page: {page}")
 
 
 def _load(directory: str) -> Report:

@@ -7,6 +7,7 @@ written is known before anything is computed.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from sbs_fx.data.datasets import Batches
     from sbs_fx.report import Report
     from sbs_fx.result import Result
+
+
+def saved_file(path: str, name: str = "model.pt2") -> str:
+    """A file of a saved result by its path, or by the directory that holds it."""
+    return os.path.join(path, name) if os.path.isfile(os.path.join(path, name)) else path
 
 
 def check_output(directory: str | None) -> None:

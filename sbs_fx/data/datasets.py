@@ -261,8 +261,11 @@ def _with_channels(x: Tensor, channels: int) -> Tensor:
 
 
 def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError("'digits' needs scikit-learn, which ships them: pip install 'sbs-fx[demo]'") from error
 
     scans = load_digits()
     rows = np.arange(len(scans.target))

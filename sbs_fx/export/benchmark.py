@@ -136,6 +136,7 @@ def benchmark(
     threads: int = 1,
     rounds: int = 15,
     layers: bool = True,
+    progress: Callable[[str, float], None] | None = None,
 ) -> Benchmark:
     """Time a static graph on the CPU, each backend in turn.
 
@@ -145,6 +146,7 @@ def benchmark(
         backends: names of registered ones; None: all that are installed and can hold the graph.
         rounds: samples per backend and batch size, each at least 20 ms long.
         layers: also profile each backend, at the first batch size.
+        progress: called with (step, share done).
 
     Raises:
         BackendError: a backend that was asked for is not installed or computes something else.
@@ -153,14 +155,21 @@ def benchmark(
         timings: list[Timing] = []
         profiles: dict[str, tuple[LayerTime, ...]] = {}
         refused: dict[str, str] = {}
-        for batch in batch_sizes:
+        for number, batch in enumerate(batch_sizes):
+
+            def tell(step: str, part: float, batch: int = batch, number: int = number) -> None:
+                if progress is not None:
+                    progress(f"{step}, batch {batch}", (number + part) / len(batch_sizes))
+
             inputs = of_batch(example_inputs, batch)
-            runners = _runners(static, inputs, backends, threads, refused)
+            runners = _runners(static, inputs, backends, threads, refused, tell)
             if float_model is not None:
                 runners[FLOAT] = compile_float(float_model, inputs)
+            tell("time in turn", 0.5)
             timings += time_runners(runners, inputs, batch, rounds, threads)
             for name, run in runners.items():
                 if layers and run.profile is not None and name not in profiles:
+                    tell(f"profile {name}", 0.9)
                     profiles[name] = _layers(run, static, inputs)
         return Benchmark(tuple(timings), profiles, refused, threads)
 
@@ -203,9 +212,11 @@ def _runners(
     backends: Sequence[str] | None,
     threads: int,
     refused: dict[str, str],
+    tell: Callable[[str, float], None],
 ) -> dict[str, Runner]:
     runners = {}
     for name in backends or BACKENDS.entries():
+        tell(f"prepare {name}", 0.1)
         try:
             runners[name] = runner(static, inputs, name, threads=threads)
         except BackendError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     metadata: Mapping[str, Any] | None = None,
+    progress: Callable[[str, float], None] | None = None,
     **options: Any,
 ) -> Runner:
     """Write a static graph as a file of another tool, once what was written computes what torch computes.
@@ -43,7 +44,7 @@ def export(
     Args:
         example_inputs: as the graph takes them; dynamic dimensions stay so.
         format: the name of a registered target: these, and those of other packages.
-        metadata: kept in "pt2" and "onnx" files.
+        metadata: kept in "pt2" and "onnx" files. progress: called with (step, share done).
         options: of the format; "onnx" takes `low_bits`: weights of 2 to 4 bits as int4, a smaller file, slower in ONNX
             Runtime.
 
@@ -53,6 +54,10 @@ def export(
     Raises:
         BackendError: an unknown format or option, a tool that is not installed, or one that cannot compute this graph
             as torch does. FileError: the path cannot be written. GraphError: `torch.export` cannot capture the graph.
+
+    >>> written = export(result.model, (images,), "pt2", "copy.pt2")
+    >>> torch.equal(written(images), result.model(images))
+    True
     """
     target = TARGETS[format]
     path, suffix = os.fspath(path), target.suffix
@@ -61,10 +66,13 @@ def export(
     if not path.endswith(suffix):
         raise FileError(f"{path!r} does not end in {suffix!r}, as a file of format {format!r} does")
     inputs = tuple(example_inputs)
+    tell = progress or (lambda step, share: None)
     try:
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".", prefix=".export-") as folder:
             draft = os.path.join(folder, "model" + suffix)
+            tell(f"write {format}", 0.1)
             runner = target.write(static, inputs, draft, {"metadata": metadata, **options})
+            tell("run and compare", 0.8)
             check(runner, static, inputs)
             for name in sorted(os.listdir(folder)):  # reason: weights (.bin) before the model that reads them (.xml)
                 os.replace(os.path.join(folder, name), path.removesuffix(suffix) + os.path.splitext(name)[1])
@@ -84,6 +92,9 @@ def runner(static: fx.GraphModule, example_inputs: Sequence[Tensor], name: str, 
 
     Raises:
         BackendError: an unknown backend, one that is not installed, or one that computes something else.
+
+    >>> runner(result.model, (images,), "eager")(images).shape
+    torch.Size([2, 4])
     """
     ready = BACKENDS[name].run(static, example_inputs, threads)
     check(ready, static, example_inputs)

@@ -61,6 +61,8 @@ def save_pt2(
     Raises:
         GraphError: `torch.export` cannot capture the graph, or read it again.
         FileError: `path` cannot be written or the disk is full; what `path` held before is still there.
+
+    >>> save_pt2(result.model, (images,), "model.pt2")
     """
     dialect = static_of(static)
     (output,) = static.graph.find_nodes(op="output")
@@ -98,6 +100,9 @@ def load_pt2(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> fx.
     Raises:
         FileError: the file cannot be read, was cut or changed, was not written by `save_pt2`, or holds what no saved
             model does: pickles, libraries, other operators, Python in the place of sizes.
+
+    >>> load_pt2("out/model.pt2")(images).shape
+    torch.Size([2, 4])
     """
     import torch.ao.quantization.fx._decomposed  # reason: registers the operators that the graph calls
 
@@ -149,7 +154,12 @@ def load_program(path: str | os.PathLike[str], libraries: Sequence[str] = ()) ->
 
 
 def load_saved(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
-    """`load_pt2`, and zeros of the shapes that the graph takes, 2 along dynamic dimensions. Raises FileError."""
+    """`load_pt2`, and zeros of the shapes that the graph takes, 2 along dynamic dimensions. Raises FileError.
+
+    >>> static, inputs = load_saved("out/model.pt2")
+    >>> static(*inputs).shape
+    torch.Size([2, 4])
+    """
     static = load_pt2(path)
     values = [node.meta["val"] for node in static.graph.find_nodes(op="placeholder")]
     return static, tuple(torch.zeros(example_shape(value), dtype=value.dtype) for value in values)

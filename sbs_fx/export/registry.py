@@ -27,6 +27,9 @@ class Target:
     Attributes:
         write: (static graph, example inputs, path, options) -> the file as it was loaded again.
         suffix: of its files. help: what it is and what runs it. options: names of options that it takes.
+
+    >>> TARGETS["pt2"].suffix
+    '.pt2'
     """
 
     name: str
@@ -42,6 +45,9 @@ class Backend:
 
     Attributes:
         run: (static graph, example inputs, threads or 0) -> runner. profiles: whether it tells the time of layers.
+
+    >>> BACKENDS["eager"].profiles
+    False
     """
 
     name: str
@@ -54,7 +60,16 @@ BACKENDS = Registry[Backend]("backend", "sbs_fx.targets", "sbs_fx.export", Backe
 
 
 def target(name: str, **entry: Any) -> Callable[[Write], Write]:
-    """Register a function as a target; `entry` has the other fields of `Target`."""
+    """Register a function as a target; `entry` has the other fields of `Target`.
+
+    >>> @target("text", suffix=".txt", help="the code of the graph")
+    ... def text(static, example_inputs, path, options):
+    ...     with open(path, "w") as file:
+    ...         size = file.write(static.code)
+    ...     return Runner("text", static)
+    >>> export(result.model, (images,), "text", "model.txt").name
+    'text'
+    """
 
     def register(write: Write) -> Write:
         TARGETS.add(name, Target(name, write, **entry), write.__module__)
@@ -64,7 +79,14 @@ def target(name: str, **entry: Any) -> Callable[[Write], Write]:
 
 
 def backend(name: str, **entry: Any) -> Callable[[Run], Run]:
-    """Register a function as a backend; `entry` has the other fields of `Backend`."""
+    """Register a function as a backend; `entry` has the other fields of `Backend`.
+
+    >>> @backend("twice", profiles=False)
+    ... def twice(static, example_inputs, threads):
+    ...     return Runner("twice", lambda *inputs: (static(*inputs), static(*inputs))[1])
+    >>> runner(result.model, (images,), "twice")(images).shape
+    torch.Size([2, 4])
+    """
 
     def register(run: Run) -> Run:
         BACKENDS.add(name, Backend(name, run, **entry), run.__module__)

@@ -38,7 +38,11 @@ TOLERANCE = 0.6
 
 @dataclass(frozen=True)
 class Kernels:
-    """Layers with weights by what computes them: names of graph nodes."""
+    """Layers with weights by what computes them: names of graph nodes.
+
+    >>> Kernels(("conv2d",), ("linear",)).summary
+    '1 of 2'
+    """
 
     integer: tuple[str, ...]
     floating: tuple[str, ...]
@@ -61,6 +65,9 @@ class Runner:
         name: of the backend. run: takes and gives what the graph does, on the CPU. kernels: None if it cannot tell.
         profile: inputs -> seconds of one call by layer, and by other operators under names of their own.
         inputs: what each call is checked against.
+
+    >>> Runner("eager", result.model)(images).shape
+    torch.Size([2, 4])
     """
 
     name: str

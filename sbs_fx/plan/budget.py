@@ -14,7 +14,8 @@ from sbs_fx.plan.cost import Cost
 from sbs_fx.plan.errors import BudgetError, SbsError
 from sbs_fx.plan.value import Value
 
-MEASURES = ("bops", "size", "macs", "latency")
+MEASURES = ("bops", "size", "macs", "params", "latency")
+OF_CHANNELS = ("macs", "params", "latency")  # what fewer bits do not change
 
 
 class Budget(Value):
@@ -25,6 +26,7 @@ class Budget(Value):
     | `Budget(bops=0.05)`              | at most 5 % of the bit operations                              |
     | `Budget(size=0.1)`               | at most a tenth of the stored bits                             |
     | `Budget(macs=0.5)`               | at most half the multiply-accumulates                          |
+    | `Budget(params=0.5)`             | at most half the parameters, whatever their bits               |
     | `Budget(latency=0.25)`           | at most a quarter of the float model's time on this machine    |
     | `Budget(bops=0.05, size=0.2)`    | both                                                           |
     | `Budget(amounts={"macs": 3e8})`  | at most 300 million multiply-accumulates; size in bits,        |
@@ -35,12 +37,15 @@ class Budget(Value):
     | `Budget.parse("2MB")`            | stored bytes: B, kB, MB, GB, KiB, MiB, GiB                     |
     | `Budget.parse("5ms")`            | time on this machine: us, ms, s                                |
     | `budget.is_satisfied_by(cost)`   | does the cost keep every limit?                                |
-    | `budget.shares(cost)`            | `{"bops": 0.049, "size": 0.13, "macs": 0.6}`, limited or not   |
+    | `budget.shares(cost)`            | `{"bops": 0.049, "size": 0.13, ...}`, limited or not           |
     | `budget.limits`                  | `{"bops": 0.05}`, the shares that were given                   |
     | `budget.asked`                   | `{"bops": 0.05, "amounts": {"macs": 3e8}}`, all that was given |
 
     Raises:
         BudgetError: no limit, or one that is NaN, zero, negative, no number, or, of a share, above 1.
+
+    >>> sbs_fx.Budget.parse("bops=5%,size=10%").limits
+    {'bops': 0.05, 'size': 0.1}
     """
 
     model_config = ConfigDict(strict=True)
@@ -49,6 +54,7 @@ class Budget(Value):
     bops: float | None = None
     size: float | None = None
     macs: float | None = None
+    params: float | None = None
     latency: float | None = None
     amounts: dict[str, float] = {}
 
@@ -72,7 +78,7 @@ class Budget(Value):
             raise ValueError(f"{both[0]} is limited by a share and by an amount; expected one of them")
         if not self.asked:
             raise ValueError(
-                "no limit given; expected at least one of bops, size, macs, latency, such as Budget(bops=0.05)"
+                f"no limit given; expected at least one of {', '.join(MEASURES)}, such as Budget(bops=0.05)"
             )
         return self
 
@@ -150,7 +156,7 @@ class Budget(Value):
         return cls(**limits, amounts=amounts)
 
 
-_COUNTED, _STORED, _TIMED = ("macs", "bops"), ("size",), ("latency",)
+_COUNTED, _STORED, _TIMED = ("macs", "bops", "params"), ("size",), ("latency",)
 _UNITS = {  # as written -> the measures that have it, the first where none is named, and what it is in theirs
     **{letter: (_COUNTED, 1000.0**i) for i, letter in enumerate("KMGT", 1)},
     "k": (_COUNTED, 1e3),

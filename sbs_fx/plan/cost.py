@@ -20,6 +20,9 @@ class LayerCost(Value):
         activation_bits: bits of the input.
         params, stored_bits: weights that it keeps, and their bits in the file.
         seconds: time that a latency model gives it; 0 without one.
+
+    >>> [layer.name for layer in result.cost.layers]
+    ['0 (conv2d)', '3 (conv2d_1)', '8 (linear)']
     """
 
     name: str
@@ -42,6 +45,9 @@ class Cost(Value):
         other_seconds: time of what is no layer; 0 without a latency model.
         reference: the float model's cost, to which budgets compare; None if this is that model.
         bops, macs, params, stored_bits: totals, as of `LayerCost`.
+
+    >>> result.cost.bops <= 0.05 * result.cost.reference.bops
+    True
     """
 
     layers: tuple[LayerCost, ...] = ()
@@ -73,7 +79,12 @@ class Cost(Value):
     @property
     def by_measure(self) -> dict[str, float]:
         """What budgets limit, by the names that they give it; latency only where it was measured."""
-        measures: dict[str, float] = {"bops": self.bops, "size": self.stored_bits, "macs": self.macs}
+        measures: dict[str, float] = {
+            "bops": self.bops,
+            "size": self.stored_bits,
+            "macs": self.macs,
+            "params": self.params,
+        }
         return {**measures, "latency": self.seconds} if self.seconds else measures
 
     def to_json(self) -> str:

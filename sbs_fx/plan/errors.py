@@ -30,7 +30,14 @@ from typing import Self
 
 
 class SbsError(Exception):
-    """Base of all errors of this package; ``except SbsError`` catches every one and nothing else."""
+    """Base of all errors of this package; ``except SbsError`` catches every one and nothing else.
+
+    >>> try:
+    ...     sbs_fx.compress(net, images, budget="nothing")
+    ... except sbs_fx.SbsError as error:
+    ...     type(error).__name__
+    'BudgetError'
+    """
 
 
 class TraceError(SbsError):
@@ -76,7 +83,7 @@ class InfeasibleBudget(BudgetError):
     """A budget below what the search space can reach.
 
     Attributes:
-        least: measure ("bops", "size", "macs") -> the least share of the float model that can be reached.
+        least: measure ("bops", "size", "macs", "params") -> the least share of the float model that can be reached.
         binding: constraints and settings without which less could be reached.
     """
 

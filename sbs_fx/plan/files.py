@@ -24,6 +24,10 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
     Raises:
         FileError: the directory is missing or not writable, `path` is a directory, the disk is full.
+
+    >>> write_atomic("note.txt", b"whole")
+    >>> open("note.txt").read()
+    'whole'
     """
     path = os.fspath(path)
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")

@@ -26,6 +26,10 @@ class Plan:
         weight_bits: weight -> bits, or one number for each of its output channels in the float model, 0 where it goes.
         activation_bits: tensor -> bits.
         nonzeros: weight -> how many of its single weights stay, the largest, where others go.
+
+    >>> plan = sbs_fx.Plan({}, {name: 8 for name in cost.weights}, {name: 8 for name in cost.activations})
+    >>> cost.whole["bops"] / cost.price(plan)["bops"]
+    16.0
     """
 
     kept: Mapping[str, Sequence[int]] = field(default_factory=dict)

@@ -30,7 +30,11 @@ CHANNEL_BITS: Final = (0, *BITS)  # of one output channel; 0 prunes it
 
 
 def current_versions() -> dict[str, str]:
-    """Versions that a policy records: python, torch, sbs_fx, and timm if it has been imported."""
+    """Versions that a policy records: python, torch, sbs_fx, and timm if it has been imported.
+
+    >>> "torch" in current_versions()
+    True
+    """
     versions = {"python": platform.python_version()}
     for name in ("torch", "sbs_fx", *(["timm"] if "timm" in sys.modules else [])):
         try:
@@ -55,6 +59,10 @@ class Policy(Value):
 
     Raises:
         PolicyError: on construction, if any of that does not hold; kept coordinates may come in any order.
+
+    >>> policy = sbs_fx.Policy.load("out/policy.json")
+    >>> policy.method
+    'opq'
     """
 
     model_config = ConfigDict(strict=True)

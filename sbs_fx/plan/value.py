@@ -11,7 +11,11 @@ from sbs_fx.plan.errors import PolicyError, SbsError
 
 
 class Value(BaseModel):
-    """A frozen pydantic value whose constructor raises an error of ours."""
+    """A frozen pydantic value whose constructor raises an error of ours.
+
+    >>> sbs_fx.Budget(bops=0.05) == sbs_fx.Budget.parse("20x")
+    True
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     _error: ClassVar[type[SbsError]] = PolicyError

@@ -6,11 +6,12 @@ In: one `Point` a method and budget. Out: text, JSON, and a plot where matplotli
 from __future__ import annotations
 
 import os
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from sbs_fx.plan import write_atomic
+from sbs_fx.report.page import comparison_page
 from sbs_fx.report.text import columns
 
 
@@ -81,6 +82,27 @@ class Comparison(BaseModel):
                 front.append(point)
         return tuple(front)
 
+    def rows(self) -> dict[str, Any]:
+        """Everything as plain values, each point with whether it is on the front, and why not."""
+        front = self.pareto
+        points = [
+            {**p.model_dump(), "limits": p.limits, "best": p.best_accuracy, "front": p in front, "reason": self._why(p)}
+            for p in self.points
+        ]
+        return {**self.model_dump(exclude={"points"}), "points": points}
+
+    def _why(self, point: Point) -> str:
+        """Why a point is not on the front: its error, or the first that beats it."""
+        if point.outcome != "ok":
+            return point.outcome
+        if point in (front := self.pareto):
+            return ""
+        better = next(p for p in reversed(front) if (p.bops or 0) <= (point.bops or 0))
+        theirs, own = (
+            f"{p.best_accuracy or 0:.2f} % at {p.bops_ratio or 0:.1f} times fewer BOPs" for p in (better, point)
+        )
+        return f"{better.method} at {better.limits} has {theirs}, this {own}"
+
     def __str__(self) -> str:
         best = self.pareto
         rows = [["float", "", f"{self.float_accuracy:.2f} %", "", "1x", "1x", "100 %", "", ""]]
@@ -118,9 +140,10 @@ class Comparison(BaseModel):
         return "\n".join(lines)
 
     def save(self, directory: str) -> None:
-        """Write `comparison.txt`, `comparison.json` and, where matplotlib is installed, `pareto.png`."""
+        """Write `comparison.txt`, `comparison.json`, `report.html` and, where matplotlib is installed, `pareto.png`."""
         write_atomic(os.path.join(directory, "comparison.txt"), f"{self}\n".encode())
         write_atomic(os.path.join(directory, "comparison.json"), (self.model_dump_json(indent=1) + "\n").encode())
+        write_atomic(os.path.join(directory, "report.html"), comparison_page(self.rows()).encode())
         try:
             import matplotlib  # noqa: F401
         except ImportError:

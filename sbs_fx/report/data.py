@@ -16,7 +16,8 @@ class _Row(BaseModel):
 
 class LayerRow(_Row):
     """One layer: its `node` in the graph, its cost, and before, the float model's. `channels` and `channels_before`
-    count output channels; None where it has no weight."""
+    count output channels; None where it has no weight. `weight_sqnr`: signal to quantisation noise of the weight, dB;
+    None where it was not measured or has no noise."""
 
     name: str
     kind: str
@@ -32,6 +33,7 @@ class LayerRow(_Row):
     seconds: float = 0.0
     macs_before: int = 0
     bops_before: int = 0
+    weight_sqnr: float | None = None
 
 
 class GroupRow(_Row):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sbs_fx.data.batches import Tensors
-from sbs_fx.passes import activation_gates
+from sbs_fx.passes import activation_gates, weight_gates
 from sbs_fx.passes.dialects import gates_of
 from sbs_fx.passes.folding import CONVOLUTIONS
 from sbs_fx.passes.graph import channel_rows
@@ -79,6 +79,25 @@ def tensors_of(gated: fx.GraphModule, inputs: Iterable[Tensors]) -> tuple[Tensor
     return tuple(s.row(name) for name, s in seen.items() if s.count)
 
 
+@torch.no_grad()
+def weight_noise(gated: fx.GraphModule, inputs: Sequence[Tensors]) -> dict[str, float]:
+    """Node of a layer -> signal to quantisation noise of its weight, dB; of weights that are rounded, with noise."""
+    calls = {str(node.target): node for node in gated.graph.find_nodes(op="call_module")}
+    gates, found = weight_gates(gated), dict[str, float]()
+    seen = {
+        reader.name: _Seen(gates[name], reader.name, None)
+        for name, path in gates_of(gated).weights.items()
+        for reader in (calls[path].users if path in calls else ())
+    }
+    with mode(gated, training=False), _watched(seen):
+        for batch in inputs[:1]:
+            gated(*batch)
+    for name, s in seen.items():
+        if s.count and (sqnr := s.row(name).sqnr) is not None:
+            found[name] = sqnr
+    return found
+
+
 @contextmanager
 def _watched(seen: dict[str, _Seen]) -> Iterator[None]:
     handles = [s.gate.register_forward_hook(s.add) for s in seen.values() if not s.gate.is_float]
@@ -106,7 +125,7 @@ class _Seen:
         self.count += x.numel()
         self.signal += float(x.double().square().sum())
         self.noise += float(error.double().square().sum())
-        self.clipped += int((error > 0.51 * self.gate.scale()).sum())
+        self.clipped += int((error > 0.51 * self.gate.scale().max()).sum())  # reason: a weight's are by channel
         self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
         if self.channel is not None and x.ndim > 1:
             most = channel_rows(x.abs(), self.channel).amax(1)

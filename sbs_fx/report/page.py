@@ -22,7 +22,17 @@ from sbs_fx.plan import MEASURES
 from sbs_fx.plan.files import parse_object, read_text
 from sbs_fx.report.data import ReportData
 
-_SCRIPTS: Final = ("core.js", "tables.js", "layers.js", "tree.js", "graph.js", "panels.js", "training.js", "main.js")
+_SCRIPTS: Final = (
+    "core.js",
+    "tables.js",
+    "layers.js",
+    "tree.js",
+    "graph.js",
+    "panels.js",
+    "training.js",
+    "outcomes.js",
+    "main.js",
+)
 _POINTS = 400  # of a training curve, a stage
 _STEP = ("stage", "step", "steps", "epoch", "epochs", "rate", "seconds")
 
@@ -33,12 +43,14 @@ class Extras:
 
     Attributes:
         run: of `run.json`. sensitivity: of `sensitivity.json`. metrics: steps of training, as `read_metrics` has them.
+        targets: of `targets.json`, what became of it in other tools.
         against: a second report, which makes the page a difference. labels: of the two.
     """
 
     run: Mapping[str, Any] = field(default_factory=dict)
     sensitivity: Mapping[str, Any] | None = None
     metrics: Sequence[Mapping[str, Any]] = ()
+    targets: Sequence[Mapping[str, Any]] = ()
     against: ReportData | None = None
     labels: tuple[str, str] = ("first", "second")
 
@@ -56,7 +68,8 @@ class Extras:
             from sbs_fx.report.monitor import read_metrics  # reason: brings the terminal's library
 
             metrics = read_metrics(path)
-        return cls(parsed("run.json") or {}, parsed("sensitivity.json"), metrics)
+        targets = (parsed("targets.json") or {}).get("rows", ())
+        return cls(parsed("run.json") or {}, parsed("sensitivity.json"), metrics, targets)
 
 
 def page(report: ReportData, extras: Extras | None = None) -> str:
@@ -69,9 +82,20 @@ def page(report: ReportData, extras: Extras | None = None) -> str:
         "run": extras.run,
         "sensitivity": (extras.sensitivity or {}).get("rows", []),
         "metrics": curves(extras.metrics),
+        "targets": extras.targets,
     }
+    return _filled(data, f"{extras.run.get('model') or report.model or 'model'}: report")
+
+
+def comparison_page(comparison: Mapping[str, Any]) -> str:
+    """The page of several methods on one model; `comparison` as `Comparison.rows` gives it."""
+    data: dict[str, Any] = {"reports": [], "labels": [], "run": {}, "sensitivity": [], "metrics": [], "targets": []}
+    return _filled({**data, "comparison": comparison}, "methods side by side")
+
+
+def _filled(data: Mapping[str, Any], title: str) -> str:
     parts = {
-        "title": escape(f"{extras.run.get('model') or report.model or 'model'}: report"),
+        "title": escape(title),
         "style": _asset("page.css"),
         "data": embedded(data),
         "script": "\n".join(_asset(name) for name in _SCRIPTS),

@@ -62,11 +62,18 @@ class Report(ReportData):
         return self.model_copy(update={"accuracy": accuracy})
 
     def with_measures(
-        self, tensors: Sequence[TensorRow], stages: Sequence[StageRow], seconds: Mapping[str, float], model: str
+        self,
+        tensors: Sequence[TensorRow],
+        stages: Sequence[StageRow],
+        seconds: Mapping[str, float],
+        model: str,
+        noise: Mapping[str, float],
     ) -> Self:
-        """The same report with what was measured of values, and the warnings that follow."""
+        """The same report with what was measured of values (`noise`: of weights by the layer's node, dB), and the
+        warnings that follow."""
         fields = {"tensors": tuple(tensors), "stages": tuple(stages), "seconds": dict(seconds), "model": model}
-        changed = self.model_copy(update=fields)
+        layers = tuple(row.model_copy(update={"weight_sqnr": noise.get(row.node)}) for row in self.layers)
+        changed = self.model_copy(update={**fields, "layers": layers})
         return changed.model_copy(update={"warnings": warnings_of(changed)})
 
     def under(self, limits: Mapping[str, float]) -> Self:

@@ -55,6 +55,9 @@ class Ajpq(Value):
         norm_batches: batches on which batch-norm statistics are estimated. reward_batches: the following ones, on which
             accuracy is measured; the first ones again where the data has no more.
         most_sparse: largest share of a layer's channels with 0 bits.
+
+    >>> sbs_fx.Config(ajpq=Ajpq()).methods["ajpq"] == Ajpq()
+    True
     """
 
     _error: ClassVar[type[SbsError]] = InputError
@@ -91,6 +94,10 @@ def ajpq(problem: Problem, run: Run) -> SearchResult:
     Raises:
         DataError: no batch, no labels. InfeasibleBudget: the least bits are over the limits. InputError: the settings
             quantise nothing.
+
+    >>> from sbs_fx.search.registry import METHODS
+    >>> METHODS["ajpq"].search is ajpq, METHODS["ajpq"].needs
+    (True, 'labels')
     """
     settings = run.settings or Ajpq()
     if not problem.space.settings.quantise:

@@ -51,6 +51,9 @@ class Keep(Value):
 
     Raises:
         ConstraintError: nothing is asked for, or bits that do not exist.
+
+    >>> sbs_fx.Keep.parse("head.*=32")
+    Keep('head.*', weight_bits=32, activation_bits=32)
     """  # noqa: E501  # reason: a table
 
     _error: ClassVar[type[SbsError]] = ConstraintError

@@ -59,6 +59,9 @@ class Search(Value):
         stiffness: how fast multipliers answer, where there are any: their logarithm grows by this times log(cost /
             path) in a whole search over which that stays the same.
         repair_batches: batches on which the last moves to the budget are judged.
+
+    >>> sbs_fx.Config(search=Search(epochs=3)).methods["search"].epochs
+    3
     """
 
     _error: ClassVar[type[SbsError]] = InputError

@@ -56,6 +56,10 @@ class Opq(Value):
         prunes: "channels" as a whole, or single "weights", which the size budget then counts as stored: a bit for each
             and the codes of those that stay.
         shifts_norms: batch-norm statistics follow what the plan does to synthetic noise (`NormShift`).
+
+    >>> config = sbs_fx.Config(opq=Opq())
+    >>> sbs_fx.compress(net, images, method="opq", config=config).policy.method
+    'opq'
     """
 
     _error: ClassVar[type[SbsError]] = InputError
@@ -88,6 +92,9 @@ def opq(problem: Problem, run: Run) -> SearchResult:
     Raises:
         InfeasibleBudget: even the smallest choice is over the limits; `least` has the shares it reaches.
         WeightsError: NaN or Inf in a weight.
+
+    >>> problem.fits(opq(problem, Run()).plan)
+    True
     """
     settings: Opq = run.settings or Opq()
     for name, weight in weight_tensors(problem.cost).items():

@@ -25,7 +25,11 @@ _USED_UP = 0.9  # of a budget
 @dataclass(frozen=True)
 class Considered:
     """A plan that was considered: how it came about, its loss as estimated and as predicted, the gap to the bound on
-    the estimated loss, and whether the solver ran to its end."""
+    the estimated loss, and whether the solver ran to its end.
+
+    >>> Considered("bits", estimated=0.3, predicted=0.31, gap=0.0, proven=True).name
+    'bits'
+    """
 
     name: str
     estimated: float
@@ -42,6 +46,9 @@ class SearchResult:
         tensors: parameters and buffers that the search left, by their names in the traced graph.
         notes: for the report. considered: plans that were compared; this one is that of least predicted loss.
         sensitivities: what was measured on the way, a `sbs_fx.search.sensitivities.Sensitivities`.
+
+    >>> SearchResult(problem.space.most).notes
+    ()
     """
 
     plan: Plan
@@ -59,6 +66,10 @@ class Problem:
         graph: from `trace`; nothing changes it. groups, cost: of it.
         limits: measure -> the most that a plan may cost, whole numbers but for latency.
         inputs: example inputs of the graph. seed: of everything random.
+
+    >>> problem = Problem.of(cost, sbs_fx.Budget(bops=0.05), (images,))
+    >>> problem.fits(problem.space.least)
+    True
     """
 
     graph: fx.GraphModule

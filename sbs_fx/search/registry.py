@@ -37,6 +37,9 @@ class Run:
         fine_tunes: whether training follows, so that what is lost may be won back.
         checkpoints, observer: of a method that takes long. executor: whose workers may measure. step:
             to be called with (number, how many) of what the search does one by one, for what is shown.
+
+    >>> Run(data=batches).fine_tunes
+    False
     """
 
     data: Any = None
@@ -62,6 +65,10 @@ class Method:
         automatic: when "auto" means this one.
         candidates: bitwidths that it chooses from where none are asked for; none: those of `SpaceSettings`.
         restore: tensors that follow from a plan of this method and the float model alone, for `apply`.
+
+    >>> from sbs_fx.search.registry import METHODS
+    >>> METHODS["opq"].needs
+    'nothing'
     """
 
     name: str
@@ -88,7 +95,14 @@ METHODS = Registry[Method]("method", "sbs_fx.methods", "sbs_fx.search", MethodEr
 
 def method(name: str, **entry: Any) -> Callable[[Search], Search]:
     """Register a function as a method; `entry` has the other fields of `Method`. Raises MethodError if the name is
-    taken."""
+    taken.
+
+    >>> @method("least", help="as little as may be")
+    ... def least(problem, run):
+    ...     return SearchResult(problem.space.least)
+    >>> sbs_fx.compress(net, images, method="least").policy.method
+    'least'
+    """
 
     def register(search: Search) -> Search:
         METHODS.add(name, Method(name, search, **entry), search.__module__)

@@ -53,6 +53,10 @@ def sbs(problem: Problem, run: Run) -> SearchResult:
         DataError: data that is unlabelled, of one class alone, or not as the graph takes it.
         InfeasibleBudget: the limits are not met with every gate closed.
         and whatever `train` raises.
+
+    >>> from sbs_fx.search.registry import METHODS
+    >>> METHODS["sbs"].search is sbs, METHODS["sbs"].trains
+    (True, True)
     """
     return GateTraining(problem, run).result()
 

@@ -40,6 +40,9 @@ class SpaceSettings(BaseModel):
         block: channels that are decided together, whatever kernels like; None: as `round_to` says.
         inner_only: prune only channels inside a residual branch; the stream keeps all.
         minor_groups: also prune the smaller factor of product axes (heads, group widths).
+
+    >>> Space(groups, cost, SpaceSettings(weight_bits=4)).most.weight_bits["3"]
+    4
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,7 +73,11 @@ class SpaceSettings(BaseModel):
 @dataclass(frozen=True)
 class Choice:
     """One thing to decide: `values` are bits, or kept counts of a group, ascending; of one value nothing is left to
-    decide."""
+    decide.
+
+    >>> Choice("weight", "3", (2, 4, 8)) in problem.space.choices
+    True
+    """
 
     kind: Kind
     name: str
@@ -83,6 +90,9 @@ class Space:
     Attributes:
         choices: of every weight, activation tensor and channel group, in graph order.
         scopes: what each constraint is about, the default one included.
+
+    >>> [choice.name for choice in problem.space.choices if choice.kind == "weight"]
+    ['0', '3', '8']
     """
 
     def __init__(self, groups: ChannelGroups, cost: CostModel, settings: SpaceSettings | None = None) -> None:

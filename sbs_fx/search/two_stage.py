@@ -55,6 +55,9 @@ class TwoStage(Value):
         levels: kept counts that are considered for a group, at most.
         effort: multiply-accumulates that measuring may take, about; the more, the longer on large networks.
         time_limit: of one run of the solver, in seconds.
+
+    >>> TwoStage(images=64).images
+    64
     """
 
     _error = InputError
@@ -82,6 +85,10 @@ def two_stage(problem: Problem, run: Run) -> SearchResult:
     Raises:
         InfeasibleBudget: the limits are below what the fewest bits and channels cost; `least` has their shares.
         DataError: no batch, NaN or Inf, labels out of range. WeightsError: NaN or Inf in a weight or a gradient.
+
+    >>> from sbs_fx.search.registry import METHODS
+    >>> METHODS["two_stage"].search is two_stage, METHODS["two_stage"].needs
+    (True, 'images')
     """
     space, search = problem.space, run.settings or TwoStage()
     problem.check_feasible("two_stage")

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Mapping
 
 from sbs_fx.passes.channels.importance import group_importance, most_important
-from sbs_fx.plan import Plan
+from sbs_fx.plan import OF_CHANNELS, Plan
 from sbs_fx.plan.plan import Bits
 from sbs_fx.search.problem import Problem, SearchResult
 from sbs_fx.search.registry import Run, method
@@ -30,6 +30,9 @@ def uniform(problem: Problem, run: Run) -> SearchResult:
 
     Raises:
         InfeasibleBudget: even the smallest plan is over the limits; `least` has the shares it reaches.
+
+    >>> problem.fits(uniform(problem, Run()).plan)
+    True
     """
     space, comfortable = problem.space, _COMFORTABLE_SHARE if run.fine_tunes else _WITHOUT_TRAINING
     pairs = bit_pairs(space)
@@ -69,7 +72,7 @@ def _counts_of(problem: Problem, fewest: tuple[int, int]) -> Counts:
     """In multiples that kernels are fast with, if the limits are on work or time and can so be met."""
     space = problem.space
     counts = {name: space.values("channels", name) for name in space.free("channels")}
-    if problem.limits.keys() & {"macs", "latency"}:
+    if problem.limits.keys() & set(OF_CHANNELS):
         groups = (problem.groups[name] for name in problem.groups if space.may_be_pruned(name))
         wide = {group.name: space.counts(group.name, space.multiple(group, fast=True)) for group in groups}
         if problem.fits(space.plan(*fewest, _kept(wide, 0.0, space))):

@@ -39,6 +39,11 @@ class Checkpoints:
 
     Raises:
         FileError: the directory cannot be used, or another process uses it.
+
+    >>> with Checkpoints("kept", {"seed": 0}) as checkpoints:
+    ...     checkpoints.save("search", {}, {"step": 3})
+    ...     checkpoints.load("search").state["step"]
+    3
     """
 
     def __init__(

@@ -42,6 +42,9 @@ def evaluate(
     Raises:
         DataError: no batch, targets missing or of another form, an iterable that raises.
         InputError: outputs that are not of the task's form, or a metric that gives no number.
+
+    >>> 0 <= evaluate(result.model, batches) <= 100  # percent
+    True
     """
     device = device_of(module)
     task = task_of(module) if task is None else Task.of(task)

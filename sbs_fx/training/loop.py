@@ -51,7 +51,11 @@ def fine_tune(
     progress: Observer | None = None,
     stage: Callable[[fx.GraphModule], TrainingStage] = TrainingStage,
 ) -> None:
-    """Train a gated graph with fixed gates, in place; see `train`."""
+    """Train a gated graph with fixed gates, in place; see `train`.
+
+    >>> fine_tune(result.gated, batches, epochs=1, lr=0.001)
+    >>> result = sbs_fx.refresh(result)
+    """
     train(
         stage(gated),
         data,
@@ -100,6 +104,8 @@ def train(
         TrainingError: the loss is NaN or Inf, or memory is short; names step, batch and last checkpoint.
         InputError: a rate or a number of epochs that means nothing.
         Interrupted: SIGINT or SIGTERM; the step was finished and saved. Only if there are checkpoints.
+
+    >>> train(TrainingStage(result.gated), batches, epochs=1, lr=0.001, settings=Training())
     """
     if epochs < 0 or not lr > 0 or not math.isfinite(lr):
         raise InputError(f"epochs {epochs}, lr {lr}; expected epochs of at least 0 and a finite rate above 0")

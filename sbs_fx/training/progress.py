@@ -23,6 +23,9 @@ class Progress:
             "bops", "size", "macs": shares of the float model at the current gates; "budget": {measure: limit};
             "pruned": share of prunable channels whose gate is closed; "multiplier": {measure: value};
             "weight_bits", "activation_bits": {bits: number of tensors}.
+
+    >>> Progress("search", epoch=0, epochs=2, step=1, steps=9, loss=1.5, rate=0.1).measures
+    {}
     """
 
     stage: str

@@ -32,6 +32,9 @@ class Training(Value):
         channels_last: memory format of images and convolutions.
         compiled: train through `torch.compile`; a minute or more to begin with, then faster steps.
         checkpoint_every: steps between checkpoints; there is one at each epoch's end besides.
+
+    >>> sbs_fx.Config(training=Training(ema=0.9), epochs=2).training.ema
+    0.9
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

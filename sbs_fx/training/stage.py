@@ -16,6 +16,9 @@ class TrainingStage:
     Attributes:
         network: from `insert_gates`, calibrated; trained in place.
         name: of the stage, in progress, checkpoints and errors.
+
+    >>> TrainingStage(result.gated).name
+    'fine-tune'
     """
 
     def __init__(self, network: fx.GraphModule, name: str = "fine-tune") -> None:

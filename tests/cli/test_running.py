@@ -130,7 +130,7 @@ def test_settings_that_are_none(text: str, said: str, capsys: Captured) -> None:
 def test_in_a_pipe_there_is_a_line_a_stage_and_one_every_half_minute(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    clock = iter([0.0, 10.0, 20.0, 45.0, 50.0, 51.0])
+    clock = iter([0.0, 0.0, 10.0, 20.0, 45.0, 50.0, 51.0])
     monkeypatch.setattr("sbs_fx.cli.progress.time.monotonic", lambda: next(clock))
     with show_progress() as show:
         for stage in ("search", "search 1 of 9", "search 2 of 9, 5 s left", "search 3 of 9, 4 s left", "slim", "done"):

@@ -27,7 +27,7 @@ from tests.oracles.problems import cost_of
 
 BITS = (2, 3, 4, 5, 6, 8)
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-MEASURES = ("bops", "macs", "size")
+MEASURES = ("bops", "macs", "size", "params")
 
 
 def drawn(cost: CostModel, seed: int, *, by_channel: bool = True) -> Plan:
@@ -43,6 +43,10 @@ def drawn(cost: CostModel, seed: int, *, by_channel: bool = True) -> Plan:
 
 def measured(cost: CostModel, plan: Plan) -> dict[str, float]:
     return {m: v for m, v in cost.evaluate(plan).by_measure.items() if m in MEASURES}
+
+
+def counted(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,8 @@ def test_price_walk_and_slim_graph_agree(recipe: Recipe, seed: int) -> None:
     if cost.groups.inference.adapters:
         return  # reason: behind an operator that runs at full width, layers read other tensors
     slimmed = slim(cost.groups.inference.graph_module, cost.groups, plan.kept)
+    if counted(cost.groups.inference.graph_module) == cost.whole["params"]:  # no weight is computed from several
+        assert counted(slimmed) == price["params"]
     after = cost_model(slimmed, channel_groups(slimmed))
     rest = Plan({}, slim_bits(cost.groups, plan), plan.activation_bits)
     assert after.price(rest)["macs"] == price["macs"]
@@ -85,6 +91,7 @@ def test_price_of_a_plan_by_hand() -> None:
     assert cost.price(plan) == {
         "macs": 3 * first + second,
         "bops": first * (2 + 0 + 3) * 4 + second * 32 * 8,
+        "params": 27 * 3 + 3 * 2,
         "size": 27 * (2 + 0 + 3) + 3 * (32 + 16) + 6 * 32,  # codes, a scale and a place for each channel; floats
     }
     assert cost.price(plan) == measured(cost, plan)

@@ -297,7 +297,7 @@ def one_layer(macs: int, weight_bits: int, activation_bits: int, params: int = 0
 def test_budget_holds_or_not() -> None:
     base = one_layer(100, 32, 32, params=10, other_params=2, other_stored_bits=64)
     cost = one_layer(50, 8, 4, params=5, other_params=2, other_stored_bits=64, reference=base)
-    shares = {"bops": 1600 / 102400, "size": 104 / 384, "macs": 0.5}
+    shares = {"bops": 1600 / 102400, "size": 104 / 384, "macs": 0.5, "params": 7 / 12}
     assert Budget(bops=1).shares(cost) == shares
     for measure, share in shares.items():
         assert Budget(**{measure: share}).is_satisfied_by(cost)
@@ -317,7 +317,7 @@ def test_share_of_nothing() -> None:
     assert Budget(macs=0.1).shares(something.model_copy(update={"reference": nothing}))["macs"] == math.inf
 
 
-@given(st.sampled_from(["bops", "size", "macs"]), st.floats() | st.integers())
+@given(st.sampled_from(["bops", "size", "macs", "params"]), st.floats() | st.integers())
 def test_budget_is_a_share(measure: str, share: float) -> None:
     if 0 < share <= 1:
         assert Budget(**{measure: share}).limits == {measure: share}
@@ -361,6 +361,7 @@ def test_budget_from_text() -> None:
     [
         ("300M", {"macs": 3e8}),
         ("bops=2G", {"bops": 2e9}),
+        ("params=2.5M", {"params": 2.5e6}),
         ("1.5 k", {"macs": 1500.0}),
         ("2MB", {"size": 16e6}),
         ("100 B", {"size": 800.0}),
@@ -373,10 +374,10 @@ def test_budget_of_amounts_from_text(text: str, amounts: dict[str, float]) -> No
     budget = Budget.parse(text)
     assert budget == Budget(amounts=amounts)
     assert budget.limits == {}
-    whole = {"macs": 10**9, "bops": 10**13, "size": 10**8, "latency": 0.02}
+    whole = {"macs": 10**9, "bops": 10**13, "size": 10**8, "params": 10**6, "latency": 0.02}
     limits = budget.absolute(whole)
     assert limits == {measure: min(amount, whole[measure]) for measure, amount in amounts.items()}
-    with pytest.raises(BudgetError, match="5M' is no amount of size, but of macs or bops"):
+    with pytest.raises(BudgetError, match="5M' is no amount of size, but of macs or bops or params"):
         Budget.parse("size=5M")
     with pytest.raises(BudgetError, match="limited by a share and by an amount"):
         Budget(macs=0.5, amounts={"macs": 5})

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import sbs_fx
 from sbs_fx import Config, Keep
 from sbs_fx.passes import channel_groups, trace
+from sbs_fx.passes.dialects import static_of
 from sbs_fx.report import Report
 from sbs_fx.report.steps import steps_of
 
@@ -65,6 +66,19 @@ def test_tensors_by_hand() -> None:
         float(F.kl_div(given, wanted, reduction="batchmean", log_target=True)), rel=0.1
     )
     assert last.same == float((given.argmax(1) == wanted.argmax(1)).float().mean())
+
+
+def test_noise_of_weights_is_that_of_their_codes() -> None:
+    """Counted again from the file's codes and scales."""
+    _, result = report_of(config=Config(prune=False, constraints=[Keep("second", weight_bits=4)]), budget=0.9)
+    rows = {row.node: row for row in result.report.layers}
+    weight = result.gated.get_parameter("second.weight").detach()
+    (name,) = [name for name in static_of(result.model).weights if name.startswith("second")]
+    codes, scale = (dict(result.model.named_buffers())[each] for each in (name, f"{name}_scale"))
+    rounded = codes.double() * scale.double().reshape(-1, 1, 1, 1)
+    noise = (rounded - weight).square().sum()
+    assert rows["conv2d_1"].weight_sqnr == pytest.approx(float(10 * (weight.square().sum() / noise).log10()), abs=0.05)
+    assert rows["conv2d_1"].weight_sqnr < rows["linear"].weight_sqnr, "4 bits and 8"
 
 
 def test_stages_are_those_that_ran() -> None:

@@ -6,6 +6,25 @@ const ROW = 26; // px, as in the style
 const LANES = 9; // of arcs side by side
 const OPENED = 36; // rows that are shown without being asked for
 
+// The graphs of two results, one at a time, so that a place is found again in the other.
+function graphPair(models, labels) {
+  const graphs = models.map((model) => (model.steps.length ? new Graph(model) : null));
+  if (graphs.some((graph) => !graph)) return [];
+  const place = h("div");
+  const buttons = labels.map((label, i) => h("button", { type: "button", "aria-pressed": "false", click: () => show(i) }, `${"AB"[i]}: ${label}`));
+  function show(i) {
+    const before = graphs.find((graph) => graph.element.isConnected);
+    const top = before ? before.view.scrollTop : 0;
+    place.replaceChildren(graphs[i].element);
+    graphs[i].layout();
+    graphs[i].view.scrollTop = top;
+    buttons.forEach((button, j) => button.setAttribute("aria-pressed", String(i === j)));
+  }
+  requestAnimationFrame(() => show(1));
+  const note = "Steps in the order in which they run, by module, of one result or of the other.";
+  return [section("graph", "Graph", note, h("div", { class: "tools pick" }, buttons), place)];
+}
+
 class Graph {
   constructor(model) {
     this.model = model;

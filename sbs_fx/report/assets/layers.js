@@ -104,6 +104,7 @@ function layerColumns(model) {
     },
     { label: "size", unit: "kB", value: (row) => (stored ? row.stored_bits / 8e3 : null), text: (row) => fixed(row.stored_bits / 8e3, 1) },
     { label: "time", unit: "ms", value: (row) => (model.timed ? 1e3 * row.seconds : null), text: (row) => fixed(1e3 * row.seconds, 3) },
+    { label: "SQNR w", unit: "dB", value: (row) => row.weight_sqnr, text: (row) => (row.weight_sqnr === null ? "" : fixed(row.weight_sqnr, 1)) },
     { label: "SQNR", unit: "dB", value: (row) => model.sqnr(row), text: (row) => (model.sqnr(row) === null ? "" : fixed(model.sqnr(row), 1)) },
     { label: "clipped", unit: "%", value: (row) => tensor(row)?.clipped ?? null, text: (row) => (tensor(row) ? percent(tensor(row).clipped, 2) : "") },
   ];
@@ -130,7 +131,7 @@ function layerPanel(model, reveal) {
   const note = `${order}: upwards the share of BOPs, downwards the share of channels that stay.`;
   return [
     section("strip", "Layers", note, chooser(model), strip(model, "layers", press)),
-    section("layers", "Layer table", "SQNR and clipped share are of the tensor that the layer reads.", table),
+    section("layers", "Layer table", "SQNR w is of the weight; SQNR and clipped share are of the tensor that the layer reads.", table),
   ];
 }
 

@@ -1,21 +1,24 @@
 // The page: panels in their order, those that have nothing to say left out.
 
 const [first, second] = MODELS;
-const graph = second || !first.steps.length ? null : new Graph(first);
+const graph = second || !first?.steps.length ? null : new Graph(first);
 const reveal = (node) => graph && graph.reveal(node);
 const highlight = (name) => {
   graph.highlight(name);
   graph.element.scrollIntoView({ block: "nearest" });
 };
 
-const shownPanels = second
-  ? [...changePanel(first, second, DATA.labels), ...stagePanel(MODELS)]
+const shownPanels = DATA.comparison
+  ? comparisonPanels()
+  : second
+  ? [...changePanel(first, second, DATA.labels), ...graphPair(MODELS, DATA.labels), ...stagePanel(MODELS)]
   : [
       ...warningPanel(first),
       ...layerPanel(first, reveal),
       ...(graph ? [section("graph", "Graph", "Steps in the order in which they run, by module; arcs are connections that skip rows.", graph.element)] : []),
       ...stagePanel(MODELS),
       ...precisionPanel(first, reveal),
+      ...targetPanel(),
       ...groupPanel(first, highlight),
       ...curvePanel(),
       ...sensitivityPanel(),
@@ -23,6 +26,7 @@ const shownPanels = second
     ];
 
 const contents = shownPanels.map((panel) => h("a", { href: `#${panel.id}` }, panel.getAttribute("aria-label")));
-document.getElementById("head").append(...titlePanel(), h("nav", { "aria-label": "contents" }, contents));
-document.getElementById("main").append(cardPanel(), ...shownPanels);
+const title = DATA.comparison ? comparisonTitle() : titlePanel();
+document.getElementById("head").append(...title, h("nav", { "aria-label": "contents" }, contents));
+document.getElementById("main").append(...(first ? [cardPanel()] : []), ...shownPanels);
 if (graph) graph.layout();

@@ -130,5 +130,10 @@ def _replace_gates(network: fx.GraphModule) -> None:
 )
 def bayesian_bits(problem: Problem, run: Run) -> SearchResult:
     """Search by hard-concrete gates. Errors are those of `sbs`; `Search.lam` is mu, and `Search.threshold_lr` the rate
-    of phi."""
+    of phi.
+
+    >>> from sbs_fx.search.registry import METHODS
+    >>> METHODS["bayesian_bits"].search is bayesian_bits, METHODS["bayesian_bits"].trains
+    (True, True)
+    """
     return GateTraining(problem, run, BayesianSearch).result()

@@ -134,6 +134,10 @@ def multi_path(problem: Problem, run: Run) -> SearchResult:
 
     Raises:
         InputError: the settings quantise nothing.
+
+    >>> from sbs_fx.search.registry import METHODS
+    >>> METHODS["multi_path"].search is multi_path, METHODS["multi_path"].trains
+    (True, True)
     """
     if not problem.space.settings.quantise:
         raise InputError("quantise=False with one path a bitwidth, which prunes nothing: choose another method")

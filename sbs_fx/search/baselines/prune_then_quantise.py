@@ -12,7 +12,7 @@ from dataclasses import replace
 from sbs_fx.passes import CostModel, channel_groups, cost_model, slim
 from sbs_fx.passes.channels.slim import scatter
 from sbs_fx.passes.graph import attribute, with_tensors
-from sbs_fx.plan import Plan
+from sbs_fx.plan import OF_CHANNELS, Plan
 from sbs_fx.search.gate_search import Search
 from sbs_fx.search.problem import Problem, SearchResult
 from sbs_fx.search.registry import Run, method
@@ -35,6 +35,10 @@ def prune_then_quantise(problem: Problem, run: Run) -> SearchResult:
     """Two searches, one after the other; `epochs` are those of both together, at least one each.
 
     Raises: as `sbs`.
+
+    >>> from sbs_fx.search.registry import METHODS
+    >>> METHODS["prune_then_quantise"].search is prune_then_quantise
+    True
     """
     problem.check_feasible("prune_then_quantise")
     search: Search = run.settings or Search()
@@ -59,7 +63,7 @@ def prune_then_quantise(problem: Problem, run: Run) -> SearchResult:
 
 def _pruning(problem: Problem) -> Problem:
     """Channels alone, down to what the limits say of work or time, which bits do not change."""
-    limits = {m: limit for m, limit in problem.limits.items() if m in ("macs", "latency")}
+    limits = {m: limit for m, limit in problem.limits.items() if m in OF_CHANNELS}
     if not limits:  # reason: no less than constraints leave
         least = problem.cost.price(problem.space.least)["macs"]
         limits = {"macs": max(least, math.floor(PRUNED_MACS * problem.cost.whole["macs"]))}
@@ -68,7 +72,7 @@ def _pruning(problem: Problem) -> Problem:
 
 def _quantising(problem: Problem, cost: CostModel) -> Problem:
     """Bits alone in the slim graph, under the same limits; what pruning has met is left out."""
-    limits = {m: limit for m, limit in problem.limits.items() if m in ("bops", "size")}
+    limits = {m: limit for m, limit in problem.limits.items() if m not in OF_CHANNELS}
     space = Space(cost.groups, cost, problem.space.settings.model_copy(update={"prune": False}))
     graph = cost.groups.inference.graph_module
     return replace(
