@@ -19,6 +19,7 @@ from sbs_fx.models import PREPARATION
 from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.plan import Policy
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import FileError
 from sbs_fx.plan.files import read_as
 from sbs_fx.report import Report
@@ -47,6 +48,7 @@ class Saved:
         return self.model(*inputs, **named)
 
 
+@boundary("load")
 def load(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> Any:
     """A directory that holds a saved result as `Saved`, a `model.pt2` as its graph alone.
 

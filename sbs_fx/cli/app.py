@@ -82,6 +82,7 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="before a command: show where an error came from")] = False,
 ) -> None:
     if version:
         from importlib.metadata import version as of
@@ -104,13 +105,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors.print("interrupted")
         raise SystemExit(130) from None
     except Exception as error:
+        from sbs_fx.plan.boundary import translated
         from sbs_fx.plan.errors import Interrupted, SbsError
 
         if isinstance(error, Interrupted):
             errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
             raise SystemExit(130) from None
-        if not isinstance(error, SbsError):
+        if "--debug" in given[:1]:
             raise
+        if not isinstance(error, SbsError):
+            error = translated(error, "the command")
         message = " ".join(str(error).split())
         if parts := getattr(error, "parts", ()):
             message += f"; here: --part {parts[0]}"

@@ -18,9 +18,11 @@ from torch import Tensor, fx
 from sbs_fx.export.registry import BACKENDS, TARGETS, backend
 from sbs_fx.export.runtime import Runner, check
 from sbs_fx.passes.capture.inputs import inputs_of
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import BackendError, FileError
 
 
+@boundary("export")
 def export(
     static: fx.GraphModule,
     example_inputs: Sequence[Tensor],
@@ -75,6 +77,7 @@ def export(
     return replace(runner, inputs=inputs_of(static))
 
 
+@boundary("runner")
 def runner(static: fx.GraphModule, example_inputs: Sequence[Tensor], name: str, *, threads: int = 0) -> Runner:
     """A static graph in the hands of a backend, compared with torch.
 

@@ -34,6 +34,7 @@ from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.capture.inputs import InputSpec, guarded, inputs_of, set_inputs
 from sbs_fx.passes.dialects import DEQUANTIZE, Static, StaticActivation, StoredWeight, set_dialect, static_of
 from sbs_fx.plan import write_atomic
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import FileError, GraphError
 
 FORMAT = 2
@@ -44,6 +45,7 @@ _WEIGHTS = "data/weights/weight_"
 _IDENTITY = ".data/serialization_id"  # depends on the example inputs; left out
 
 
+@boundary("save_pt2")
 def save_pt2(
     static: fx.GraphModule,
     example_inputs: Tensor | Sequence[Tensor],
@@ -85,6 +87,7 @@ def save_pt2(
     write_atomic(path, _sealed(archive, information))
 
 
+@boundary("load_pt2")
 def load_pt2(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> fx.GraphModule:
     """Read what `save_pt2` wrote: the static graph with its codes as int8 buffers, in eval mode.
 
@@ -148,6 +151,7 @@ def load_program(path: str | os.PathLike[str], libraries: Sequence[str] = ()) ->
         ) from error
 
 
+@boundary("load_saved")
 def load_saved(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """`load_pt2`, and zeros of the shapes that the graph takes, 2 along dynamic dimensions. Raises FileError."""
     static = load_pt2(path)
