@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from sbs_fx.export.runtime import Runner, check
 from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import BackendError, FileError
+from sbs_fx.plan.files import DRAFTS, held, remove_leftovers
 
 
 @boundary("export")
@@ -64,17 +66,41 @@ def export(
         raise FileError(f"{path!r} does not end in {suffix!r}, as a file of format {format!r} does")
     inputs = tuple(example_inputs)
     try:
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".", prefix=".export-") as folder:
+        place = os.path.dirname(path) or "."
+        remove_leftovers(place)
+        with tempfile.TemporaryDirectory(dir=place, prefix=DRAFTS) as folder, held(folder):
             draft = os.path.join(folder, "model" + suffix)
             runner = target.write(static, inputs, draft, {"metadata": metadata, **options})
             check(runner, static, inputs)
-            for name in sorted(os.listdir(folder)):  # reason: weights (.bin) before the model that reads them (.xml)
-                os.replace(os.path.join(folder, name), path.removesuffix(suffix) + os.path.splitext(name)[1])
+            _rename_all(folder, path.removesuffix(suffix), suffix)
     except OSError as error:
         if isinstance(error, FileError):
             raise
         raise FileError(f"cannot write {path!r}: {error.strerror or error}") from error
     return replace(runner, inputs=inputs_of(static))
+
+
+def _rename_all(folder: str, stem: str, suffix: str) -> None:
+    """Give the files of a folder their final names, or none of them. Holds: files of two exports are never together
+    under those names. What is opened, of this suffix, goes first and comes last: killed in between, there is none."""
+    names = sorted(os.listdir(folder), key=lambda name: name.endswith(suffix))
+    drafts = {stem + os.path.splitext(name)[1]: os.path.join(folder, name) for name in names}
+    before = {final: f"{draft}.before" for final, draft in reversed(drafts.items()) if os.path.exists(final)}
+    try:
+        if len(drafts) > 1:
+            for final, aside in before.items():
+                os.replace(final, aside)
+        for final, draft in drafts.items():
+            os.replace(draft, final)
+    except BaseException:
+        for final in drafts:
+            with suppress(OSError):
+                if not os.path.exists(drafts[final]):  # reason: it is under its final name
+                    os.unlink(final)
+        for final, aside in reversed(before.items()):
+            with suppress(OSError):
+                os.replace(aside, final)
+        raise
 
 
 @boundary("runner")
