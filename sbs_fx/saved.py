@@ -15,6 +15,8 @@ from torch import Tensor, fx
 
 from sbs_fx.data.pictures import prepared_picture, timm_transform
 from sbs_fx.export import load_pt2
+from sbs_fx.export.inductor import run_aoti
+from sbs_fx.export.trusted import is_native
 from sbs_fx.models import PREPARATION
 from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.passes.dialects import static_of
@@ -49,11 +51,12 @@ class Saved:
 
 
 @boundary("load")
-def load(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> Any:
+def load(path: str | os.PathLike[str], libraries: Sequence[str] = (), *, trust: bool = False) -> Any:
     """A directory that holds a saved result as `Saved`, a `model.pt2` as its graph alone.
 
     Args:
         libraries: operator libraries that the graph may call beside torch's own, such as "mine" of `torch.ops.mine`.
+        trust: the file is yours; an AOTInductor package, which is native code, is then loaded, as a runner.
 
     Raises:
         FileError: something is missing, cut, changed, or belongs to another result; see `sbs_fx.export.load_pt2`.
@@ -62,7 +65,7 @@ def load(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> Any:
     >>> saved.model(saved.preprocess(picture)[None]).argmax(1)  # doctest: +SKIP
     """
     if not os.path.isdir(path):
-        return load_pt2(path, libraries)
+        return run_aoti(path) if trust and is_native(path) else load_pt2(path, libraries)
     directory = os.fspath(path)
     model = load_pt2(os.path.join(directory, MODEL), libraries)
     policy = Policy.load(os.path.join(directory, POLICY))
