@@ -13,13 +13,15 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 WORKERS ?= 2
 PYTEST_ARGS ?=
 MUTANTS ?=
+FUZZ ?= tests/test_fuzz_files.py tests/plan/test_files.py tests/test_fuzz.py tests/test_programs.py
 BENCHMARKS ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DELETE_ON_ERROR:
-.PHONY: help install test mutants demo lint format docs bench clean
+.PHONY: help install test fuzz mutants demo lint format docs bench clean
 
 help:
 	@echo "make test     run the tests (PYTEST_ARGS='-k slim', WORKERS=2, HYPOTHESIS_PROFILE=long)"
+	@echo "make fuzz     altered files, odd calls and command lines, kills, random networks; an hour (FUZZ='...')"
 	@echo "make mutants  make one line wrong at a time and see that tests notice (MUTANTS='search/', WORKERS=2)"
 	@echo "make demo     train a small model on digits, compress it, print before and after"
 	@echo "make lint     ruff and mypy"
@@ -39,6 +41,10 @@ $(STAMP): pyproject.toml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# Alone, not in workers: what was tried is counted and printed at the end. About an hour; FUZZ chooses a part.
+fuzz: $(STAMP)
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest $(FUZZ) $(PYTEST_ARGS)
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants/run.py --workers $(WORKERS) $(MUTANTS)

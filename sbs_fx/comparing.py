@@ -31,6 +31,7 @@ from sbs_fx.passes.capture.export import Dynamic
 from sbs_fx.passes.capture.part import Part
 from sbs_fx.passes.capture.signature import Inputs
 from sbs_fx.plan import Budget, current_versions, write_atomic
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import InputError, Interrupted, SbsError
 from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report.comparison import Comparison, Point
@@ -44,6 +45,7 @@ from sbs_fx.training.task import CLASSIFICATION, Task
 
 
 @random_state_kept()
+@boundary("compare")
 def compare(
     model: nn.Module | str,
     data: Data,

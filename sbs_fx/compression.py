@@ -31,6 +31,7 @@ from sbs_fx.passes.channels.slim import slim_bits
 from sbs_fx.passes.graph import digest, with_tensors
 from sbs_fx.plan import Budget, Plan, Policy, current_versions
 from sbs_fx.plan.bits import FLOAT_BITS
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import BudgetError, GraphError
 from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report import Report
@@ -51,6 +52,7 @@ from sbs_fx.training.task import Task
 
 @own_context()
 @random_state_kept()
+@boundary("compress")
 def compress(
     model: Model,
     example_inputs: Inputs | None = None,
@@ -151,6 +153,7 @@ def compress(
 
 @own_context()
 @random_state_kept()
+@boundary("apply")
 def apply(
     model: Model,
     policy: Policy,
@@ -200,6 +203,7 @@ def apply(
 
 @own_context()
 @random_state_kept()
+@boundary("replan")
 def replan(
     model: Model,
     sensitivities: Sensitivities | str | os.PathLike[str],
@@ -230,6 +234,7 @@ def replan(
 
 @own_context()
 @random_state_kept()
+@boundary("refresh")
 def refresh(result: Result, data: Data | None = None, *, config: Config | None = None) -> Result:
     """The result with `model` made again from `result.gated`, after training of one's own.
 

@@ -14,6 +14,7 @@ from sbs_fx.export import Runner, export, runner, save_pt2
 from sbs_fx.export.benchmark import Benchmark, benchmark
 from sbs_fx.passes import on_device
 from sbs_fx.plan import Budget, Cost, Policy
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import MethodError
 from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report import Report
@@ -63,6 +64,7 @@ class Result:
         assert self.cost.reference is not None
         return self.cost.reference
 
+    @boundary("replan")
     def replan(self, budget: Budget | float | str, **settings: Any) -> Policy:
         """A plan for another budget, for `sbs_fx.apply`: in seconds, as nothing is measured again.
 
@@ -77,6 +79,7 @@ class Result:
         problem = self.problem.under(Budget.of(budget), **settings)
         return replanned(problem, self.policy.method, self.sensitivities, self.settings)
 
+    @boundary("save")
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `policy.json`, `model.pt2`, the report (`.txt`, `.json`, `.html`) and, where losses were measured,
         `sensitivity.json` into `directory`, each whole or not at all.
@@ -94,10 +97,12 @@ class Result:
         for name in ("report.txt", "report.json", "report.html"):
             self.report.model_copy(update=of_policy).save(os.path.join(path, name))
 
+    @boundary("export")
     def export(self, format: str, path: str | os.PathLike[str], **options: Any) -> Runner:
         """Write `model` as a file of another tool; see `sbs_fx.export.export`."""
         return export(*self._on_cpu(), format, path, **{"metadata": self.metadata, **options})
 
+    @boundary("compiled")
     def compiled(self) -> Runner:
         """`model` under torch's compiler with int8 kernels; `kernels` says which layers reached one.
 
@@ -106,6 +111,7 @@ class Result:
         """
         return runner(*self._on_cpu(), "inductor")
 
+    @boundary("benchmark")
     def benchmark(self, **options: Any) -> Benchmark:
         """Latency on the backends at hand and the fastest of them; see `sbs_fx.export.benchmark.benchmark`."""
         return benchmark(*self._on_cpu(), **options)

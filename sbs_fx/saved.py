@@ -15,10 +15,13 @@ from torch import Tensor, fx
 
 from sbs_fx.data.pictures import prepared_picture, timm_transform
 from sbs_fx.export import load_pt2
+from sbs_fx.export.inductor import run_aoti
+from sbs_fx.export.trusted import is_native
 from sbs_fx.models import PREPARATION
 from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.plan import Policy
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import FileError
 from sbs_fx.plan.files import read_as
 from sbs_fx.report import Report
@@ -52,12 +55,14 @@ class Saved:
         return self.model(*inputs, **named)
 
 
-def load(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> Any:
+@boundary("load")
+def load(path: str | os.PathLike[str], libraries: Sequence[str] = (), *, trust: bool = False) -> Any:
     """A directory that holds a saved result as `Saved`, a `model.pt2` as its graph alone.
 
     Args:
         path: also "hf-hub:OWNER/NAME", a repository of the Hugging Face hub that holds such a directory.
         libraries: operator libraries that the graph may call beside torch's own, such as "mine" of `torch.ops.mine`.
+        trust: the file is yours; an AOTInductor package, which is native code, is then loaded, as a runner.
 
     Raises:
         FileError: something is missing, cut, changed, or belongs to another result; see `sbs_fx.export.load_pt2`.
@@ -70,7 +75,7 @@ def load(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> Any:
     if path.startswith(_HUB):
         path = _of_hub(path.removeprefix(_HUB))
     if not os.path.isdir(path):
-        return load_pt2(path, libraries)
+        return run_aoti(path) if trust and is_native(path) else load_pt2(path, libraries)
     directory = path
     model = load_pt2(os.path.join(directory, MODEL), libraries)
     policy = Policy.load(os.path.join(directory, POLICY))

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from sbs_fx.models import PREPARATION
 from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.passes.dialects import static_of
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import InputError
 from sbs_fx.result import Result
 from sbs_fx.saved import Saved, load
@@ -47,6 +48,7 @@ class TimmModel(nn.Module):
         return logits
 
 
+@boundary("as_timm")
 def as_timm(result: Saved | Result | fx.GraphModule | str | os.PathLike[str]) -> TimmModel:
     """A compressed classifier as a module that timm's loaders and validation take.
 

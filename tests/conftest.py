@@ -89,3 +89,11 @@ for _module in [module for name, module in sys.modules.items() if name.startswit
 def _seeded() -> None:
     """Start each test from one torch seed, whatever ran before it in the same worker."""
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the fuzz tests have tried, by kind."""
+    from tests.oracles.counts import COUNTS
+
+    for name, count in sorted(COUNTS.items()):
+        terminalreporter.write_line(f"{count:8,} {name}")

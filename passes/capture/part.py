@@ -23,6 +23,7 @@ from sbs_fx.passes.capture.models import looked_through, put_in_eval_mode, unwra
 from sbs_fx.passes.capture.signature import Call, Inputs, Signature, argument_names, call_of
 from sbs_fx.passes.capture.unchanged import unchanged
 from sbs_fx.passes.graph import copy_graph
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import DataError, InputError
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size)
@@ -263,6 +264,7 @@ def _copy(graph: nn.Module) -> nn.Module:
     return guarded(result)
 
 
+@boundary("with_part")
 def with_part(model: nn.Module, part: str, graph: nn.Module) -> nn.Module:
     """A copy of a whole model, in eval mode, in which a static graph stands in place of one sub-module.
 

@@ -26,9 +26,11 @@ from sbs_fx.passes.capture.unchanged import unchanged
 from sbs_fx.passes.capture.weights import fold_weights, merge_weights
 from sbs_fx.passes.channels.inference import load_rules
 from sbs_fx.passes.dialects import Traced, set_dialect
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import InputError, TraceError
 
 
+@boundary("trace")
 def trace(module: Any, example_inputs: Inputs, *, dynamic: Dynamic | None = None) -> fx.GraphModule:
     """Capture `module` in eval mode as a functional graph whose batch may have any size.
 

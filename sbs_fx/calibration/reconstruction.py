@@ -27,8 +27,8 @@ from sbs_fx.calibration.rounding import DAMPING, weight_parameters
 from sbs_fx.data.batches import Tensors, in_cache, joined_inputs, read_batches, split_inputs, start_epoch
 from sbs_fx.passes import ChannelGroups, channel_gates, weight_gates
 from sbs_fx.passes.channels.slim import Slices
-from sbs_fx.plan import Value
-from sbs_fx.plan.errors import GraphError, InputError
+from sbs_fx.plan import Settings
+from sbs_fx.plan.errors import GraphError
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.training.evaluation import mode
 
@@ -36,7 +36,7 @@ _IMAGES, _NUMBERS = 1024, 256 * 3 * 224 * 224
 _HELD_OUT = 8  # batches, of which one is kept for judging
 
 
-class Reconstruction(Value):
+class Reconstruction(Settings):
     """Settings of `reconstruct`.
 
     Attributes:
@@ -48,8 +48,6 @@ class Reconstruction(Value):
         weight_rate: of weights, in steps of their grid. range_rate, affine_rate: of ranges, and of biases and norms, as
             a share of their size. All fall to zero as a cosine.
     """
-
-    _error = InputError
 
     images: int | None = Field(default=None, ge=1)
     batch: int = Field(default=64, ge=1)

@@ -108,15 +108,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors.print("interrupted")
         raise SystemExit(130) from None
     except Exception as error:
+        from sbs_fx.plan.boundary import translated
         from sbs_fx.plan.errors import Interrupted, SbsError
 
         if isinstance(error, Interrupted):
             errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
             raise SystemExit(130) from None
-        if not isinstance(error, SbsError):
-            raise
         if verbosity.get() == VERBOSE:
             errors.print_exception()
+        if not isinstance(error, SbsError):
+            error = translated(error, "the command")
         message = " ".join(str(error).split())
         if parts := getattr(error, "parts", ()):
             message += f"; here: --part {parts[0]}"

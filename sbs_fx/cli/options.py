@@ -189,15 +189,14 @@ def parse_share(text: str) -> float:
 
 def make_config(overrides: Sequence[str] = (), **settings: Any) -> Config:
     """Settings of the options that were given; the others keep their defaults."""
-    from pydantic import ValidationError
-
     from sbs_fx.config import Config
+    from sbs_fx.plan.errors import SettingsError
 
     chosen = {name: value for name, value in settings.items() if value is not None}
     try:
         return Config(**{**chosen, **nested(overrides)})
-    except ValidationError as error:
-        raise typer.BadParameter("; ".join(map(_problem, error.errors()))) from None
+    except SettingsError as error:
+        raise typer.BadParameter("; ".join(map(_problem, error.problems)) or str(error)) from error
 
 
 def _problem(error: Any) -> str:

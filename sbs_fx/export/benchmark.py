@@ -25,6 +25,7 @@ from sbs_fx.export.registry import BACKENDS
 from sbs_fx.export.runtime import Runner, has_vnni, layer_names, weight_name
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.graph import attribute
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import BackendError
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Benchmark:
             yield table
 
 
+@boundary("benchmark")
 def benchmark(
     static: fx.GraphModule,
     example_inputs: Sequence[Tensor],

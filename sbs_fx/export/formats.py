@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,12 @@ from torch import Tensor, fx
 from sbs_fx.export.registry import BACKENDS, TARGETS, backend
 from sbs_fx.export.runtime import Runner, check
 from sbs_fx.passes.capture.inputs import inputs_of
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import BackendError, FileError
+from sbs_fx.plan.files import DRAFTS, held, remove_leftovers
 
 
+@boundary("export")
 def export(
     static: fx.GraphModule,
     example_inputs: Sequence[Tensor],
@@ -68,14 +72,15 @@ def export(
     inputs = tuple(example_inputs)
     tell = progress or (lambda step, share: None)
     try:
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".", prefix=".export-") as folder:
+        place = os.path.dirname(path) or "."
+        remove_leftovers(place)
+        with tempfile.TemporaryDirectory(dir=place, prefix=DRAFTS) as folder, held(folder):
             draft = os.path.join(folder, "model" + suffix)
             tell(f"write {format}", 0.1)
             runner = target.write(static, inputs, draft, {"metadata": metadata, **options})
             tell("run and compare", 0.8)
             check(runner, static, inputs)
-            for name in sorted(os.listdir(folder)):  # reason: weights (.bin) before the model that reads them (.xml)
-                os.replace(os.path.join(folder, name), path.removesuffix(suffix) + os.path.splitext(name)[1])
+            _rename_all(folder, path.removesuffix(suffix), suffix)
     except OSError as error:
         if isinstance(error, FileError):
             raise
@@ -83,6 +88,30 @@ def export(
     return replace(runner, inputs=inputs_of(static))
 
 
+def _rename_all(folder: str, stem: str, suffix: str) -> None:
+    """Give the files of a folder their final names, or none of them. Holds: files of two exports are never together
+    under those names. What is opened, of this suffix, goes first and comes last: killed in between, there is none."""
+    names = sorted(os.listdir(folder), key=lambda name: name.endswith(suffix))
+    drafts = {stem + os.path.splitext(name)[1]: os.path.join(folder, name) for name in names}
+    before = {final: f"{draft}.before" for final, draft in reversed(drafts.items()) if os.path.exists(final)}
+    try:
+        if len(drafts) > 1:
+            for final, aside in before.items():
+                os.replace(final, aside)
+        for final, draft in drafts.items():
+            os.replace(draft, final)
+    except BaseException:
+        for final in drafts:
+            with suppress(OSError):
+                if not os.path.exists(drafts[final]):  # reason: it is under its final name
+                    os.unlink(final)
+        for final, aside in reversed(before.items()):
+            with suppress(OSError):
+                os.replace(aside, final)
+        raise
+
+
+@boundary("runner")
 def runner(static: fx.GraphModule, example_inputs: Sequence[Tensor], name: str, *, threads: int = 0) -> Runner:
     """A static graph in the hands of a backend, compared with torch.
 

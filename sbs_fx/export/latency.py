@@ -48,7 +48,7 @@ from sbs_fx.passes import (
 )
 from sbs_fx.passes.channels.importance import kernel_multiple
 from sbs_fx.passes.cost.layers import LayerExpression
-from sbs_fx.plan import Plan, current_versions, write_atomic
+from sbs_fx.plan import Plan, Settings, current_versions, write_atomic
 from sbs_fx.plan.errors import MethodError
 
 FORMAT = 4
@@ -59,7 +59,7 @@ _MULTIPLES = (4, 8, 16, 32)
 _ALMOST = 0.8  # of the most that a removed channel can save
 
 
-class Latency(BaseModel):
+class Latency(Settings):
     """How latency is measured for `Budget(latency=...)`.
 
     Attributes:
@@ -67,8 +67,6 @@ class Latency(BaseModel):
         samples: networks that are measured.
         cache: directory of measurements; None: the user's cache directory.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     backend: str = "openvino"
     threads: int = Field(default=1, ge=1)

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import StrictBool, StrictInt, StrictStr
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -32,9 +33,10 @@ from sbs_fx.export.trusted import Refused, archive_of, check, members_of
 from sbs_fx.passes.capture.canonical import canonicalise
 from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.capture.inputs import InputSpec, guarded, inputs_of, set_inputs
-from sbs_fx.passes.dialects import DEQUANTIZE, Static, StaticActivation, StoredWeight, set_dialect, static_of
-from sbs_fx.plan import write_atomic
-from sbs_fx.plan.errors import FileError, GraphError
+from sbs_fx.passes.dialects import DEQUANTIZE, Static, StaticActivation, StoredWeight, set_dialect, static_of, verify
+from sbs_fx.plan import Value, write_atomic
+from sbs_fx.plan.boundary import boundary
+from sbs_fx.plan.errors import FileError, GraphError, PolicyError
 
 FORMAT = 2
 INFORMATION = "extra/sbs_fx.json"  # what we know beside the graph, with a digest of all other members
@@ -44,6 +46,7 @@ _WEIGHTS = "data/weights/weight_"
 _IDENTITY = ".data/serialization_id"  # depends on the example inputs; left out
 
 
+@boundary("save_pt2")
 def save_pt2(
     static: fx.GraphModule,
     example_inputs: Tensor | Sequence[Tensor],
@@ -87,6 +90,7 @@ def save_pt2(
     write_atomic(path, _sealed(archive, information))
 
 
+@boundary("load_pt2")
 def load_pt2(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> fx.GraphModule:
     """Read what `save_pt2` wrote: the static graph with its codes as int8 buffers, in eval mode.
 
@@ -118,17 +122,14 @@ def load_pt2(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> fx.
             f"{error}; save the model again with this version"
         ) from error
     assert isinstance(module, fx.GraphModule)
-    weights = {
-        name: StoredWeight(tuple(map(int, bits)) if isinstance(bits, str) else bits, axis, nonzeros)
-        for name, (bits, axis, nonzeros) in information["weights"].items()
-    }
-    canonicalise(module)
-    result = unpack(module, weights)
-    activations = _activations(result, information["activations"])
-    exact = information.get("exact", False)
-    set_dialect(result, Static(weights, activations, exact, information["metadata"]))
-    if information.get("inputs") is not None:
-        set_inputs(result, InputSpec.from_json(information["inputs"]))
+    try:
+        result = _told(module, information)
+        verify(result, Static)
+    except Exception as error:  # whatever graphs raise on what is said of others
+        raise FileError(
+            f"{os.fspath(path)!r} says what its graph is not ({type(error).__name__}: {error}); it was changed: write "
+            "it again"
+        ) from error
     return guarded(result.eval())
 
 
@@ -153,6 +154,7 @@ def load_program(path: str | os.PathLike[str], libraries: Sequence[str] = ()) ->
         ) from error
 
 
+@boundary("load_saved")
 def load_saved(path: str | os.PathLike[str]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """`load_pt2`, and zeros of the shapes that the graph takes, 2 along dynamic dimensions. Raises FileError.
 
@@ -170,7 +172,33 @@ def example_shape(value: Tensor) -> list[int]:
     return [2 if isinstance(size, torch.SymInt) else int(size) for size in value.shape]
 
 
+class _Information(Value):
+    """What we know beside the graph. weights: name -> bits, or those of each channel as digits; axis; nonzeros."""
+
+    format: StrictInt
+    metadata: dict[str, Any]
+    exact: StrictBool = False
+    inputs: dict[str, Any] | None = None
+    weights: dict[str, tuple[StrictInt | StrictStr, StrictInt, StrictInt | None]]
+    activations: list[tuple[StrictStr, StrictInt, StrictInt]]
+
+
 # -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def _told(module: fx.GraphModule, information: _Information) -> fx.GraphModule:
+    """The graph with its codes as int8 buffers, and with what is known of it."""
+    weights = {
+        name: StoredWeight(tuple(map(int, bits)) if isinstance(bits, str) else bits, axis, nonzeros)
+        for name, (bits, axis, nonzeros) in information.weights.items()
+    }
+    canonicalise(module)
+    result = unpack(module, weights)
+    activations = _activations(result, information.activations)
+    set_dialect(result, Static(weights, activations, information.exact, information.metadata))
+    if information.inputs is not None:
+        set_inputs(result, InputSpec.from_json(information.inputs))
+    return result
 
 
 def _row(stored: StoredWeight) -> tuple[int | str, int, int | None]:
@@ -234,7 +262,7 @@ def _read(path: str | os.PathLike[str]) -> bytes:
         ) from error
 
 
-def _checked(data: bytes, path: str, libraries: Sequence[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _checked(data: bytes, path: str, libraries: Sequence[str]) -> tuple[_Information, dict[str, bytes]]:
     """What we know beside the graph, and the members, once each is as it was written and none is dangerous."""
 
     def bad(problem: str) -> FileError:
@@ -246,17 +274,19 @@ def _checked(data: bytes, path: str, libraries: Sequence[str]) -> tuple[dict[str
         digests = {name: hashlib.sha256(content).digest() for name, content in members.items()}
         if _digest(digests, outer["content"]) != outer["sha256"]:
             raise Refused("holds other data than was written")
-        information = json.loads(outer["content"])
+        said = json.loads(outer["content"])
+        written = said["format"]
         check(members, libraries)
     except Refused as error:
         raise bad(str(error)) from None
     except Exception as error:  # zipfile raises many kinds on damaged archives
         raise bad(f"is no whole archive of a model ({type(error).__name__}: {error})") from error
-    if information["format"] != FORMAT:
-        raise FileError(
-            f"{path!r} has format {information['format']}, this version reads {FORMAT}; save the model again"
-        )
-    return information, members
+    if written != FORMAT:
+        raise FileError(f"{path!r} has format {written}, this version reads {FORMAT}; save the model again")
+    try:
+        return _Information(**said), members
+    except PolicyError as error:
+        raise bad(str(error)) from error
 
 
 @target("pt2", suffix=".pt2", help="torch.export, weights at their bitwidth; runs in torch alone")

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import operator
+import os
 import re
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
@@ -23,6 +24,7 @@ from torch.utils._sympy import functions
 from sbs_fx.plan.errors import FileError
 
 LIBRARIES = ("aten", "prims", "quantized_decomposed", "torchvision")
+NATIVE = "data/aotinductor/"  # begins the names of libraries and their sources
 _MEMBERS = {
     ".data/version", "archive_format", "archive_version", "byteorder", "data/constants/model_constants_config.json",
     "data/sample_inputs/model.pt", "data/weights/model_weights_config.json", "extra/sbs_fx.json", "models/model.json",
@@ -71,6 +73,11 @@ def members_of(data: bytes, unread: Collection[str] = ()) -> dict[str, bytes]:
         texts = 0
         for name, entry in zip(names, entries, strict=True):
             is_tensor = _TENSORS.fullmatch(name) is not None
+            if name.casefold().startswith(NATIVE):
+                raise Refused(
+                    "holds native code of AOTInductor, which runs as a program does; if it is yours: "
+                    "sbs_fx.load(..., trust=True)"
+                )
             if not is_tensor and name not in _MEMBERS:
                 kind = "pickles" if name.endswith((".pt", ".pkl")) else "what no saved model has"
                 raise Refused(f"holds {kind} ({name[:80]!r})")
@@ -80,6 +87,15 @@ def members_of(data: bytes, unread: Collection[str] = ()) -> dict[str, bytes]:
         if texts > _TEXTS or sum(entry.compress_size for entry in entries) > len(data):
             raise Refused(f"says that it holds {texts} bytes of text, at most {_TEXTS} are read")
         return {name: archive.read(entry) for name, entry in zip(names, entries, strict=True)}
+
+
+def is_native(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is an archive with native code in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.partition("/")[2].casefold().startswith(NATIVE) for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 def check(members: Mapping[str, bytes], libraries: Collection[str] = ()) -> None:

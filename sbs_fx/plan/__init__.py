@@ -5,7 +5,7 @@ from sbs_fx.plan.cost import Cost, LayerCost
 from sbs_fx.plan.files import write_atomic
 from sbs_fx.plan.plan import Plan
 from sbs_fx.plan.policy import Policy, current_versions
-from sbs_fx.plan.value import Value
+from sbs_fx.plan.value import Settings, Value
 
 __all__ = [
     "MEASURES",
@@ -15,6 +15,7 @@ __all__ = [
     "LayerCost",
     "Plan",
     "Policy",
+    "Settings",
     "Value",
     "current_versions",
     "write_atomic",

@@ -3,6 +3,7 @@
 * SbsError
   + TraceError                the model cannot be exported
   + InputError                example inputs: wrong shape or device, or none derivable   (also a ValueError)
+  + SettingsError             a setting that means nothing, such as an unknown field         (also a ValueError)
   + GraphError                an invariant of an analysis or a pass does not hold
   + BudgetError               a budget that means nothing                                (also a ValueError)
     - InfeasibleBudget        a budget below what the search space can reach
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Self
+from typing import Any, Self
 
 
 class SbsError(Exception):
@@ -58,6 +59,18 @@ class TraceError(SbsError):
 
 class InputError(SbsError, ValueError):
     """Example inputs have the wrong shape, dtype or device, or none were given and none can be derived."""
+
+
+class SettingsError(SbsError, ValueError):
+    """Settings, such as those of `Config`, with unknown fields or values out of range.
+
+    Attributes:
+        problems: one dict each with "loc" (names that lead to the field), "msg" and "input" (what was given).
+    """
+
+    def __init__(self, message: str, *, problems: Iterable[Mapping[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 class GraphError(SbsError):

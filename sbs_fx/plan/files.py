@@ -9,18 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
+import shutil
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, Final, TypeVar
 
 from sbs_fx.plan.errors import FileError, PolicyError
 
+try:
+    import fcntl
+except ImportError:  # reason: Windows has none
+    fcntl = None  # type: ignore[assignment]
+
 _T = TypeVar("_T")
+DRAFTS: Final = ".export-"  # begins the names of folders in which a file is made
+_TEMPORARY = re.compile(rf"\..+\.[0-9a-f]{{8}}\.tmp|{re.escape(DRAFTS)}[a-z0-9_]{{8}}")
+_YOUNG = 1.0  # seconds within which a process may not hold yet what it has just made
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], data: bytes, previous: str | None = None) -> None:
     """Write `data` to `path` so that the final name holds either all of it or what it held before.
+
+    Args:
+        previous: where what `path` held before is kept; killed in between, that is all there is.
 
     Raises:
         FileError: the directory is missing or not writable, `path` is a directory, the disk is full.
@@ -32,11 +47,13 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     path = os.fspath(path)
     temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb") as file, held(temporary):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if previous is not None and os.path.exists(path):
+                os.replace(path, previous)
+            os.replace(temporary, path)
     except OSError as error:
         raise FileError(
             f"cannot write {path!r}: {error.strerror or error}; expected a writable path in an existing directory with "
@@ -45,6 +62,42 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+@contextmanager
+def held(path: str) -> Iterator[None]:
+    """Say meanwhile that a process uses this temporary file or folder."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # reason: some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(directory: str | os.PathLike[str]) -> None:
+    """Remove temporary files and folders that killed processes have left; those that a process holds stay."""
+    if fcntl is None:
+        return
+    for entry in os.scandir(directory):
+        if not _TEMPORARY.fullmatch(entry.name):
+            continue
+        with suppress(OSError):  # reason: another process may be faster, or hold it
+            if time.time() - entry.stat(follow_symlinks=False).st_mtime < _YOUNG:
+                continue
+            descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.unlink(entry.path)
+            finally:
+                os.close(descriptor)
 
 
 def read_text(path: str | os.PathLike[str], expected: str) -> str:
@@ -78,6 +131,7 @@ def prepare_directory(directory: str | os.PathLike[str]) -> str:
         ) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise FileError(f"the output directory {path!r} is not writable")
+    remove_leftovers(path)
     return path
 
 

@@ -1,13 +1,14 @@
-"""`Value`: what is decided or measured, as frozen data whose constructor raises an error of ours."""
+"""`Value`: what is decided or measured, as frozen data whose constructor raises an error of ours; `Settings`: what is
+asked for, likewise."""
 
 from __future__ import annotations
 
 import reprlib
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sbs_fx.plan.errors import PolicyError, SbsError
+from sbs_fx.plan.errors import PolicyError, SbsError, SettingsError
 
 
 class Value(BaseModel):
@@ -26,7 +27,43 @@ class Value(BaseModel):
             try:
                 super().__init__(**data)
             except ValidationError as error:
-                raise self._error(explain(type(self).__name__, error)) from None
+                raise self._refusal(error) from error
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """As pydantic's, but for the error."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise cls._refusal(error) from error
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """As pydantic's, but for the error."""
+        try:
+            return super().model_validate_json(json_data, **options)
+        except ValidationError as error:
+            raise cls._refusal(error) from error
+
+    @classmethod
+    def _refusal(cls, error: ValidationError) -> SbsError:
+        inner = error.errors(include_url=False)[0].get("ctx", {}).get("error")
+        if isinstance(inner, SbsError) and str(inner).startswith(f"invalid {cls.__name__}: "):
+            return inner  # reason: of the constructor, which pydantic has called
+        return cls._error(explain(cls.__name__, error))
+
+
+class Settings(Value):
+    """A value that users choose."""
+
+    _error: ClassVar[type[SbsError]] = SettingsError
+
+    @classmethod
+    def _refusal(cls, error: ValidationError) -> SbsError:
+        refusal = super()._refusal(error)
+        if isinstance(refusal, SettingsError) and not refusal.problems:
+            refusal.problems = tuple(dict(problem) for problem in error.errors(include_url=False))
+        return refusal
 
 
 def explain(owner: str, error: ValidationError) -> str:

@@ -25,14 +25,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sbs_fx.plan import Value
-from sbs_fx.plan.errors import InputError, SbsError
+from sbs_fx.plan import Settings
+from sbs_fx.plan.errors import InputError
 from sbs_fx.search.channel_bits import BitsByChannel, ChannelBits
 from sbs_fx.search.controllers import ChannelController, Drawn, LayerController, bits_of, draw
 from sbs_fx.search.problem import Problem, SearchResult
@@ -46,7 +45,7 @@ _ROOM = 4  # bits of weights that should fit beside the activations
 _OFFSETS = 24  # bisections of the first mean score
 
 
-class Ajpq(Value):
+class Ajpq(Settings):
     """Settings of `ajpq`.
 
     Attributes:
@@ -59,8 +58,6 @@ class Ajpq(Value):
     >>> sbs_fx.Config(ajpq=Ajpq()).methods["ajpq"] == Ajpq()
     True
     """
-
-    _error: ClassVar[type[SbsError]] = InputError
 
     episodes: int = Field(default=120, ge=1)
     group: int = Field(default=6, ge=1)

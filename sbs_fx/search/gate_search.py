@@ -24,8 +24,7 @@ from torch import Tensor, fx
 from sbs_fx.data.batches import Tensors
 from sbs_fx.passes import activation_gates, channel_gates, weight_gates
 from sbs_fx.passes.channels.importance import group_importance
-from sbs_fx.plan import Plan, Value
-from sbs_fx.plan.errors import InputError, SbsError
+from sbs_fx.plan import Plan, Settings
 from sbs_fx.plan.plan import Kind
 from sbs_fx.quantizer.channel_gate import ChannelGate
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
@@ -44,7 +43,7 @@ _MARGIN = 0.05  # between a gate's norm and its threshold at the start; a fifth 
 _VOTING = 2 / 3  # share of the search after which decisions count
 
 
-class Search(Value):
+class Search(Settings):
     """Settings of a search by gates.
 
     Attributes:
@@ -63,8 +62,6 @@ class Search(Value):
     >>> sbs_fx.Config(search=Search(epochs=3)).methods["search"].epochs
     3
     """
-
-    _error: ClassVar[type[SbsError]] = InputError
 
     epochs: int = Field(default=4, ge=1)
     lr: float = Field(default=1e-2, gt=0, allow_inf_nan=False)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,9 +34,9 @@ from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.facts import non_negative
 from sbs_fx.passes.channels.importance import group_importance, most_important
 from sbs_fx.passes.graph import attribute
-from sbs_fx.plan import Plan, Value
+from sbs_fx.plan import Plan, Settings
 from sbs_fx.plan.bits import FLOAT_BITS
-from sbs_fx.plan.errors import InputError, SbsError, WeightsError
+from sbs_fx.plan.errors import WeightsError
 from sbs_fx.plan.plan import Kind
 from sbs_fx.quantizer.grid import max_level
 from sbs_fx.search.problem import Problem, SearchResult
@@ -49,7 +49,7 @@ _ELEMENTS = 2 * 3 * 224 * 224  # in a batch of noise; at most 64 images
 _TRIES = 8
 
 
-class Opq(Value):
+class Opq(Settings):
     """Settings of `opq`.
 
     Attributes:
@@ -61,8 +61,6 @@ class Opq(Value):
     >>> sbs_fx.compress(net, images, method="opq", config=config).policy.method
     'opq'
     """
-
-    _error: ClassVar[type[SbsError]] = InputError
 
     prunes: Literal["channels", "weights"] = "channels"
     shifts_norms: bool = True

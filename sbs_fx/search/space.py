@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from sbs_fx.passes import ChannelGroup, ChannelGroups, CostModel
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.passes.channels.importance import Norm, kernel_multiple
-from sbs_fx.plan import Plan
+from sbs_fx.plan import Plan, Settings
 from sbs_fx.plan.bits import BITS, FLOAT_BITS
 from sbs_fx.plan.errors import ConstraintError
 from sbs_fx.plan.plan import Kind
@@ -25,7 +25,7 @@ from sbs_fx.search.constraints import ENDS, Keep, Names, checked_bits
 DEFAULT_CANDIDATES = (2, 4, 8)
 
 
-class SpaceSettings(BaseModel):
+class SpaceSettings(Settings):
     """What may be decided, and what must stay.
 
     Attributes:
@@ -44,8 +44,6 @@ class SpaceSettings(BaseModel):
     >>> Space(groups, cost, SpaceSettings(weight_bits=4)).most.weight_bits["3"]
     4
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     candidates: tuple[int, ...] = DEFAULT_CANDIDATES
     weight_bits: int | None = None

@@ -23,9 +23,8 @@ from sbs_fx.calibration.columns import Product
 from sbs_fx.calibration.rounding import InputMoments, compensated, input_moments, products, weight_parameters
 from sbs_fx.data.batches import Tensors, has_rows, joined_inputs, read_batches, split_inputs, start_epoch
 from sbs_fx.passes import activation_gates, apply_bits, insert_gates, weight_gates
-from sbs_fx.plan import Plan, Value
+from sbs_fx.plan import Plan, Settings
 from sbs_fx.plan.bits import FLOAT_BITS
-from sbs_fx.plan.errors import InputError
 from sbs_fx.plan.plan import KINDS_OF_BITS, Kind
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.search.allocation import Allocator, Candidate, Decision
@@ -44,7 +43,7 @@ _BATCH, _ELEMENTS = 64, 1 << 20  # images that gradients are taken of at a time,
 _FEWEST_JUDGED = 32
 
 
-class TwoStage(Value):
+class TwoStage(Settings):
     """Settings of the search.
 
     Attributes:
@@ -59,8 +58,6 @@ class TwoStage(Value):
     >>> TwoStage(images=64).images
     64
     """
-
-    _error = InputError
 
     images: int = Field(default=1024, ge=1)
     judged: int = Field(default=256, ge=1)

@@ -13,11 +13,13 @@ from torch.utils import _pytree as pytree
 
 from sbs_fx.data.batches import Tensors, check_labels, has_rows, read_batches
 from sbs_fx.data.prepared import Prepare, prepared
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import DataError, InputError, SbsError
 from sbs_fx.training.metrics import metric_of, truth
 from sbs_fx.training.task import Task, own, task_of
 
 
+@boundary("evaluate")
 def evaluate(
     module: nn.Module,
     data: Iterable[Any],

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from sbs_fx.data.batches import Batch, read_batches, start_epoch
 from sbs_fx.passes.gates.insertion import BatchNorm
 from sbs_fx.passes.graph import input_count
+from sbs_fx.plan.boundary import boundary
 from sbs_fx.plan.errors import DataError, InputError, Interrupted, TrainingError
 from sbs_fx.training.checkpoints import Checkpoints
 from sbs_fx.training.evaluation import device_of, evaluate, mode
@@ -37,6 +38,7 @@ from sbs_fx.training.stage import TrainingStage
 _REPORT_EVERY = 20  # steps between looks at the losses on an accelerator, each of which waits for it
 
 
+@boundary("fine_tune")
 def fine_tune(
     gated: fx.GraphModule,
     data: Iterable[Any],

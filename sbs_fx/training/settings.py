@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from sbs_fx.plan import Value
-from sbs_fx.plan.errors import InputError, SbsError
+from sbs_fx.plan import Settings
 
 
-class Training(Value):
+class Training(Settings):
     """Settings of a training run; what it trains, for how many epochs and at which rate is said elsewhere.
 
     Attributes:
@@ -36,9 +35,6 @@ class Training(Value):
     >>> sbs_fx.Config(training=Training(ema=0.9), epochs=2).training.ema
     0.9
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    _error: ClassVar[type[SbsError]] = InputError
 
     optimizer: str = "sgd"
     momentum: float = Field(default=0.9, ge=0, lt=1)

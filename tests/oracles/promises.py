@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pydantic
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -66,10 +65,10 @@ def outcome(call: Callable[[], Any], *watched: Any) -> Any:
 
 
 def configured(**settings: Any) -> sbs_fx.Config | None:
-    """`Config` of these settings; None where it refuses them with a text, as pydantic does or by an error of ours."""
+    """`Config` of these settings; None where it refuses them with a text."""
     try:
         return sbs_fx.Config(**settings)
-    except (pydantic.ValidationError, SbsError) as error:
+    except SbsError as error:
         text = str(error)
     assert text.strip()
     return None

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.passes import CostModel, activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.plan import Budget, Plan
-from sbs_fx.plan.errors import DataError, InfeasibleBudget, InputError, WeightsError
+from sbs_fx.plan.errors import DataError, InfeasibleBudget, SettingsError, WeightsError
 from sbs_fx.search import Run, SearchResult, TwoStage, two_stage
 from sbs_fx.search.allocation import Allocator, Decision
 from sbs_fx.search.dynamic_norm import Predictor
@@ -173,7 +173,7 @@ def test_bad_data(trained: CostModel, data: Any, message: str) -> None:
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(InputError, match="images"):
+    with pytest.raises(SettingsError, match="images"):
         TwoStage(images=0)
 
 

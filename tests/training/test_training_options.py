@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.passes import activation_gates, apply_bits, channel_groups, insert_gates, trace, weight_gates
 from sbs_fx.passes.gates.insertion import BatchNorm
-from sbs_fx.plan.errors import CheckpointMismatch, FileError, InputError, TrainingError
+from sbs_fx.plan.errors import CheckpointMismatch, FileError, SettingsError, TrainingError
 from sbs_fx.training import Checkpoints, Progress, Training, fine_tune
 from sbs_fx.training.norms import estimate_norms
 from sbs_fx.training.objective import Example, Objective, sharpen
@@ -157,7 +157,7 @@ def test_half_precision_and_memory_format(gated: fx.GraphModule) -> None:
 
 def test_settings_that_mean_nothing() -> None:
     for wrong in ({"ema": 1.0}, {"precision": "fp16"}, {"mixup": -1}, {"unknown": 1}, {"patience": 0}):
-        with pytest.raises(InputError, match="invalid Training"):
+        with pytest.raises(SettingsError, match="invalid Training"):
             Training(**wrong)
 
 
