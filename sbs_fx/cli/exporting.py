@@ -18,9 +18,12 @@ Saved = Annotated[str, typer.Argument(metavar="MODEL.pt2", help="what `sbs-fx co
 def export(
     model: Saved,
     out: Annotated[
-        str, typer.Option("--out", "-o", help="the file: .onnx, .xml (openvino), .pte (executorch) or .pt2")
+        str,
+        typer.Option(
+            "--out", "-o", help="the file: .onnx, .xml (openvino), .pte (executorch), .tflite (litert) or .pt2"
+        ),
     ],
-    format: Annotated[str, typer.Option(help="onnx, openvino, aoti, executorch or pt2")] = "onnx",
+    format: Annotated[str, typer.Option(help="onnx, openvino, aoti, executorch, litert or pt2")] = "onnx",
     low_bits: Annotated[bool, typer.Option("--low-bits", help="onnx: weights of 2 to 4 bits as int4")] = False,
 ) -> None:
     """Write a saved result as a file of another tool, run it there and compare."""

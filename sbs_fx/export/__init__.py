@@ -1,6 +1,6 @@
 """Static graphs as files of other tools, one target a file. Importing it registers those that are built in."""
 
-from sbs_fx.export import executorch, inductor, onnx, openvino  # noqa: F401  reason: they register themselves
+from sbs_fx.export import executorch, inductor, litert, onnx, openvino  # noqa: F401  reason: they register themselves
 from sbs_fx.export.formats import export, runner
 from sbs_fx.export.pt2 import load_pt2, load_saved, save_pt2
 from sbs_fx.export.registry import BACKENDS, TARGETS, Backend, Target, backend, target

@@ -39,13 +39,14 @@ def export(
     | "openvino"   | .xml and .bin       | OpenVINO                               | int8               |
     | "aoti"       | AOTInductor package | torch alone, on this kind of processor | int8               |
     | "executorch" | ExecuTorch program  | ExecuTorch with XNNPACK                | int8               |
+    | "litert"     | LiteRT (.tflite)    | LiteRT with XNNPACK                    | int8               |
 
     Args:
         example_inputs: as the graph takes them; dynamic dimensions stay so.
         format: the name of a registered target: these, and those of other packages.
         metadata: kept in "pt2" and "onnx" files.
         options: of the format; "onnx" takes `low_bits`: weights of 2 to 4 bits as int4, a smaller file, slower in ONNX
-            Runtime.
+            Runtime; "litert" takes `batch`: images that one call takes, in place of any number.
 
     Returns:
         The file as it was loaded again; `kernels` says which layers have an int8 kernel.

@@ -206,6 +206,8 @@ def test_a_file_computes_what_the_graph_does_at_any_batch_size(
     small: sbs_fx.Result, format: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     path = tmp_path / f"model{SUFFIX[format]}"
+    if format == "litert":
+        pytest.importorskip("litert_torch", reason="litert-torch is not installed: pip install 'sbs-fx[litert]'")
     if format == "executorch":
         found, path = request.getfixturevalue("executorch_file")
     else:
