@@ -19,11 +19,9 @@ def export(
     model: Saved,
     out: Annotated[
         str,
-        typer.Option(
-            "--out", "-o", help="the file: .onnx, .xml (openvino), .pte (executorch), .tflite (litert) or .pt2"
-        ),
+        typer.Option("--out", "-o", help="the file: .onnx, .xml (openvino), .pte (executorch), .tflite or .pt2"),
     ],
-    format: Annotated[str, typer.Option(help="onnx, openvino, aoti, executorch, litert or pt2")] = "onnx",
+    format: Annotated[str, typer.Option(help="onnx, openvino, aoti, executorch, litert, tensorrt or pt2")] = "onnx",
     low_bits: Annotated[bool, typer.Option("--low-bits", help="onnx: weights of 2 to 4 bits as int4")] = False,
 ) -> None:
     """Write a saved result as a file of another tool, run it there and compare."""
@@ -37,6 +35,8 @@ def export(
     part = static_of(static).metadata.get("part")
     of_part = "" if part is None else f"the part {part!r} of the model, "
     typer.echo(f"{out}: {of_part}computes what torch computes, {exactly}")
+    if written.lost:
+        typer.echo(f"not kept, by tensor: {'; '.join(written.lost)}")
     if written.kernels is not None:
         typer.echo(f"{written.name}: {written.kernels}")
 

@@ -39,6 +39,7 @@ def export(
     | "openvino"   | .xml and .bin       | OpenVINO                               | int8               |
     | "aoti"       | AOTInductor package | torch alone, on this kind of processor | int8               |
     | "executorch" | ExecuTorch program  | ExecuTorch with XNNPACK                | int8               |
+    | "tensorrt"   | ONNX, symmetric     | TensorRT; ONNX Runtime compares it     | int8               |
     | "litert"     | LiteRT (.tflite)    | LiteRT with XNNPACK                    | int8               |
 
     Args:
@@ -46,10 +47,11 @@ def export(
         format: the name of a registered target: these, and those of other packages.
         metadata: kept in "pt2" and "onnx" files.
         options: of the format; "onnx" takes `low_bits`: weights of 2 to 4 bits as int4, a smaller file, slower in ONNX
-            Runtime; "litert" takes `batch`: images that one call takes, in place of any number.
+            Runtime; it and "tensorrt" take `opset`; "litert" takes `batch`: images that one
+            call takes, in place of any number.
 
     Returns:
-        The file as it was loaded again; `kernels` says which layers have an int8 kernel.
+        The file as it was loaded again; `kernels` says which layers have an int8 kernel, `lost` what was not kept.
 
     Raises:
         BackendError: an unknown format or option, a tool that is not installed, or one that cannot compute this graph

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.export.program import dynamic_shapes
-from sbs_fx.export.registry import backend, target
+from sbs_fx.export.registry import Numerics, backend, target
 from sbs_fx.export.runtime import LAYERS, Kernels, Runner, require, weight_name
 from sbs_fx.export.signed import clip_values, shift_codes
 from sbs_fx.passes.capture.export import quiet_torch
@@ -235,6 +235,7 @@ def _silent(litert: Any) -> Iterator[None]:
     suffix=".tflite",
     help="LiteRT, int8 throughout; runs in LiteRT (formerly TensorFlow Lite)",
     options=("batch",),
+    numerics=Numerics(activation_bits=(8,)),
 )
 def litert(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
     """The file, and as it was loaded again."""

@@ -62,7 +62,7 @@ class Runner:
     Attributes:
         name: of the backend. run: takes and gives what the graph does, on the CPU. kernels: None if it cannot tell.
         profile: inputs -> seconds of one call by layer, and by other operators under names of their own.
-        inputs: what each call is checked against.
+        inputs: what each call is checked against. lost: what the file could not keep of the graph, by tensor.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Runner:
     kernels: Kernels | None = None
     profile: Callable[..., Mapping[str, float]] | None = None
     inputs: InputSpec | None = None
+    lost: tuple[str, ...] = ()
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Raises InputError for inputs that the graph was not made for."""
