@@ -23,14 +23,19 @@ def export(
     ],
     format: Annotated[str, typer.Option(help="onnx, openvino, aoti, executorch, litert, tensorrt or pt2")] = "onnx",
     low_bits: Annotated[bool, typer.Option("--low-bits", help="onnx: weights of 2 to 4 bits as int4")] = False,
+    script: Annotated[
+        bool, typer.Option("--script", help="also leave run.py and cases.npz beside it, to compare on the device")
+    ] = False,
 ) -> None:
     """Write a saved result as a file of another tool, run it there and compare."""
     from sbs_fx.export import export as run
-    from sbs_fx.export import load_saved
+    from sbs_fx.export import load_saved, write_script
     from sbs_fx.passes.dialects import static_of
 
     static, inputs = load_saved(model)
     written = run(static, inputs, format, out, metadata=static_of(static).metadata, low_bits=low_bits)
+    if script:
+        write_script(static, inputs, format, out)
     exactly = "bit for bit" if static_of(static).exact else "up to rounding ties"
     part = static_of(static).metadata.get("part")
     of_part = "" if part is None else f"the part {part!r} of the model, "

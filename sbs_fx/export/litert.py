@@ -38,6 +38,24 @@ decomposed = torch.ops.quantized_decomposed
 # Operators with a weight, and the argument that it is.
 _WEIGHTS = {"CONV_2D": 1, "DEPTHWISE_CONV_2D": 1, "FULLY_CONNECTED": 1, "TRANSPOSE_CONV": 1, "CONV_3D": 1}
 
+SCRIPT = """
+from ai_edge_litert.interpreter import Interpreter
+
+
+def load(path):
+    call = Interpreter(path).get_signature_runner()
+    ((name, takes),) = call.get_input_details().items()
+    ((result, gives),) = call.get_output_details().items()
+
+    def run(inputs):
+        scale, zero = takes["quantization"]
+        codes = np.clip(np.round(inputs / np.float32(scale)) + zero, -128, 127).astype(np.int8) if scale else inputs
+        values = call(**{name: codes})[result]
+        scale, zero = gives["quantization"]
+        return (values.astype(np.float32) - zero) * np.float32(scale) if scale else values
+
+    return run
+"""
 _FLAT = {aten.flatten.using_ints, aten.reshape.default, aten.view.default}
 
 
@@ -236,6 +254,7 @@ def _silent(litert: Any) -> Iterator[None]:
     help="LiteRT, int8 throughout; runs in LiteRT (formerly TensorFlow Lite)",
     options=("batch",),
     numerics=Numerics(activation_bits=(8,)),
+    script=SCRIPT,
 )
 def litert(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
     """The file, and as it was loaded again."""

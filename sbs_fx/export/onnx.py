@@ -31,6 +31,17 @@ from sbs_fx.plan.errors import BackendError
 OPSET = 21  # the first with 4-bit integers
 # reason: fused to a Gemm first, what is still a product of tensors would never become an integer one
 DISABLED = ["MatMulAddFusion"]
+SCRIPT = """
+import onnxruntime
+
+
+def load(path):
+    session = onnxruntime.InferenceSession(
+        path, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
+    )
+    name = session.get_inputs()[0].name
+    return lambda inputs: session.run(None, {name: inputs})[0]
+"""
 _INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "QLinearConvTranspose"}
 _SMALLEST, _LARGEST = -(2**31), 2**31 - 1
 _PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
@@ -310,6 +321,7 @@ def _most_bits(bits: int | Sequence[int]) -> int:
     suffix=".onnx",
     help="ONNX, opset 21, weights int8, int4 on wish; runs in ONNX Runtime, OpenVINO and others",
     options=("low_bits", "opset"),
+    script=SCRIPT,
 )
 def onnx(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
     """`save_onnx`, and the file as ONNX Runtime loads it."""

@@ -43,6 +43,7 @@ class Target:
     Attributes:
         write: (static graph, example inputs, path, options) -> the file as it was loaded again.
         suffix: of its files. help: what it is and what runs it. options: that it takes. numerics: what it computes.
+        script: Python that defines `load(path)` -> (inputs (1, ...) -> outputs), arrays of numpy; "" if there is none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Target:
     help: str
     options: tuple[str, ...] = ()
     numerics: Numerics = Numerics()
+    script: str = ""
 
 
 @dataclass(frozen=True)
