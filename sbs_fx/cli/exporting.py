@@ -21,15 +21,15 @@ def export(
         str,
         typer.Option("--out", "-o", help="the file: .onnx, .xml (openvino), .pte (executorch), .tflite or .pt2"),
     ],
-    format: Annotated[str, typer.Option(help="onnx, openvino, aoti, executorch, litert, tensorrt or pt2")] = "onnx",
+    format: Annotated[str, typer.Option(help="or openvino, aoti, executorch, litert, tensorrt, coreml, pt2")] = "onnx",
     low_bits: Annotated[bool, typer.Option("--low-bits", help="onnx: weights of 2 to 4 bits as int4")] = False,
     script: Annotated[
         bool, typer.Option("--script", help="also leave run.py and cases.npz beside it, to compare on the device")
     ] = False,
 ) -> None:
     """Write a saved result as a file of another tool, run it there and compare."""
+    from sbs_fx.export import TARGETS, load_saved, write_script
     from sbs_fx.export import export as run
-    from sbs_fx.export import load_saved, write_script
     from sbs_fx.passes.dialects import static_of
 
     static, inputs = load_saved(model)
@@ -39,7 +39,10 @@ def export(
     exactly = "bit for bit" if static_of(static).exact else "up to rounding ties"
     part = static_of(static).metadata.get("part")
     of_part = "" if part is None else f"the part {part!r} of the model, "
-    typer.echo(f"{out}: {of_part}computes what torch computes, {exactly}")
+    if TARGETS[format].runs:
+        typer.echo(f"{out}: {of_part}computes what torch computes, {exactly}")
+    else:
+        typer.echo(f"{out}: {of_part}written, not run: {TARGETS[format].help}")
     if written.lost:
         typer.echo(f"not kept, by tensor: {'; '.join(written.lost)}")
     if written.kernels is not None:

@@ -7,6 +7,7 @@ it got its name, or a runner. Holds: what fails leaves no file behind, and the f
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ def export(
     | "openvino"   | .xml and .bin       | OpenVINO                               | int8               |
     | "aoti"       | AOTInductor package | torch alone, on this kind of processor | int8               |
     | "executorch" | ExecuTorch program  | ExecuTorch with XNNPACK                | int8               |
+    | "coreml"     | Core ML (.mlpackage) | Core ML; not run here                 | int8               |
     | "tensorrt"   | ONNX, symmetric     | TensorRT; ONNX Runtime compares it     | int8               |
     | "litert"     | LiteRT (.tflite)    | LiteRT with XNNPACK                    | int8               |
 
@@ -47,7 +49,7 @@ def export(
         format: the name of a registered target: these, and those of other packages.
         metadata: kept in "pt2" and "onnx" files.
         options: of the format; "onnx" takes `low_bits`: weights of 2 to 4 bits as int4, a smaller file, slower in ONNX
-            Runtime; it and "tensorrt" take `opset`; "litert" takes `batch`: images that one
+            Runtime; it and "tensorrt" take `opset`; "litert" and "coreml" take `batch`: images that one
             call takes, in place of any number.
 
     Returns:
@@ -68,9 +70,13 @@ def export(
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".", prefix=".export-") as folder:
             draft = os.path.join(folder, "model" + suffix)
             runner = target.write(static, inputs, draft, {"metadata": metadata, **options})
-            check(runner, static, inputs)
+            if target.runs:
+                check(runner, static, inputs)
             for name in sorted(os.listdir(folder)):  # reason: weights (.bin) before the model that reads them (.xml)
-                os.replace(os.path.join(folder, name), path.removesuffix(suffix) + os.path.splitext(name)[1])
+                final = path.removesuffix(suffix) + os.path.splitext(name)[1]
+                if os.path.isdir(os.path.join(folder, name)) and os.path.isdir(final):
+                    shutil.rmtree(final)  # reason: a folder never takes the place of one that holds something
+                os.replace(os.path.join(folder, name), final)
     except OSError as error:
         if isinstance(error, FileError):
             raise

@@ -44,6 +44,7 @@ class Target:
         write: (static graph, example inputs, path, options) -> the file as it was loaded again.
         suffix: of its files. help: what it is and what runs it. options: that it takes. numerics: what it computes.
         script: Python that defines `load(path)` -> (inputs (1, ...) -> outputs), arrays of numpy; "" if there is none.
+        runs: whether files can be run on any computer, and so are compared.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Target:
     options: tuple[str, ...] = ()
     numerics: Numerics = Numerics()
     script: str = ""
+    runs: bool = True
 
 
 @dataclass(frozen=True)

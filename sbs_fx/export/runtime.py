@@ -30,6 +30,7 @@ EXTRAS = {
     "executorch": "executorch",
     "litert_torch": "litert",
     "ai_edge_litert": "litert",
+    "coremltools": "coreml",
 }
 PROFILED = 8  # calls that a profile takes the least of
 # Share of the output's norm that a backend may be off by. Rounding ties flip one code in 1e5 by one step, which random
