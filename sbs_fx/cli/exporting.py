@@ -45,7 +45,9 @@ def export(
         typer.echo(f"{out}: {of_part}written, not run: {TARGETS[format].help}")
     if written.lost:
         typer.echo(f"not kept, by tensor: {'; '.join(written.lost)}")
-    if written.kernels is not None:
+    if written.kernels is not None and not TARGETS[format].runs:
+        typer.echo(f"{written.name}: {written.kernels.summary} layers are held as int8 codes and read int8 codes")
+    elif written.kernels is not None:
         typer.echo(f"{written.name}: {written.kernels}")
 
 
