@@ -318,7 +318,7 @@ def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: P
     slimmed = slim(with_tensors(graph, searched.tensors), groups, plan.kept)
     if plan.nonzeros or any(len(kept) < groups[name].size for name, kept in plan.kept.items()):
         fidelity.add("pruned", slimmed)
-    gated = insert_gates(slimmed, groups, channels=False)
+    gated = insert_gates(slimmed, groups, channels=False, zero_points=config.numerics.zero_points)
     apply_bits(gated, slim_bits(groups, plan), plan.activation_bits)
     observed = None
     if _rounds(plan):
@@ -373,11 +373,12 @@ def _integer(
 ) -> fx.GraphModule:
     """A static graph in the form that compilers for integer kernels keep whole."""
     config, data = job.config, job.data
-    if config.integer_joins:
+    if config.integer_joins and config.numerics.joins:
         batches = calibration_batches(data, inputs, config.calibration_batches, bounds=bounds_of(static))
         # reason: synthetic input has no outliers to cut off
         method = config.ranges if data is not None else "minmax"
-        static = integer_joins(static, batches, method=method, known=observed.analytic_histograms())
+        options: dict[str, Any] = {"known": observed.analytic_histograms(), "zero_points": config.numerics.zero_points}
+        static = integer_joins(static, batches, method=method, **options)
     return integer_grid(static, exact=config.exact)
 
 

@@ -7,7 +7,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
 
 from sbs_fx.calibration.reconstruction import Reconstruction
+from sbs_fx.export import TARGETS, Numerics
 from sbs_fx.export.latency import Latency
+from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.search.registry import Method, sections
 from sbs_fx.search.space import SpaceSettings
 from sbs_fx.training import Training
@@ -23,6 +25,8 @@ class Config(SpaceSettings):
         ranges: how activation and weight ranges are chosen: "mse", "percentile" or "minmax".
         integer_joins: adds, products, concatenations and pools of convolutional blocks work on 8-bit codes too, as
             integer kernels want it; False leaves them in float.
+        target: the name of a format, such as "tensorrt", whose tool is to compute the result: ranges, joins and bits
+            are those that it has kernels for. None: what suits the CPU tools.
         exact: all scales are powers of two, so that every backend computes the same bits; costs accuracy below 8 bits.
         calibration_batches: batches of `data` that calibration reads.
         epochs, learning_rate: fine-tuning with the gates fixed; 0 epochs: none.
@@ -43,6 +47,7 @@ class Config(SpaceSettings):
     keep_outputs: bool = True
     ranges: Literal["mse", "percentile", "minmax"] = "mse"
     integer_joins: bool = True
+    target: str | None = None
     exact: bool = False
     calibration_batches: int = Field(default=8, ge=1)
     epochs: int = Field(default=0, ge=0)
@@ -72,6 +77,20 @@ class Config(SpaceSettings):
         }
         return fields
 
+    @model_validator(mode="after")
+    def _computed_by_target(self) -> Config:
+        bits, computed = self.activation_bits, self.numerics.activation_bits
+        if bits is not None and bits != FLOAT_BITS and bits not in computed:
+            raise ValueError(
+                f"activation_bits={bits}, which target {self.target!r} does not compute; it has {computed}"
+            )
+        return self
+
+    @property
+    def numerics(self) -> Numerics:
+        """What the target computes; raises BackendError for one that nobody has registered."""
+        return Numerics() if self.target is None else TARGETS[self.target].numerics
+
     @field_validator("executor")
     @classmethod
     def _submits(cls, executor: Any) -> Any:
@@ -81,9 +100,12 @@ class Config(SpaceSettings):
 
     def space_of(self, method: Method) -> SpaceSettings:
         """What may be decided, with the bitwidths that a method chooses from where none were asked for."""
-        if not method.candidates or "candidates" in self.model_fields_set:
-            return self
-        return self.model_copy(update={"candidates": method.candidates})
+        update: dict[str, Any] = {}
+        if method.candidates and "candidates" not in self.model_fields_set:
+            update["candidates"] = method.candidates
+        if self.activation_bits is None and len(self.numerics.activation_bits) == 1:
+            update["activation_bits"] = self.numerics.activation_bits[0]
+        return self.model_copy(update=update) if update else self
 
     def of(self, method: Method) -> BaseModel | None:
         """The settings of a method; its defaults where none were given."""

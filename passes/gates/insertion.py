@@ -61,6 +61,7 @@ def insert_gates(
     channels: bool = True,
     candidates: tuple[int, ...] | Candidates = _DEFAULT,
     per_channel: bool = True,
+    zero_points: bool = True,
     block: int | Mapping[str, int] = 1,
 ) -> fx.GraphModule:
     """A copy of the graph with gates, all open at float precision and in eval mode.
@@ -72,6 +73,7 @@ def insert_gates(
         candidates: of every super-bit quantiser, or by ("weight" | "activation", name); where only float is among them,
             the default.
         per_channel: one weight range per output channel; False: one per tensor.
+        zero_points: activations may have a zero point, and be unsigned; False: symmetric, signed grids.
         block: channels that share one pruning decision, one number or one by group name.
 
     The modules are found with `weight_gates`, `activation_gates` and `channel_gates`.
@@ -81,7 +83,7 @@ def insert_gates(
     True
     """
     result = copy_graph(graph_module)
-    builder = _Builder(result, groups, candidates, per_channel)
+    builder = _Builder(result, groups, candidates, per_channel, zero_points)
     if channels:
         builder.insert_channel_gates(block)
     builder.insert_quantizers()
@@ -148,11 +150,16 @@ def apply_bits(gated: fx.GraphModule, weight_bits: Mapping[str, Any], activation
 
 class _Builder:
     def __init__(
-        self, result: fx.GraphModule, groups: ChannelGroups, candidates: tuple[int, ...] | Candidates, per_channel: bool
+        self,
+        result: fx.GraphModule,
+        groups: ChannelGroups,
+        candidates: tuple[int, ...] | Candidates,
+        per_channel: bool,
+        zero_points: bool,
     ) -> None:
         self.module, self.graph, self.groups = result, result.graph, groups
         self.candidates = candidates if callable(candidates) else lambda *_: candidates
-        self.per_channel = per_channel
+        self.per_channel, self.zero_points = per_channel, zero_points
         self.nodes = {node.name: node for node in result.graph.nodes}
         self.types = {node.name: dims for node, dims in groups.inference.dims.items()}
         self.masks: dict[Axis, fx.Node] = {}
@@ -265,9 +272,9 @@ class _Builder:
         unsigned = {n.name for n in non_negative(self.groups.inference.graph_module.graph.nodes)}
         for name, places in activations.items():
             # reason: integer kernels for products of two activations know no zero point
-            affine = all(layer.weights for layer, _ in places)
-            bits = self._candidates("activation", name)
-            gate = SuperBitQuantizer(signed=name not in unsigned, affine=affine, candidates=bits)
+            affine = self.zero_points and all(layer.weights for layer, _ in places)
+            bits, signed = self._candidates("activation", name), name not in unsigned or not self.zero_points
+            gate = SuperBitQuantizer(signed=signed, affine=affine, candidates=bits)
             self.activations[name] = self._add("activation_gates", name, gate)
             self._quantize(self.activations[name], places)
         for name, places in weights.items():

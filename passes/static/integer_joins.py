@@ -21,7 +21,7 @@ from sbs_fx.passes.channels.facts import facts_of, non_negative
 from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, StaticActivation, quantizers, set_dialect, static_of
 from sbs_fx.passes.folding import CONVOLUTIONS
 from sbs_fx.passes.graph import copy_graph
-from sbs_fx.passes.static.finalize import MAX_CODE
+from sbs_fx.passes.static.finalize import MAX_CODE, MIDDLE
 from sbs_fx.quantizer.ranges import SAMPLED, Histogram
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
@@ -39,6 +39,7 @@ def integer_joins(
     method: str = "mse",
     percentile: float = 99.99,
     known: Mapping[str, Histogram] | None = None,
+    zero_points: bool = True,
 ) -> fx.GraphModule:
     """A copy of a static graph with integer joins, their ranges taken from what the graph computes on `batches`.
 
@@ -47,6 +48,7 @@ def integer_joins(
         batches: tuples of inputs as the graph takes them; memory does not grow with their number.
         method, percentile: as in `sbs_fx.calibration.calibrate.calibrate`, for 8 bits.
         known: tensors whose values are known by other means, by name; they are not looked at on the batches.
+        zero_points: codes may stand for zero anywhere; False: signed codes around zero.
 
     The activations of the result are the new tensors too, as "<tensor>_joined".
 
@@ -59,7 +61,9 @@ def integer_joins(
     _use_all_codes(result)
     sites = _sites(result.graph, {*static_of(static).floats})
     if sites:
-        gates = _ranges(result, sites, batches, method, percentile, known or {})
+        unsigned = {*non_negative(result.graph.nodes)} if zero_points else set()
+        gates = {n: SuperBitQuantizer(signed=n not in unsigned, affine=zero_points) for n in sites}
+        _set_ranges(result, gates, batches, method, percentile, known or {})
         for tensor, readers in sites.items():
             _quantize(result.graph, tensor, readers, gates[tensor], activations)
         _share_codes_of_pools(result.graph, activations)
@@ -129,15 +133,15 @@ class _Observer(fx.Interpreter):
         return value
 
 
-def _ranges(
+def _set_ranges(
     module: fx.GraphModule,
-    sites: Iterable[fx.Node],
+    gates: Mapping[fx.Node, SuperBitQuantizer],
     batches: Iterable[tuple[Tensor, ...]],
     method: str,
     percentile: float,
     known: Mapping[str, Histogram],
-) -> dict[fx.Node, SuperBitQuantizer]:
-    observer = _Observer(module, (node for node in sites if node.name not in known))
+) -> None:
+    observer = _Observer(module, (node for node in gates if node.name not in known))
     seen = 0
     with torch.no_grad():
         for batch in batches if observer.histograms else ():
@@ -146,14 +150,9 @@ def _ranges(
             seen += len(batch[0])
             for part in in_cache(batch):
                 observer.run(*part)
-    unsigned = non_negative(module.graph.nodes)
-    gates = {}
-    for node in sites:
-        histogram = known.get(node.name) or observer.histograms[node]
-        gates[node] = SuperBitQuantizer(signed=node not in unsigned, affine=True)
-        gates[node].fix(BITS)
-        histogram.set_range(gates[node], method, percentile)
-    return gates
+    for node, gate in gates.items():
+        gate.fix(BITS)
+        (known.get(node.name) or observer.histograms[node]).set_range(gate, method, percentile)
 
 
 # -- nodes -------------------------------------------------------------------------------------------------------------
@@ -165,7 +164,9 @@ def _quantize(
     """Let the readers read 8-bit codes of the tensor: those it has, or new ones."""
     values = _full_quantizer(tensor)
     if values is None:
-        values = _new_quantizer(graph, tensor, float(gate.scale()), -int(gate._bounds(torch.float32)[0]), activations)
+        symmetric = gate.signed and gate.below is None
+        zero = MIDDLE if symmetric else -int(gate._bounds(torch.float32)[0])
+        values = _new_quantizer(graph, tensor, float(gate.scale()), zero, activations)
     for reader in readers:
         reader.replace_input_with(tensor, values)
 

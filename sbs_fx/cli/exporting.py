@@ -28,17 +28,23 @@ Saved = Annotated[
 def export(
     model: Saved,
     out: Annotated[
-        str, typer.Option("--out", "-o", metavar="FILE", help="its suffix says the format: model.onnx, .xml, .pte")
+        str,
+        typer.Option("--out", "-o", metavar="FILE", help="its suffix says the format: model.onnx, .xml, .pte, .tflite"),
     ],
     format: Annotated[
         str | None,
-        typer.Option(help="where the suffix is not enough, such as aoti for a .pt2", autocompletion=format_names),
+        typer.Option(
+            help="where the suffix is not enough: tensorrt for an .onnx, aoti for a .pt2", autocompletion=format_names
+        ),
     ] = None,
     low_bits: Annotated[bool, typer.Option("--low-bits", help="onnx: weights of 2 to 4 bits as int4")] = False,
+    script: Annotated[
+        bool, typer.Option("--script", help="also leave run.py and cases.npz beside it, to compare on the device")
+    ] = False,
 ) -> None:
     """Write a saved result as a file of another tool, run it there and compare."""
+    from sbs_fx.export import TARGETS, load_saved, write_script
     from sbs_fx.export import export as run
-    from sbs_fx.export import load_saved
     from sbs_fx.passes.dialects import static_of
     from sbs_fx.plan.errors import BackendError
     from sbs_fx.report.targets import TargetRow, compared
@@ -53,16 +59,27 @@ def export(
         except BackendError as error:
             record(model, [TargetRow(tool=format, reason=" ".join(str(error).split()))])
             raise
-        progress("compare outputs", 0.9)
-        examples, same, difference = compared(written, static, inputs)
+        if script:
+            write_script(static, inputs, format, out)
+        told: dict[str, Any] = {"reason": TARGETS[format].help}
+        if TARGETS[format].runs:
+            progress("compare outputs", 0.9)
+            examples, same, difference = compared(written, static, inputs)
+            told = {"examples": examples, "same": same, "difference": difference}
         kernels = {} if written.kernels is None else {"kernels": written.kernels.summary}
-        told: dict[str, Any] = {"examples": examples, "same": same, "difference": difference, **kernels}
-        record(model, [TargetRow(tool=written.name, file=os.path.basename(out), stored=stored(out), **told)])
+        record(model, [TargetRow(tool=written.name, file=os.path.basename(out), stored=stored(out), **kernels, **told)])
     exactly = "bit for bit" if static_of(static).exact else "up to rounding ties"
     part = static_of(static).metadata.get("part")
     of_part = "" if part is None else f"the part {part!r} of the model, "
-    typer.echo(f"{out}: {of_part}computes what torch computes, {exactly}")
-    if written.kernels is not None:
+    if TARGETS[format].runs:
+        typer.echo(f"{out}: {of_part}computes what torch computes, {exactly}")
+    else:
+        typer.echo(f"{out}: {of_part}written, not run: {TARGETS[format].help}")
+    if written.lost:
+        typer.echo(f"not kept, by tensor: {'; '.join(written.lost)}")
+    if written.kernels is not None and not TARGETS[format].runs:
+        typer.echo(f"{written.name}: {written.kernels.summary} layers are held as int8 codes and read int8 codes")
+    elif written.kernels is not None:
         typer.echo(f"{written.name}: {written.kernels}")
 
 

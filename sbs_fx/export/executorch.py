@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -24,10 +24,10 @@ from sbs_fx.export.onnx import LayerMatcher
 from sbs_fx.export.program import exported_program
 from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import LAYERS, Kernels, Runner, require, weight_name
+from sbs_fx.export.signed import clip_values, shift_codes
 from sbs_fx.passes.capture.export import quiet_torch
-from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, quantizers
+from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE
 from sbs_fx.passes.graph import attribute, copy_graph
-from sbs_fx.passes.static.finalize import MIDDLE
 from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import BackendError
 
@@ -92,14 +92,9 @@ def _signed(static: fx.GraphModule) -> fx.GraphModule:
     """A static graph in the form that XNNPACK asks for."""
     result = copy_graph(static)
     graph = result.graph
-    for first, last in list(quantizers(graph)):
-        if last.args[0] is not first:
-            _clip_values(graph, first, last)
-    graph.eliminate_dead_code()
+    clip_values(graph, fused=True)
+    shift_codes(graph)
     for node in list(graph.nodes):
-        if node.target in (QUANTIZE, DEQUANTIZE) and node.args[5] == torch.uint8:
-            value, scale, zero, low, high, _ = node.args
-            node.args = (value, scale, zero - MIDDLE, low - MIDDLE, high - MIDDLE, torch.int8)
         if node.target is aten.mean.dim and not (len(node.args) > 2 and node.args[2]):
             with graph.inserting_after(node):
                 flat = graph.call_function(aten.squeeze.dims, node.args[:2])
@@ -121,26 +116,6 @@ def _signed(static: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     result.recompile()
     return result.eval()
-
-
-def _clip_values(graph: fx.Graph, first: fx.Node, last: fx.Node) -> None:
-    """A clip of codes between quantising and dequantising as one of the values before."""
-    value, scale, zero, low, high = cast("tuple[Any, ...]", first.args[:5])
-    node: Any = last.args[0]
-    while node is not first:
-        if node.target is aten.clamp_max.default:
-            high = min(high, node.args[1])
-        else:
-            low = max(low, node.args[1])
-        node = node.args[0]
-    bounds = (low - zero) * scale, (high - zero) * scale
-    with graph.inserting_before(last):
-        if len(first.users) > 1:  # reason: with two readers, the layer before would not be an integer one
-            value = graph.call_function(DEQUANTIZE, (first, *first.args[1:]))
-        elif value.target is aten.relu.default and len(value.users) == 1:
-            value, bounds = value.args[0], (max(0.0, bounds[0]), bounds[1])
-        clipped = graph.call_function(aten.hardtanh.default, (value, *bounds))
-        last.update_arg(0, graph.call_function(QUANTIZE, (clipped, *first.args[1:])))
 
 
 def _is_quantized(layer: fx.Node) -> bool:

@@ -7,6 +7,7 @@ it got its name, or a runner. Holds: what fails leaves no file behind, and the f
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -44,16 +45,20 @@ def export(
     | "openvino"   | .xml and .bin       | OpenVINO                               | int8               |
     | "aoti"       | AOTInductor package | torch alone, on this kind of processor | int8               |
     | "executorch" | ExecuTorch program  | ExecuTorch with XNNPACK                | int8               |
+    | "coreml"     | Core ML (.mlpackage) | Core ML; not run here                 | int8               |
+    | "tensorrt"   | ONNX, symmetric     | TensorRT; ONNX Runtime compares it     | int8               |
+    | "litert"     | LiteRT (.tflite)    | LiteRT with XNNPACK                    | int8               |
 
     Args:
         example_inputs: as the graph takes them; dynamic dimensions stay so.
         format: the name of a registered target: these, and those of other packages.
         metadata: kept in "pt2" and "onnx" files. progress: called with (step, share done).
         options: of the format; "onnx" takes `low_bits`: weights of 2 to 4 bits as int4, a smaller file, slower in ONNX
-            Runtime.
+            Runtime; it and "tensorrt" take `opset`; "litert" and "coreml" take `batch`: images that one
+            call takes, in place of any number.
 
     Returns:
-        The file as it was loaded again; `kernels` says which layers have an int8 kernel.
+        The file as it was loaded again; `kernels` says which layers have an int8 kernel, `lost` what was not kept.
 
     Raises:
         BackendError: an unknown format or option, a tool that is not installed, or one that cannot compute this graph
@@ -78,8 +83,9 @@ def export(
             draft = os.path.join(folder, "model" + suffix)
             tell(f"write {format}", 0.1)
             runner = target.write(static, inputs, draft, {"metadata": metadata, **options})
-            tell("run and compare", 0.8)
-            check(runner, static, inputs)
+            if target.runs:
+                tell("run and compare", 0.8)
+                check(runner, static, inputs)
             _rename_all(folder, path.removesuffix(suffix), suffix)
     except OSError as error:
         if isinstance(error, FileError):
@@ -90,12 +96,13 @@ def export(
 
 def _rename_all(folder: str, stem: str, suffix: str) -> None:
     """Give the files of a folder their final names, or none of them. Holds: files of two exports are never together
-    under those names. What is opened, of this suffix, goes first and comes last: killed in between, there is none."""
+    under those names. What is opened, of this suffix, goes first and comes last: killed in between, there is none. A
+    package is a folder, which never takes the place of one that holds something."""
     names = sorted(os.listdir(folder), key=lambda name: name.endswith(suffix))
     drafts = {stem + os.path.splitext(name)[1]: os.path.join(folder, name) for name in names}
     before = {final: f"{draft}.before" for final, draft in reversed(drafts.items()) if os.path.exists(final)}
     try:
-        if len(drafts) > 1:
+        if len(drafts) > 1 or any(os.path.isdir(final) for final in before):
             for final, aside in before.items():
                 os.replace(final, aside)
         for final, draft in drafts.items():
@@ -104,7 +111,7 @@ def _rename_all(folder: str, stem: str, suffix: str) -> None:
         for final in drafts:
             with suppress(OSError):
                 if not os.path.exists(drafts[final]):  # reason: it is under its final name
-                    os.unlink(final)
+                    shutil.rmtree(final) if os.path.isdir(final) else os.unlink(final)
         for final, aside in reversed(before.items()):
             with suppress(OSError):
                 os.replace(aside, final)

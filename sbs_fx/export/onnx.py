@@ -24,13 +24,24 @@ from sbs_fx.export.program import exported_program
 from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import PROFILED, Kernels, Runner, layer_names, require
 from sbs_fx.passes.capture.export import quiet_torch
-from sbs_fx.passes.dialects import static_of
-from sbs_fx.plan import write_atomic
+from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, static_of
+from sbs_fx.plan import current_versions, write_atomic
 from sbs_fx.plan.errors import BackendError
 
 OPSET = 21  # the first with 4-bit integers
 # reason: fused to a Gemm first, what is still a product of tensors would never become an integer one
 DISABLED = ["MatMulAddFusion"]
+SCRIPT = """
+import onnxruntime
+
+
+def load(path):
+    session = onnxruntime.InferenceSession(
+        path, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
+    )
+    name = session.get_inputs()[0].name
+    return lambda inputs: session.run(None, {name: inputs})[0]
+"""
 _INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "QLinearConvTranspose"}
 _SMALLEST, _LARGEST = -(2**31), 2**31 - 1
 _PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
@@ -38,31 +49,43 @@ _SUFFIX = re.compile(r"_token_\d+$")  # what ONNX Runtime adds to the name of a 
 _LAYER = "layer:"  # before the name of a layer with weights
 
 
-def onnx_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, low_bits: bool = False) -> Any:
+def onnx_model(
+    static: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    *,
+    low_bits: bool = False,
+    opset: int = OPSET,
+    products: bool = True,
+) -> Any:
     """The `onnx.ModelProto` of a static graph.
 
     Args:
         low_bits: store weights of 2 to 4 bits as int4, not int8. ONNX Runtime then runs their convolutions in float.
+        opset: version of the operators. products: in the forms that CPU tools have integer kernels for, with int32
+            biases; False: operators as the graph has them, biases in float.
 
     Raises:
         BackendError: onnx or onnxscript is not installed, or the graph has an operator that ONNX has not.
         GraphError: `torch.export` cannot capture the graph.
     """
     onnx, _ = require("onnx", "onnxscript")
-    program = exported_program(for_integer_products(static), example_inputs)
+    graph = for_integer_products(static) if products else static
+    program = exported_program(graph, example_inputs)
     names = dict(zip(layer_names(program.graph_module), layer_names(static), strict=True))
+    codes = dict(zip(_quantizer_names(program.graph_module), _quantizer_names(graph), strict=True))
     try:
         with quiet_torch():
-            exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+            exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:  # whatever the exporter and its own passes raise
         raise BackendError(
             f"cannot be exported to ONNX: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
     assert exported is not None
     model = exported.model_proto
-    _name_layers(model.graph, names)
+    _name_layers(model.graph, names, codes)
     _own_zero_points(model.graph)
-    _integer_biases(model.graph)
+    if products:
+        _integer_biases(model.graph)
     if low_bits:
         names = {name for name, stored in static_of(static).weights.items() if _most_bits(stored.bits) <= 4}
         _four_bits(model.graph, names)
@@ -75,17 +98,31 @@ def save_onnx(
     example_inputs: Sequence[Tensor],
     path: str | os.PathLike[str],
     metadata: Mapping[str, Any] | None = None,
-    *,
-    low_bits: bool = False,
+    **options: Any,
 ) -> None:
-    """Write `onnx_model` to a file, whole or not at all; `metadata` becomes its properties, as text.
+    """Write `onnx_model`, which takes the options, to a file as `write_model` does.
 
     Raises:
         BackendError, GraphError: as `onnx_model`. FileError: the path cannot be written.
     """
-    model = onnx_model(static, example_inputs, low_bits=low_bits)
-    for key, value in (metadata or {}).items():
-        model.metadata_props.add(key=key, value=str(value))
+    write_model(onnx_model(static, example_inputs, **options), static, example_inputs, path, metadata)
+
+
+def write_model(
+    model: Any,
+    static: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any] | None,
+) -> None:
+    """Write a model to a file, whole or not at all; each property of it is JSON: "version", "bits" of weights and
+    activations by name, "size" of images where it is fixed, and `metadata`."""
+    form, sizes = static_of(static), example_inputs[0].shape[2:]
+    bits = {"weights": {name: stored.bits for name, stored in form.weights.items()}}
+    bits |= {"activations": {name: a.bits for name, a in form.activations.items()}}
+    facts = {"version": current_versions()["sbs_fx"], "bits": bits, "size": list(sizes)}
+    for key, value in {**facts, **(metadata or {})}.items():
+        model.metadata_props.add(key=key, value=json.dumps(value))
     write_atomic(path, model.SerializeToString())
 
 
@@ -158,19 +195,36 @@ class LayerMatcher:
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-def _name_layers(graph: Any, layers: Mapping[str, str]) -> None:
-    """Call what multiplies by a weight, and its result, as our graph does (`layers`: the exporter's name -> ours), and
+def _quantizer_names(graph_module: fx.GraphModule) -> list[str]:
+    return [node.name for node in graph_module.graph.nodes if node.target in (QUANTIZE, DEQUANTIZE)]
+
+
+def _name_layers(graph: Any, layers: Mapping[str, str], codes: Mapping[str, str]) -> None:
+    """Call what multiplies by a weight or quantises, and its result, as our graph does (exporter's name -> ours), and
     drop the exporter's notes on where nodes came from, which are half of a small file."""
+    results = {**codes, **layers}
+    if len(graph.output) == 1:
+        results = {**results, graph.output[0].name: "logits"}
+    inputs = {graph.input[0].name: "input"} if len(graph.input) == 1 else {}
     for node in graph.node:
         notes = {note.key: note.value for note in node.metadata_props}
         del node.metadata_props[:]
         source = notes.get("pkg.torch.onnx.fx_node", "").partition(" ")[0].removeprefix("%")
         if node.op_type in _PRODUCTS and source in layers:
             node.name = f"{_LAYER}{layers[source]}"
+        elif source in codes:
+            node.name = codes[source]
+        elif node.op_type == "DequantizeLinear":
+            node.name = f"{node.input[0]}_values"
         for values in (node.input, node.output):
-            values[:] = [layers.get(name, name) for name in values]
-    for value in (*graph.output, *graph.value_info):
-        value.name = layers.get(value.name, value.name)
+            values[:] = [inputs.get(name, results.get(name, name)) for name in values]
+    first = graph.input[0].type.tensor_type.shape.dim[:1] if graph.input else []
+    symbol = first[0].dim_param if first else ""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for size in value.type.tensor_type.shape.dim if symbol else ():
+            if size.dim_param:  # an expression of several sizes, maybe
+                size.dim_param = re.sub(rf"\b{symbol}\b", "batch", size.dim_param)
+        value.name = inputs.get(value.name, results.get(value.name, value.name))
 
 
 def _own_zero_points(graph: Any) -> None:
@@ -266,12 +320,17 @@ def _most_bits(bits: int | Sequence[int]) -> int:
     "onnx",
     suffix=".onnx",
     help="ONNX, opset 21, weights int8, int4 on wish; runs in ONNX Runtime, OpenVINO and others",
-    options=("low_bits",),
+    options=("low_bits", "opset"),
+    script=SCRIPT,
 )
 def onnx(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
     """`save_onnx`, and the file as ONNX Runtime loads it."""
-    save_onnx(static, inputs, path, options["metadata"], low_bits=bool(options.get("low_bits")))
+    save_onnx(static, inputs, path, options["metadata"], **_asked(options))
     return run_onnx(Path(path).read_bytes(), static)
+
+
+def _asked(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"low_bits": bool(options.get("low_bits")), "opset": options.get("opset") or OPSET}
 
 
 @backend("onnxruntime")

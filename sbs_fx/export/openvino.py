@@ -28,6 +28,14 @@ from sbs_fx.passes.graph import copy_graph
 from sbs_fx.passes.static.finalize import MAX_CODE, MIDDLE
 
 aten = torch.ops.aten
+SCRIPT = """
+import openvino
+
+
+def load(path):
+    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda inputs: model([inputs])[0]
+"""
 _PRODUCTS = {aten.scaled_dot_product_attention.default, aten.matmul.default, aten.bmm.default}
 _LAYERS = {"Convolution", "FullyConnected", "MatMul", "Deconvolution", "GroupConvolution", "GroupDeconvolution"}
 
@@ -134,7 +142,7 @@ def _explicit(static: fx.GraphModule) -> fx.GraphModule:
     return result.eval()
 
 
-@target("openvino", suffix=".xml", help=".xml and .bin, weights int8; runs in OpenVINO")
+@target("openvino", suffix=".xml", help=".xml and .bin, weights int8; runs in OpenVINO", script=SCRIPT)
 def openvino(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
     """`save_openvino`, and the files as they were loaded again."""
     save_openvino(static, inputs, path)

@@ -32,7 +32,7 @@ def exported_program(
         GraphError: the number of inputs is wrong, or `torch.export` cannot capture the graph.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    shapes = _dynamic_shapes(static, inputs, largest)
+    shapes = dynamic_shapes(static, inputs, largest)
     spec = inputs_of(static)
     if spec is not None and (spec.guards or spec.ranges):  # reason: named dimensions may have no guards
         shapes = tuple(dict.fromkeys(shape, Dim.AUTO) for shape in shapes)
@@ -88,8 +88,8 @@ def _plain(value: Any) -> Any:
     return tuple(_plain(part) for part in parts)
 
 
-def _dynamic_shapes(
-    graph_module: fx.GraphModule, inputs: tuple[Tensor, ...], largest: int | None
+def dynamic_shapes(
+    graph_module: fx.GraphModule, inputs: tuple[Tensor, ...], largest: int | None = None
 ) -> tuple[dict[int, Any], ...]:
     """Per input, the dimensions that were symbolic when the graph was traced; the first one if that is not known."""
     dims: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from sbs_fx.export.runtime import Runner
+from sbs_fx.plan.bits import BITS
 from sbs_fx.plan.errors import BackendError
 from sbs_fx.plan.registry import Registry
 
@@ -21,12 +22,29 @@ Run = Callable[[fx.GraphModule, Sequence[Tensor], int], Runner]
 
 
 @dataclass(frozen=True)
+class Numerics:
+    """What a tool computes in integers, by which `compress(target=)` chooses; the defaults suit the CPU tools here.
+
+    Attributes:
+        zero_points: codes may stand for zero anywhere; False: activations are symmetric, signed codes.
+        joins: additions, products, concatenations and pools have kernels for codes.
+        activation_bits: bitwidths that have kernels.
+    """
+
+    zero_points: bool = True
+    joins: bool = True
+    activation_bits: tuple[int, ...] = BITS
+
+
+@dataclass(frozen=True)
 class Target:
     """A file format.
 
     Attributes:
         write: (static graph, example inputs, path, options) -> the file as it was loaded again.
-        suffix: of its files. help: what it is and what runs it. options: names of options that it takes.
+        suffix: of its files. help: what it is and what runs it. options: that it takes. numerics: what it computes.
+        script: Python that defines `load(path)` -> (inputs (1, ...) -> outputs), arrays of numpy; "" if there is none.
+        runs: whether files can be run on any computer, and so are compared.
 
     >>> TARGETS["pt2"].suffix
     '.pt2'
@@ -37,6 +55,9 @@ class Target:
     suffix: str
     help: str
     options: tuple[str, ...] = ()
+    numerics: Numerics = Numerics()
+    script: str = ""
+    runs: bool = True
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ EXTRAS = {
     "openvino": "openvino",
     "torchao": "inductor",
     "executorch": "executorch",
+    "litert_torch": "litert",
+    "ai_edge_litert": "litert",
+    "coremltools": "coreml",
 }
 PROFILED = 8  # calls that a profile takes the least of
 # Share of the output's norm that a backend may be off by. Rounding ties flip one code in 1e5 by one step, which random
@@ -64,7 +67,7 @@ class Runner:
     Attributes:
         name: of the backend. run: takes and gives what the graph does, on the CPU. kernels: None if it cannot tell.
         profile: inputs -> seconds of one call by layer, and by other operators under names of their own.
-        inputs: what each call is checked against.
+        inputs: what each call is checked against. lost: what the file could not keep of the graph, by tensor.
 
     >>> Runner("eager", result.model)(images).shape
     torch.Size([2, 4])
@@ -75,6 +78,7 @@ class Runner:
     kernels: Kernels | None = None
     profile: Callable[..., Mapping[str, float]] | None = None
     inputs: InputSpec | None = None
+    lost: tuple[str, ...] = ()
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Raises InputError for inputs that the graph was not made for."""

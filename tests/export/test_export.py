@@ -33,7 +33,7 @@ from tests.oracles.gated import gate
 
 BACKENDS = ("inductor", "onnxruntime", "openvino")
 SUFFIX = {name: entry.suffix for name, entry in TARGETS.entries().items()}
-FORMATS = tuple(SUFFIX)
+FORMATS = tuple(name for name, entry in TARGETS.entries().items() if entry.runs)
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -206,6 +206,8 @@ def test_a_file_computes_what_the_graph_does_at_any_batch_size(
     small: sbs_fx.Result, format: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     path = tmp_path / f"model{SUFFIX[format]}"
+    if format == "litert":
+        pytest.importorskip("litert_torch", reason="litert-torch is not installed: pip install 'sbs-fx[litert]'")
     if format == "executorch":
         found, path = request.getfixturevalue("executorch_file")
     else:
@@ -267,7 +269,14 @@ def test_an_aoti_package_needs_torch_alone(small: sbs_fx.Result, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("format", "extra"),
-    [("onnx", "onnx"), ("openvino", "openvino"), ("aoti", "inductor"), ("executorch", "executorch")],
+    [
+        ("onnx", "onnx"),
+        ("openvino", "openvino"),
+        ("aoti", "inductor"),
+        ("executorch", "executorch"),
+        ("litert", "litert"),
+        ("coreml", "coreml"),
+    ],
 )
 def test_a_tool_that_is_not_installed_is_named(
     small: sbs_fx.Result, format: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,93 @@
+"""Core ML (.mlpackage), for telephones and computers of Apple's.
+
+In: a static graph. Out: an ML program of int8 codes: weights linear, one scale a channel, activations quantised. Holds:
+its program holds every quantised weight's own codes; nothing was run, as that needs a Mac. The converter asks for
+signed codes, and for clips of values in place of clips of codes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from sbs_fx.export.registry import Numerics, target
+from sbs_fx.export.runtime import LAYERS, Kernels, Runner, require, weight_name
+from sbs_fx.export.signed import clip_values, shift_codes
+from sbs_fx.passes.capture.export import quiet_torch
+from sbs_fx.passes.dialects import static_of
+from sbs_fx.passes.graph import attribute, copy_graph
+from sbs_fx.plan.errors import BackendError
+
+
+def coreml_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, batch: int = 1) -> tuple[Any, Kernels]:
+    """The `coremltools.models.MLModel` of a static graph for so many images, and its layers by kernel: those whose
+    weight is held as codes and whose input is.
+
+    Raises:
+        BackendError: coremltools is not installed, or fails on this graph.
+    """
+    (tools,) = require("coremltools")
+    signed = copy_graph(static)
+    clip_values(signed.graph, fused=True)
+    shift_codes(signed.graph)
+    signed.recompile()
+    inputs = tuple(x[:1].expand(batch, *x.shape[1:]).contiguous() for x in example_inputs)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with quiet_torch(), torch.no_grad():
+            program = torch.export.export(signed.eval(), inputs, strict=False).run_decompositions({})
+            model = tools.convert(
+                program, convert_to="mlprogram", minimum_deployment_target=tools.target.iOS17, skip_model_load=True
+            )
+    except Exception as error:  # whatever the tool and its passes raise
+        raise BackendError(
+            f"coremltools fails on this graph: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    finally:
+        logging.disable(level)
+    codes = _quantised_weights(model)
+    names = {node.name: weight_name(node) for node in static.graph.nodes if node.target in LAYERS}
+    weights = {name: _sorted(attribute(static, weight)) for name, weight in names.items() if weight}
+    stored = static_of(static).weights
+    integer = tuple(n for n, weight in names.items() if weight in stored and weights[n] in codes)
+    return model, Kernels(integer, tuple(n for n in names if n not in integer))
+
+
+def _quantised_weights(model: Any) -> set[bytes]:
+    found = set()
+    for function in model._mil_program.functions.values():
+        for operator in function.operations:
+            if operator.op_type == "constexpr_affine_dequantize":
+                readers = {child.op_type for child in operator.outputs[0].child_ops}
+                sources = [child.x.op for child in operator.outputs[0].child_ops if hasattr(child, "x")]
+                if readers and all(source is not None and source.op_type == "dequantize" for source in sources):
+                    found.add(_sorted(torch.from_numpy(operator.quantized_data.val.copy())))
+    return found
+
+
+def _sorted(codes: Tensor) -> bytes:
+    return codes.flatten().sort().values.numpy().tobytes()
+
+
+@target(
+    "coreml",
+    suffix=".mlpackage",
+    help="Core ML program, int8; runs on a Mac or a telephone of Apple's, not here",
+    options=("batch",),
+    numerics=Numerics(activation_bits=(8,)),
+    runs=False,
+)
+def coreml(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
+    """The package; calling what comes back is an error, as nothing here can run it."""
+    model, kernels = coreml_model(static, inputs, batch=options.get("batch") or 1)
+    model.save(path)
+
+    def run(*inputs: Tensor) -> Any:
+        raise BackendError("a Core ML program was not run: that needs a Mac")
+
+    return Runner("coreml", run, kernels)

@@ -1,0 +1,184 @@
+"""What TensorRT reads of a quantised ONNX model, as rules that need no GPU.
+
+In: an `onnx.ModelProto`. Out: what breaks a rule, each with the rule's name and the node's. Holds: each rule is one
+that TensorRT publishes, cited beside it; nothing here says how fast a model is. Sources:
+
+    QT   NVIDIA, TensorRT documentation, "Working with Quantized Types"
+         (docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html)
+    OPS  onnx-tensorrt, docs/operators.md: operators that the parser supports, with restrictions
+    OG   NVIDIA, TensorRT documentation, "ONNX Opset Guide"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from sbs_fx.export.runtime import require
+
+OPSETS = range(9, 26)
+_UNSUPPORTED = {
+    "ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul", "BitShift",
+}  # fmt: skip
+_LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_PASSES = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"}  # what TensorRT moves quantisers through
+
+
+class _Model:
+    """A model's nodes, constants by name, and who makes and reads each tensor."""
+
+    def __init__(self, model: Any) -> None:
+        onnx = require("onnx")[0]
+        self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+        self.nodes = list(model.graph.node)
+        self.constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+        for node in self.nodes:
+            if node.op_type == "Constant":
+                values = [a.t for a in node.attribute if a.name == "value"]
+                self.constants[node.output[0]] = onnx.numpy_helper.to_array(values[0]) if values else None
+        self.makers = {name: node for node in self.nodes for name in node.output}
+        self.readers: dict[str, list[Any]] = {}
+        for node in self.nodes:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def of(self, *kinds: str) -> Iterator[Any]:
+        return (node for node in self.nodes if node.op_type in kinds)
+
+    def maker(self, name: str) -> str:
+        """The kind of node that makes a tensor; "" for inputs and constants."""
+        while name in self.makers and self.makers[name].op_type in _PASSES:
+            name = self.makers[name].input[0]
+        return self.makers[name].op_type if name in self.makers else ""
+
+    def is_weight(self, dequantizer: Any) -> bool:
+        return dequantizer.op_type == "DequantizeLinear" and dequantizer.input[0] in self.constants
+
+
+Rule = Callable[[_Model], Iterator[tuple[str, str]]]
+_RULES: list[Rule] = []
+
+
+def tensorrt_problems(model: Any) -> list[str]:
+    """Lines "RULE: NODE WHAT", in the order of the rules; none for a model that TensorRT's rules allow.
+
+    Args:
+        model: an `onnx.ModelProto`.
+    """
+    known = _Model(model)
+    return [f"{rule.__name__}: {name} {problem}" for rule in _RULES for name, problem in rule(known)]
+
+
+def _rule(function: Rule) -> Rule:
+    _RULES.append(function)
+    return function
+
+
+@_rule
+def opset(model: _Model) -> Iterator[tuple[str, str]]:
+    """OG, "Supported ONNX and Opset Versions": 9 to 25."""
+    if model.opset not in OPSETS:
+        yield "model", f"has opset {model.opset}, not one of {OPSETS.start} to {OPSETS.stop - 1}"
+
+
+@_rule
+def supported_operators(model: _Model) -> Iterator[tuple[str, str]]:
+    """OPS: operators on integers are not read; quantisation is said by Q/DQ pairs alone."""
+    for node in model.of(*_UNSUPPORTED):
+        yield node.name, f"is a {node.op_type}, which the parser does not read"
+
+
+@_rule
+def zero_points(model: _Model) -> Iterator[tuple[str, str]]:
+    """OPS, QuantizeLinear and DequantizeLinear: the zero point must be 0. QT: the scheme is symmetric."""
+    for node in model.of("QuantizeLinear", "DequantizeLinear"):
+        zero = model.constants.get(node.input[2]) if len(node.input) > 2 else np.zeros(1)
+        if zero is None or np.any(np.asarray(zero).astype(np.int64)):
+            yield node.name, "has a zero point that is not 0"
+
+
+@_rule
+def signed_codes(model: _Model) -> Iterator[tuple[str, str]]:
+    """QT, "Supported Data Types": INT8 and INT4 are signed, so neither uint8 activations nor int32 biases are read."""
+    for node in model.of("QuantizeLinear", "DequantizeLinear"):
+        # reason: without a zero point, codes are uint8 by the standard
+        codes = model.constants.get(node.input[2 if len(node.input) > 2 else 0])
+        kind = "uint8" if codes is None else str(codes.dtype)
+        if kind not in ("int8", "int4"):
+            yield node.name, f"has codes of {kind}"
+
+
+@_rule
+def constant_scales(model: _Model) -> Iterator[tuple[str, str]]:
+    """QT, "Explicit quantization": scales are build-time constants; they are positive."""
+    for node in model.of("QuantizeLinear", "DequantizeLinear"):
+        scale = model.constants.get(node.input[1])
+        if scale is None or not np.all(scale > 0):
+            yield node.name, "has a scale that is not a positive constant"
+
+
+@_rule
+def scales_per_channel(model: _Model) -> Iterator[tuple[str, str]]:
+    """QT, "Quantization Scheme": activations have one scale a tensor; weights one, or one per output channel."""
+    for node in model.of("QuantizeLinear", "DequantizeLinear"):
+        scale = model.constants.get(node.input[1])
+        if scale is None or scale.size == 1:
+            continue
+        if not model.is_weight(node):
+            yield node.name, "is an activation with several scales"
+            continue
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        for layer in model.readers.get(node.output[0], []):
+            transposed = any(a.name == "transB" and a.i for a in layer.attribute)
+            if axis != {"Conv": 0, "ConvTranspose": 1}.get(layer.op_type, 0 if transposed else axis):
+                yield node.name, f"has scales along axis {axis}, which is not that of {layer.name}'s output channels"
+
+
+@_rule
+def convolutions(model: _Model) -> Iterator[tuple[str, str]]:
+    """OPS, Conv and ConvTranspose: 2D or 3D alone, weights constants (behind a DequantizeLinear)."""
+    for node in model.of("Conv", "ConvTranspose"):
+        maker = model.makers.get(node.input[1])
+        weight = model.constants.get(maker.input[0] if maker is not None and model.is_weight(maker) else node.input[1])
+        if weight is None:
+            yield node.name, "has a weight that is not a constant"
+        elif weight.ndim not in (4, 5):
+            yield node.name, f"is a convolution over {weight.ndim - 2} dimensions"
+
+
+@_rule
+def all_operands(model: _Model) -> Iterator[tuple[str, str]]:
+    """QT, "Q/DQ Layer-Placement Recommendations": quantise all inputs of weighted operations, or none."""
+    for node in model.of(*_LAYERS):
+        kinds = [model.maker(name) == "DequantizeLinear" for name in node.input[:2]]
+        if any(kinds) and not all(kinds):
+            yield node.name, f"has a quantised {'weight' if kinds[1] else 'input'} alone"
+
+
+@_rule
+def residual_adds(model: _Model) -> Iterator[tuple[str, str]]:
+    """QT, "Q/DQ Layer-Placement Recommendations": quantise the residual input in skip connections."""
+    for node in model.of("Add"):
+        tensors = [name for name in node.input if name not in model.constants]
+        kinds = [model.maker(name) == "DequantizeLinear" for name in tensors]
+        if any(kinds) and not all(kinds):
+            yield node.name, "adds a quantised tensor to one that is not"
+
+
+@_rule
+def inside_fusions(model: _Model) -> Iterator[tuple[str, str]]:
+    """QT, "Q/DQ Layer-Placement Recommendations": no quantiser between a layer and the batch norm or relu that is fused
+    into it; no batch norm left where it could be folded."""
+    for node in model.of("Relu", "Clip", "BatchNormalization"):
+        source = model.makers.get(node.input[0])
+        if source is not None and source.op_type == "DequantizeLinear":
+            quantizer = model.makers.get(source.input[0])
+            alone = all(reader is node for reader in model.readers[source.output[0]])
+            if alone and quantizer is not None and model.maker(quantizer.input[0]) in _LAYERS:
+                yield node.name, "reads a quantised result of a layer, into which it would be fused"
+        elif (
+            node.op_type == "BatchNormalization" and source is not None and source.op_type in ("Conv", "ConvTranspose")
+        ):
+            yield node.name, f"is not folded into {source.name}"
