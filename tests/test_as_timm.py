@@ -17,6 +17,7 @@ import sbs_fx
 from sbs_fx.data.datasets import open_data
 from sbs_fx.plan.errors import FileError, InputError
 from sbs_fx.report.card import card
+from sbs_fx.timm_model import TimmModel
 from sbs_fx.training import evaluate
 
 
@@ -62,7 +63,7 @@ def test_it_is_what_timm_validates(saved: Path, tmp_path: Path) -> None:
 
 
 def test_it_claims_no_features() -> None:
-    assert not hasattr(sbs_fx.as_timm.__globals__["TimmModel"], "forward_features")
+    assert not hasattr(TimmModel, "forward_features")
 
 
 def test_what_gives_no_classes_is_refused() -> None:
