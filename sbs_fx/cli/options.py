@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sbs_fx.cli.completion import method_names, model_names, one_of, setting_names
+from sbs_fx.cli.completion import format_names, method_names, model_names, one_of, setting_names
 from sbs_fx.cli.settings import nested
 
 if TYPE_CHECKING:
@@ -66,6 +66,15 @@ Ranges = Annotated[
     typer.Option(
         help="how ranges are chosen: mse, percentile or minmax",
         autocompletion=one_of("mse", "percentile", "minmax"),
+        rich_help_panel=DECISIONS,
+    ),
+]
+TargetName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORMAT",
+        help="ranges, joins and bits that the tool of this format computes, such as tensorrt",
+        autocompletion=format_names,
         rich_help_panel=DECISIONS,
     ),
 ]

@@ -74,7 +74,10 @@ def run_executorch(program: bytes, kernels: Kernels, *, threads: int = 0) -> Run
     if threads:
         library._unsafe_reset_threadpool(threads)
     loaded = runtime.Runtime.get().load_program(program)
-    held = program, loaded, loaded.load_method("forward")  # reason: the tool reads memory that it does not own
+    try:
+        held = program, loaded, loaded.load_method("forward")  # reason: the tool reads memory that it does not own
+    except RuntimeError as error:
+        raise BackendError(f"ExecuTorch's runtime cannot load this program: {str(error).splitlines()[0]}") from error
 
     def run(*inputs: Tensor) -> list[Tensor]:
         try:

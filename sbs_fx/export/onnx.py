@@ -126,14 +126,17 @@ def write_model(
     write_atomic(path, model.SerializeToString())
 
 
-def run_onnx(model: bytes, static: fx.GraphModule, *, threads: int = 0) -> Runner:
-    """An ONNX model in ONNX Runtime on the CPU. `threads`: 0 leaves it to the runtime."""
+def run_onnx(model: bytes, static: fx.GraphModule, *, threads: int = 0, integers: bool = True) -> Runner:
+    """An ONNX model in ONNX Runtime on the CPU. `threads`: 0 leaves it to the runtime; `integers=False`: every node is
+    computed as it is written, none in integers."""
     onnx, ort = require("onnx", "onnxruntime")
 
     def session(folder: str, **options: Any) -> Any:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = threads
         settings.log_severity_level = 3
+        if not integers:
+            settings.add_session_config_entry("session.disable_quant_qdq", "1")
         for name, value in options.items():
             setattr(settings, name, os.path.join(folder, value) if isinstance(value, str) else value)
         return ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED)

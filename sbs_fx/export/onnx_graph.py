@@ -29,8 +29,7 @@ def for_integer_products(static: fx.GraphModule) -> fx.GraphModule:
     graph = result.graph
     for node in graph.find_nodes(op="call_function", target=aten.conv2d.default):
         _patches_as_linear(result, node)
-    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-        _attention_as_products(graph, node)
+    attention_as_products(graph)
     for node in graph.find_nodes(op="call_function", target=aten.linear.default):
         _flat(graph, node)
     graph.eliminate_dead_code()
@@ -76,7 +75,13 @@ def _patches_as_linear(module: fx.GraphModule, node: fx.Node) -> None:
     node.meta["val"] = whole.permute(0, 2, 3, 1)
 
 
-def _attention_as_products(graph: fx.Graph, node: fx.Node) -> None:
+def attention_as_products(graph: fx.Graph) -> None:
+    """Each attention without a mask as two products and a softmax, in place."""
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        _as_products(graph, node)
+
+
+def _as_products(graph: fx.Graph, node: fx.Node) -> None:
     query, key, value, *rest = node.args
     others = [*rest, *(v for k, v in node.kwargs.items() if k != "scale")]
     if any(other is not None and other != 0 for other in others):

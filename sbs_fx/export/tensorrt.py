@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.export.onnx import OPSET, onnx_model, run_onnx, write_model
+from sbs_fx.export.onnx_graph import attention_as_products
 from sbs_fx.export.registry import Numerics, target
 from sbs_fx.export.runtime import Runner
 from sbs_fx.export.signed import clip_values, shift_codes
@@ -50,6 +51,7 @@ def symmetric_codes(static: fx.GraphModule) -> tuple[fx.GraphModule, tuple[str, 
         for node in (first, last):
             node.args = (node.args[0], *arguments)
     shift_codes(result.graph)
+    attention_as_products(result.graph)
     result.graph.lint()
     result.recompile()
     return result.eval(), tuple(lost)
@@ -89,5 +91,6 @@ def tensorrt(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, option
     """The file, and as ONNX Runtime loads it, whose kernels say nothing of TensorRT's."""
     model, lost = tensorrt_model(static, inputs, opset=options.get("opset") or OPSET)
     write_model(model, static, inputs, path, options["metadata"])
-    runner = run_onnx(Path(path).read_bytes(), static)
+    # reason: ONNX Runtime moves signed codes through transpositions and gives them an unsigned zero point
+    runner = run_onnx(Path(path).read_bytes(), static, integers=False)
     return replace(runner, kernels=None, lost=tuple(f"{name}: codes around 0, 127 levels a side" for name in lost))

@@ -53,6 +53,12 @@ class _Model:
             name = self.makers[name].input[0]
         return self.makers[name].op_type if name in self.makers else ""
 
+    def is_constant(self, name: str) -> bool:
+        """Whether it is, or is made of, a constant alone."""
+        while name in self.makers and self.makers[name].op_type in {*_PASSES, "DequantizeLinear", "QuantizeLinear"}:
+            name = self.makers[name].input[0]
+        return name in self.constants
+
     def is_weight(self, dequantizer: Any) -> bool:
         return dequantizer.op_type == "DequantizeLinear" and dequantizer.input[0] in self.constants
 
@@ -150,8 +156,11 @@ def convolutions(model: _Model) -> Iterator[tuple[str, str]]:
 
 @_rule
 def all_operands(model: _Model) -> Iterator[tuple[str, str]]:
-    """QT, "Q/DQ Layer-Placement Recommendations": quantise all inputs of weighted operations, or none."""
+    """QT, "Q/DQ Layer-Placement Recommendations": quantise all inputs of weighted operations, or none. A product of two
+    tensors that are no weights, as in attention, is none: it is in float where one of them is."""
     for node in model.of(*_LAYERS):
+        if not any(model.is_constant(name) for name in node.input[:2]):
+            continue
         kinds = [model.maker(name) == "DequantizeLinear" for name in node.input[:2]]
         if any(kinds) and not all(kinds):
             yield node.name, f"has a quantised {'weight' if kinds[1] else 'input'} alone"

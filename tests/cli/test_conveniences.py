@@ -112,3 +112,16 @@ def test_workers_read_the_same_pictures(saved: Path, pictures: Path, capsys: Cap
         assert run_command(["evaluate", str(saved), "--data", str(pictures), "--workers", workers, "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out)["accuracy"])
     assert found[0] == found[1]
+
+
+def test_a_result_for_a_target_loses_nothing_in_its_file(saved: Path, tmp_path: Path, capfd: Captured) -> None:
+    out = str(tmp_path / "out")
+    assert run_command(["compress", *MODEL, *PLAIN, "--target", "tensorrt", "--out", out, "-q"]) == 0
+    lost = []
+    for place in (out, str(saved)):
+        capfd.readouterr()
+        assert run_command(["export", place, "--format", "tensorrt", "--out", str(tmp_path / "model.onnx"), "-q"]) == 0
+        lost.append("not kept, by tensor:" in capfd.readouterr().out)
+    assert lost == [False, True]
+    assert run_command(["compress", *MODEL, "--target", "tensort", "--out", out]) == 2
+    assert "did you mean 'tensorrt'?" in capfd.readouterr().err
