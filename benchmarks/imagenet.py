@@ -80,12 +80,13 @@ def main() -> int:
 
 def _row(options: argparse.Namespace) -> dict[str, Any]:
     row, net = ROWS[options.row], _network(options)
-    inputs = torch.randn(2, *input_config(net)["input_size"])
+    pictures = _pictures(options, "train", net)
+    inputs = torch.randn(2, *pictures.shape[1:])
     settings: dict[str, Any] = {"quantise": row.bits is not None}
     if row.bits is not None and min(row.bits) not in (2, 4, 8):
         settings["candidates"] = tuple(sorted({*row.bits, 8}))
     budget = Budget(macs=row.macs) if row.bits is None else _price(net, inputs, row.bits, settings)
-    data = list(_pictures(options, "train", net).split(32)) if row.data else None
+    data = list(pictures.split(32)) if row.data else None
     since = time.process_time()
     result = sbs_fx.compress(net, inputs, budget=budget, method=row.method, data=data, config=Config(**settings))
     spent = time.process_time() - since

@@ -64,6 +64,11 @@ def write_script(
     Raises:
         BackendError: the format has no script. InputError: the graph takes or gives several tensors.
         FileError: the folder cannot be written.
+
+    >>> runner = result.export("onnx", "model.onnx")
+    >>> write_script(result.model, result.example_inputs, "onnx", "model.onnx")
+    >>> import os; os.path.exists("run.py")
+    True
     """
     if not (script := TARGETS[format].script):
         have = [name for name, entry in TARGETS.entries().items() if entry.script]

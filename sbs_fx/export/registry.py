@@ -23,12 +23,15 @@ Run = Callable[[fx.GraphModule, Sequence[Tensor], int], Runner]
 
 @dataclass(frozen=True)
 class Numerics:
-    """What a tool computes in integers, by which `compress(target=)` chooses; the defaults suit the CPU tools here.
+    """What a tool computes in integers, by which `Config(target=)` chooses; the defaults suit the CPU tools here.
 
     Attributes:
         zero_points: codes may stand for zero anywhere; False: activations are symmetric, signed codes.
         joins: additions, products, concatenations and pools have kernels for codes.
         activation_bits: bitwidths that have kernels.
+
+    >>> TARGETS["tensorrt"].numerics.zero_points
+    False
     """
 
     zero_points: bool = True

@@ -54,7 +54,13 @@ class Value(BaseModel):
 
 
 class Settings(Value):
-    """A value that users choose."""
+    """A value that users choose: a wrong one is a `SettingsError`.
+
+    >>> class Mine(Settings):
+    ...     share: float = 0.5
+    >>> Mine(share=0.25).share
+    0.25
+    """
 
     _error: ClassVar[type[SbsError]] = SettingsError
 

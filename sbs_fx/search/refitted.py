@@ -20,6 +20,7 @@ from sbs_fx.passes import CostModel
 from sbs_fx.passes.channels import dims as d
 from sbs_fx.search.channel_bits import coordinates
 
+_COLUMNS = 512  # of a layer; of one with more, a share of 1 in 512 goes at once: each time takes their number squared
 _AT_ONCE = 256  # channels of a group that are looked at one by one; of larger groups, as many go at once
 
 
@@ -130,7 +131,7 @@ class _Left:
             return self.rows.square().sum(0)[at] / self.inverse.diagonal()[at].clamp_min(1e-30)
         blocks = self.inverse[self.columns[:, :, None], self.columns[:, None]]
         rows = self.rows[:, self.columns].movedim(1, 0)  # (size, outputs, columns of a channel)
-        return (torch.linalg.solve(blocks, rows.mT) * rows.mT).sum((1, 2))
+        return (torch.linalg.inv(blocks) * (rows.mT @ rows)).sum((1, 2))
 
     def remove(self, channels: Tensor) -> float:
         """Take channels out; what is lost with them together."""
@@ -139,7 +140,7 @@ class _Left:
         solved = torch.linalg.solve(block, rows.T)  # (columns, outputs)
         lost = float((solved * rows.T).sum())
         self.rows -= solved.T @ across
-        self.inverse -= across.T @ torch.linalg.solve(block, across)
+        self.inverse.addmm_(across.T, torch.linalg.solve(block, across), alpha=-1)
         self.inverse[at, at] = 1.0  # reason: nobody asks for them again, and blocks are to stay regular
         return lost
 
@@ -153,7 +154,8 @@ def removal(
     order: list[int] = []
     losses = [0.0]
     gone = torch.zeros(size, dtype=torch.bool)
-    step = max(1, size // _AT_ONCE)
+    widest = max((len(reading.inverse) for reading in left), default=0)
+    step = max(1, size // _AT_ONCE, widest // _COLUMNS)
     while len(order) < size - fewest:
         costs = sum((reading.costs() for reading in left), torch.zeros(size))
         costs = torch.where(gone | ~costs.isfinite(), torch.inf, costs)

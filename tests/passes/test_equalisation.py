@@ -72,6 +72,17 @@ def test_what_something_else_reads_stays(options: dict[str, bool]) -> None:
     assert equalise(graph) is graph
 
 
+def test_what_would_not_be_exact_stays() -> None:
+    block = Block().eval().half()
+    with torch.no_grad():
+        block.norm.weight[2] = 2.0**-24  # the smallest there is
+        block.norm.weight[1] = 2.0**-23
+        block.first.weight[:, 1], block.second.weight[:, 1] = 2.0**-12, 2.0**-12
+    graph = trace(block, TOKENS.half())
+    x = torch.randn(2, 5, 8).half()
+    assert torch.equal(_output(equalise(graph), x), _output(graph, x))
+
+
 def test_a_network_without_such_norms_is_given_back() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
     graph = trace(net, torch.randn(2, 3, 8, 8))

@@ -15,7 +15,7 @@ from sbs_fx.calibration.calibrate import calibrate
 from sbs_fx.passes.capture.trace import trace
 from sbs_fx.passes.channels.groups import channel_groups
 from sbs_fx.passes.gates.insertion import BatchNorm, activation_gates, apply_bits, insert_gates, weight_gates
-from sbs_fx.plan.errors import DataError, InputError, SbsError
+from sbs_fx.plan.errors import DataError, InputError, SbsError, SettingsError
 from sbs_fx.training import Progress, Training, evaluate, fine_tune
 from tests.networks.small import digits, network
 
@@ -258,5 +258,5 @@ def test_options_that_mean_nothing(gated: fx.GraphModule, options: dict[str, Any
         arguments = {"epochs": 1, "lr": 0.01, "settings": Training(**settings or {}), **others}
         fine_tune(gated, digits(count=64), **arguments)
 
-    with pytest.raises(InputError, match=message):
+    with pytest.raises((InputError, SettingsError), match=message):
         tune(**options)
