@@ -115,8 +115,8 @@ def _numbers(folder: Path, places: Sequence[Path], num_classes: int | None) -> M
     if num_classes is not None and len(names) != num_classes:
         raise DataError(
             f"{str(folder)!r} has {len(names)} classes ({listed(sorted(names, key=natural_key))}) and the model has "
-            f"{num_classes}; labels would mean other things. Give the data that the model was trained for, or "
-            "fine-tune it for these classes first"
+            f"{num_classes}; labels would mean other things. Give the data that the model was trained for, or a "
+            f"model of these classes (on the command line --num-classes {len(names)} with --checkpoint FILE)"
         )
     return {name: i for i, name in enumerate(sorted(names, key=natural_key))}
 

@@ -82,9 +82,26 @@ def litert_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, ba
         fixed = [_of_batch(x, batch) if 0 in shape else x for x, shape in zip(inputs, shapes, strict=True)]
         return _converted(litert, signed, tuple(fixed), options)
     try:
-        return _converted(litert, signed, inputs, {**options, "dynamic_shapes": shapes})
+        model = _converted(litert, signed, inputs, {**options, "dynamic_shapes": shapes})
     except BackendError:
-        return litert_model(static, inputs, batch=1)
+        model = None
+    return model if model is not None and _takes_any_batch(model) else litert_model(static, inputs, batch=1)
+
+
+def _takes_any_batch(model: bytes) -> bool:
+    """Whether the runtime can prepare it for one image and for two: the converter may have written a number of images
+    into a shape."""
+    (runtime,) = require("ai_edge_litert.interpreter")
+    interpreter = runtime.Interpreter(model_content=model)
+    try:
+        for batch in (1, 2):
+            for detail in interpreter.get_input_details():
+                if detail["shape_signature"][0] == -1:
+                    interpreter.resize_tensor_input(detail["index"], [batch, *detail["shape"][1:]])
+            interpreter.allocate_tensors()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _converted(litert: Any, signed: fx.GraphModule, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> bytes:
