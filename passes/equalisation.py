@@ -52,11 +52,13 @@ def equalise(graph_module: fx.GraphModule) -> fx.GraphModule:
             continue
         reach = _SPREADS * values[0].abs() + (values[1].abs() if len(values) > 1 else 0)
         scale = _powers(reach, torch.stack([each.abs().amax(0) for each in columns]).amax(0))
+        if (scale == 1).all():
+            continue
         moved = {name: value / scale for name, value in zip(parameters, values, strict=True)}
         moved |= {name: value * scale for name, value in zip(weights, columns, strict=True)}
         back = [*(moved[name] * scale for name in parameters), *(moved[name] / scale for name in weights)]
         # reason: half precision has few exponents, and what falls below them is no longer exact
-        if (scale != 1).any() and all(torch.equal(a, b) for a, b in zip(back, [*values, *columns], strict=True)):
+        if all(torch.equal(a, b) for a, b in zip(back, [*values, *columns], strict=True)):
             changed |= moved
     return with_tensors(graph_module, changed) if changed else graph_module
 

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from json import dumps
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -72,9 +72,6 @@ from sbs_fx.cli.results import check_output, finish, measured, saved_file
 from sbs_fx.cli.running import circumstances, default_directory, rerun, typed
 from sbs_fx.cli.settings import ListSettings, OptionsFile
 
-if TYPE_CHECKING:
-    pass
-
 app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
@@ -92,11 +89,6 @@ def _version(
 
         typer.echo(f"sbs-fx {of('sbs_fx')}")
         raise typer.Exit
-
-
-for command in (compare, sweep, export, bench, replan, rerun, init):
-    app.command()(with_verbosity(command))
-app.command("report")(with_verbosity(show_report))  # reason: `report` is the name of a value here
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -128,8 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         verbosity.reset(before)
 
 
-@app.command()
-@with_verbosity
 def inspect(
     model: Model,
     checkpoint: Checkpoint = None,
@@ -156,8 +146,6 @@ def inspect(
     typer.echo(report.to_json() if json else str(report), nl=json)
 
 
-@app.command()
-@with_verbosity
 def methods() -> None:
     """The methods of `compress`: what each does and needs."""
     from rich.table import Table
@@ -171,8 +159,6 @@ def methods() -> None:
     Console().print(table)
 
 
-@app.command()
-@with_verbosity
 def compress(
     context: typer.Context,
     model: Model,
@@ -296,8 +282,6 @@ def compress(
     finish(made, result, report.model_copy(update=told), out, json)
 
 
-@app.command()
-@with_verbosity
 def apply(
     model: Model,
     policy: Annotated[str, typer.Argument(metavar="POLICY", help="of an earlier run: its directory or policy.json")],
@@ -352,8 +336,6 @@ def apply(
     finish(made, result, report, out, json)
 
 
-@app.command()
-@with_verbosity
 def evaluate(
     model: Annotated[
         str,
@@ -395,22 +377,11 @@ def evaluate(
     typer.echo(dumps({"model": model, "accuracy": accuracy}) if json else f"{model}: {accuracy:.2f} % top-1")
 
 
-_ORDER = [
-    "init",
-    "inspect",
-    "methods",
-    "compress",
-    "report",
-    "evaluate",
-    "export",
-    "bench",
-    "replan",
-    "apply",
-    "rerun",
-    "compare",
-    "sweep",
-]
-app.registered_commands.sort(key=lambda each: _ORDER.index(each.name or each.callback.__name__))  # type: ignore[union-attr]
+# in the order in which they are used
+for command in (
+    init, inspect, methods, compress, show_report, evaluate, export, bench, replan, apply, rerun, compare, sweep,
+):  # fmt: skip
+    app.command()(with_verbosity(command))
 
 if __name__ == "__main__":
     main()

@@ -67,7 +67,8 @@ def export(
             examples, same, difference = compared(written, static, inputs)
             told = {"examples": examples, "same": same, "difference": difference}
         kernels = {} if written.kernels is None else {"kernels": written.kernels.summary}
-        record(model, [TargetRow(tool=written.name, file=os.path.basename(out), stored=stored(out), **kernels, **told)])
+        told |= {"file": os.path.basename(out), "stored": sum(map(_size, written.files)), **kernels}
+        record(model, [TargetRow(tool=written.name, **told)])
     exactly = "bit for bit" if static_of(static).exact else "up to rounding ties"
     part = static_of(static).metadata.get("part")
     of_part = "" if part is None else f"the part {part!r} of the model, "
@@ -83,16 +84,11 @@ def export(
         typer.echo(f"{written.name}: {written.kernels}")
 
 
-def stored(path: str) -> int:
-    """Bytes of a file and of what belongs to it: a directory's files, or those of the same name with another suffix
-    that were written with it."""
-    folder, name = os.path.split(os.path.abspath(path))
+def _size(path: str) -> int:
+    """Bytes of a file, or of all files of a folder."""
     if os.path.isdir(path):
         return sum(os.path.getsize(os.path.join(at, each)) for at, _, names in os.walk(path) for each in names)
-    stem, written = os.path.splitext(name)[0], os.path.getmtime(path)
-    beside = (os.path.join(folder, each) for each in os.listdir(folder) if os.path.splitext(each)[0] == stem)
-    # reason: parts of one file are written within a moment of each other
-    return sum(os.path.getsize(each) for each in beside if abs(os.path.getmtime(each) - written) < 2)
+    return os.path.getsize(path)
 
 
 def record(model: str, rows: Sequence[TargetRow]) -> None:

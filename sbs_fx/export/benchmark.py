@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from sbs_fx.export.formats import runner
 from sbs_fx.export.inductor import compile_float
 from sbs_fx.export.registry import BACKENDS
-from sbs_fx.export.runtime import Runner, has_vnni, layer_names, weight_name
+from sbs_fx.export.runtime import Runner, has_vnni, layer_names, of_batch, weight_name
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.graph import attribute
 from sbs_fx.plan.boundary import boundary
@@ -247,11 +247,6 @@ def _layers(run: Runner, static: fx.GraphModule, inputs: tuple[Tensor, ...]) -> 
         label = weight.removesuffix(".weight") or name
         rows.append(LayerTime(label, seconds.pop(name), "int8" if name in integer else "float", bits, channels))
     return (*rows, LayerTime("the rest", sum(seconds.values()), "", "", 0))
-
-
-def of_batch(example_inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
-    """The first example, so many times."""
-    return tuple(x[:1].repeat(batch, *[1] * (x.ndim - 1)) for x in example_inputs)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.export.registry import Numerics, target
-from sbs_fx.export.runtime import LAYERS, Kernels, Runner, require, weight_name
+from sbs_fx.export.runtime import LAYERS, Kernels, Runner, failing_as, of_batch, require, sorted_codes, weight_name
 from sbs_fx.export.signed import clip_values, shift_codes
 from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.dialects import static_of
@@ -35,24 +35,20 @@ def coreml_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, ba
     clip_values(signed.graph, fused=True)
     shift_codes(signed.graph)
     signed.recompile()
-    inputs = tuple(x[:1].expand(batch, *x.shape[1:]).contiguous() for x in example_inputs)
+    inputs = of_batch(example_inputs, batch)
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with quiet_torch(), torch.no_grad():
+        with failing_as("coremltools fails on this graph"), quiet_torch(), torch.no_grad():
             program = torch.export.export(signed.eval(), inputs, strict=False).run_decompositions({})
             model = tools.convert(
                 program, convert_to="mlprogram", minimum_deployment_target=tools.target.iOS17, skip_model_load=True
             )
-    except Exception as error:  # whatever the tool and its passes raise
-        raise BackendError(
-            f"coremltools fails on this graph: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        ) from error
     finally:
         logging.disable(level)
     codes = _quantised_weights(model)
     names = {node.name: weight_name(node) for node in static.graph.nodes if node.target in LAYERS}
-    weights = {name: _sorted(attribute(static, weight)) for name, weight in names.items() if weight}
+    weights = {name: sorted_codes(attribute(static, weight)) for name, weight in names.items() if weight}
     stored = static_of(static).weights
     integer = tuple(n for n, weight in names.items() if weight in stored and weights[n] in codes)
     return model, Kernels(integer, tuple(n for n in names if n not in integer))
@@ -66,12 +62,8 @@ def _quantised_weights(model: Any) -> set[bytes]:
                 readers = {child.op_type for child in operator.outputs[0].child_ops}
                 sources = [child.x.op for child in operator.outputs[0].child_ops if hasattr(child, "x")]
                 if readers and all(source is not None and source.op_type == "dequantize" for source in sources):
-                    found.add(_sorted(torch.from_numpy(operator.quantized_data.val.copy())))
+                    found.add(sorted_codes(torch.from_numpy(operator.quantized_data.val.copy())))
     return found
-
-
-def _sorted(codes: Tensor) -> bytes:
-    return codes.flatten().sort().values.numpy().tobytes()
 
 
 @target(

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from sbs_fx.export.onnx import LayerMatcher
 from sbs_fx.export.program import exported_program
 from sbs_fx.export.registry import backend, target
-from sbs_fx.export.runtime import LAYERS, Kernels, Runner, require, weight_name
+from sbs_fx.export.runtime import LAYERS, Kernels, Runner, failing_as, require, weight_name
 from sbs_fx.export.signed import clip_values, shift_codes
 from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE
@@ -51,19 +51,14 @@ def executorch_program(static: fx.GraphModule, example_inputs: Sequence[Tensor])
     )
     largest = max(BATCH, len(example_inputs[0]))
     program = exported_program(_signed(static), example_inputs, largest=largest)
-    try:
-        with _silent(), torch.no_grad():
-            lowered = exir.to_edge_transform_and_lower(
-                program,
-                partitioner=[xnnpack.XnnpackPartitioner()],
-                compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
-            )
-            integer = set(_integer_weights(lowered.exported_program().graph_module))
-            buffer = lowered.to_executorch().buffer
-    except Exception as error:  # whatever the tool and its passes raise
-        raise BackendError(
-            f"ExecuTorch fails on this graph: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+    with failing_as("ExecuTorch fails on this graph"), _silent(), torch.no_grad():
+        lowered = exir.to_edge_transform_and_lower(
+            program,
+            partitioner=[xnnpack.XnnpackPartitioner()],
+            compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
+        )
+        integer = set(_integer_weights(lowered.exported_program().graph_module))
+        buffer = lowered.to_executorch().buffer
     reached = (node.name for node in static.graph.nodes if node.target in LAYERS and weight_name(node) in integer)
     return buffer, LayerMatcher(static).kernels(reached)
 
@@ -74,10 +69,8 @@ def run_executorch(program: bytes, kernels: Kernels, *, threads: int = 0) -> Run
     if threads:
         library._unsafe_reset_threadpool(threads)
     loaded = runtime.Runtime.get().load_program(program)
-    try:
+    with failing_as("ExecuTorch's runtime cannot load this program"):
         held = program, loaded, loaded.load_method("forward")  # reason: the tool reads memory that it does not own
-    except RuntimeError as error:
-        raise BackendError(f"ExecuTorch's runtime cannot load this program: {str(error).splitlines()[0]}") from error
 
     def run(*inputs: Tensor) -> list[Tensor]:
         try:

@@ -86,18 +86,18 @@ def export(
             if target.runs:
                 tell("run and compare", 0.8)
                 check(runner, static, inputs)
-            _rename_all(folder, path.removesuffix(suffix), suffix)
+            files = _rename_all(folder, path.removesuffix(suffix), suffix)
     except OSError as error:
         if isinstance(error, FileError):
             raise
         raise FileError(f"cannot write {path!r}: {error.strerror or error}") from error
-    return replace(runner, inputs=inputs_of(static))
+    return replace(runner, inputs=inputs_of(static), files=files)
 
 
-def _rename_all(folder: str, stem: str, suffix: str) -> None:
-    """Give the files of a folder their final names, or none of them. Holds: files of two exports are never together
-    under those names. What is opened, of this suffix, goes first and comes last: killed in between, there is none. A
-    package is a folder, which never takes the place of one that holds something."""
+def _rename_all(folder: str, stem: str, suffix: str) -> tuple[str, ...]:
+    """Give the files of a folder their final names, or none of them; the names. Holds: files of two exports are never
+    together under those names. What is opened, of this suffix, goes first and comes last: killed in between, there is
+    none. A package is a folder, which never takes the place of one that holds something."""
     names = sorted(os.listdir(folder), key=lambda name: name.endswith(suffix))
     drafts = {stem + os.path.splitext(name)[1]: os.path.join(folder, name) for name in names}
     before = {final: f"{draft}.before" for final, draft in reversed(drafts.items()) if os.path.exists(final)}
@@ -116,6 +116,7 @@ def _rename_all(folder: str, stem: str, suffix: str) -> None:
             with suppress(OSError):
                 os.replace(aside, final)
         raise
+    return tuple(drafts)
 
 
 @boundary("runner")

@@ -18,9 +18,8 @@ from torch import Tensor, fx, nn
 
 from sbs_fx.export.program import exported_program
 from sbs_fx.export.registry import backend, target
-from sbs_fx.export.runtime import PROFILED, Kernels, Runner, layer_names, least, require
+from sbs_fx.export.runtime import PROFILED, Kernels, Runner, failing_as, layer_names, least, require
 from sbs_fx.passes.capture.export import quiet_torch
-from sbs_fx.plan.errors import BackendError
 
 # reason: importing it registers the patterns by which the compiler finds integer layers
 _PATTERNS = "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer"
@@ -81,14 +80,8 @@ def run_inductor(static: fx.GraphModule, example_inputs: Sequence[Tensor]) -> Ru
         BackendError: torchao is not installed, or the compiler fails.
     """
     compiled = Compiled(static)
-    try:
+    with failing_as("torch.compile fails on this graph"):
         compiled(*example_inputs)
-    except BackendError:
-        raise
-    except Exception as error:
-        raise BackendError(
-            f"torch.compile fails on this graph: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
     names = layer_names(static)
 
     def profile(*inputs: Tensor) -> dict[str, float]:
@@ -135,15 +128,10 @@ def save_aoti(static: fx.GraphModule, example_inputs: Sequence[Tensor], path: st
     """
     require(_PATTERNS)
     program = exported_program(static, example_inputs)
-    try:
-        with quiet_torch():
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=os.fspath(path), inductor_configs={"freezing": True}
-            )
-    except Exception as error:  # whatever the compiler raises
-        raise BackendError(
-            f"AOTInductor fails on this graph: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+    with failing_as("AOTInductor fails on this graph"), quiet_torch():
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=os.fspath(path), inductor_configs={"freezing": True}
+        )
 
 
 def run_aoti(path: str | os.PathLike[str]) -> Runner:

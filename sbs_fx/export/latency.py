@@ -31,8 +31,9 @@ from torch import Tensor, fx, nn
 
 from sbs_fx.calibration.calibrate import calibrate, calibration_batches
 from sbs_fx.export import BACKENDS, Runner, runner
-from sbs_fx.export.benchmark import of_batch, time_runners, torch_threads
+from sbs_fx.export.benchmark import time_runners, torch_threads
 from sbs_fx.export.inductor import compile_float
+from sbs_fx.export.runtime import of_batch
 from sbs_fx.passes import (
     ChannelGroups,
     CostModel,

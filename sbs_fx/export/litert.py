@@ -1,8 +1,8 @@
 """LiteRT (.tflite), for telephones, browsers and small boards.
 
 In: a static graph. Out: a file of int8 codes throughout, and which layers have an int8 kernel. Holds: results as
-torch's, under XNNPACK and under the runtime's reference kernels; a dynamic batch, or images one after another where the
-converter has no dynamic form of an operator, such as a reshape. It asks for a form of its own:
+torch's under XNNPACK, not always under the runtime's reference kernels; a dynamic batch, or images one after another
+where the converter has no dynamic form of an operator, such as a reshape. It asks for a form of its own:
 
     activations are signed codes, the same ones shifted by 128
     weights are floats on their grid, quantised and dequantised: it stores their codes
@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from sbs_fx.export.program import dynamic_shapes
 from sbs_fx.export.registry import Numerics, backend, target
-from sbs_fx.export.runtime import LAYERS, Kernels, Runner, require, weight_name
+from sbs_fx.export.runtime import LAYERS, Kernels, Runner, failing_as, require, sorted_codes, weight_name
 from sbs_fx.export.signed import clip_values, shift_codes
 from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.channels.facts import facts_of
@@ -105,13 +105,8 @@ def _takes_any_batch(model: bytes) -> bool:
 
 
 def _converted(litert: Any, signed: fx.GraphModule, inputs: tuple[Tensor, ...], options: Mapping[str, Any]) -> bytes:
-    try:
-        with _silent(litert), torch.no_grad():
-            return litert.convert(signed, inputs, **options)._exporter.to_bytes()
-    except Exception as error:  # whatever the tool and its passes raise
-        raise BackendError(
-            f"LiteRT's converter fails on this graph: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        ) from error
+    with failing_as("LiteRT's converter fails on this graph"), _silent(litert), torch.no_grad():
+        return litert.convert(signed, inputs, **options)._exporter.to_bytes()
 
 
 def _of_batch(x: Tensor, batch: int) -> Tensor:
@@ -138,12 +133,8 @@ def run_litert(model: bytes, static: fx.GraphModule, *, threads: int = 0, refere
 
     def once(inputs: Sequence[Tensor]) -> list[Tensor]:
         codes = {d["name"]: input_codes(x, d).contiguous().numpy() for x, d in zip(inputs, takes, strict=True)}
-        try:
+        with failing_as(f"LiteRT cannot run inputs of shapes {[tuple(x.shape) for x in inputs]}"):
             results = held[1](**codes)
-        except (RuntimeError, ValueError) as error:
-            raise BackendError(
-                f"LiteRT cannot run inputs of shapes {[tuple(x.shape) for x in inputs]}: {str(error).splitlines()[0]}"
-            ) from error
         return [_values(torch.from_numpy(results[d["name"]].copy()), d) for d in gives]
 
     def run(*inputs: Tensor) -> list[Tensor]:
@@ -174,13 +165,13 @@ def litert_kernels(model: bytes, static: fx.GraphModule) -> Kernels:
             # reason: a transposed convolution takes the shape of its result first
             source = operator["inputs"][2] if operator["op_name"] == "TRANSPOSE_CONV" else source
             if kinds[source] == kinds[weight] == kinds[operator["outputs"][0]] == "int8":
-                held.append(_sorted(torch.from_numpy(interpreter.get_tensor(weight).copy())))
+                held.append(sorted_codes(torch.from_numpy(interpreter.get_tensor(weight).copy())))
     integer: list[str] = []
     floating: list[str] = []
     for node in static.graph.nodes:
         if node.target in LAYERS:
             name = weight_name(node)
-            codes = _sorted(attribute(static, name)) if name else b""
+            codes = sorted_codes(attribute(static, name)) if name else b""
             (integer if codes in held else floating).append(node.name)
             if codes in held:
                 held.remove(codes)
@@ -204,11 +195,6 @@ def _in_order(details: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Inputs or outputs as the graph has them, by the number at the end of the converter's names."""
     names = sorted(details, key=lambda name: int(name.rpartition("_")[2]))
     return [{**details[name], "name": name} for name in names]
-
-
-def _sorted(codes: Tensor) -> bytes:
-    """Codes in ascending order: the same whatever the order of dimensions."""
-    return codes.flatten().sort().values.numpy().tobytes()
 
 
 def _signed(static: fx.GraphModule) -> fx.GraphModule:

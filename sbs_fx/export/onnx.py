@@ -22,11 +22,10 @@ from torch import Tensor, fx
 from sbs_fx.export.onnx_graph import for_integer_products
 from sbs_fx.export.program import exported_program
 from sbs_fx.export.registry import backend, target
-from sbs_fx.export.runtime import PROFILED, Kernels, Runner, layer_names, require
+from sbs_fx.export.runtime import PROFILED, Kernels, Runner, failing_as, layer_names, require
 from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, static_of
 from sbs_fx.plan import current_versions, write_atomic
-from sbs_fx.plan.errors import BackendError
 
 OPSET = 21  # the first with 4-bit integers
 # reason: fused to a Gemm first, what is still a product of tensors would never become an integer one
@@ -73,13 +72,8 @@ def onnx_model(
     program = exported_program(graph, example_inputs)
     names = dict(zip(layer_names(program.graph_module), layer_names(static), strict=True))
     codes = dict(zip(_quantizer_names(program.graph_module), _quantizer_names(graph), strict=True))
-    try:
-        with quiet_torch():
-            exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
-    except Exception as error:  # whatever the exporter and its own passes raise
-        raise BackendError(
-            f"cannot be exported to ONNX: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+    with failing_as("cannot be exported to ONNX"), quiet_torch():
+        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     assert exported is not None
     model = exported.model_proto
     _name_layers(model.graph, names, codes)
@@ -328,12 +322,9 @@ def _most_bits(bits: int | Sequence[int]) -> int:
 )
 def onnx(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
     """`save_onnx`, and the file as ONNX Runtime loads it."""
-    save_onnx(static, inputs, path, options["metadata"], **_asked(options))
+    asked = {"low_bits": bool(options.get("low_bits")), "opset": options.get("opset") or OPSET}
+    save_onnx(static, inputs, path, options["metadata"], **asked)
     return run_onnx(Path(path).read_bytes(), static)
-
-
-def _asked(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"low_bits": bool(options.get("low_bits")), "opset": options.get("opset") or OPSET}
 
 
 @backend("onnxruntime")

@@ -7,7 +7,8 @@ the static graph's before anybody sees it, where `check` was called; a missing t
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 from sbs_fx.passes.capture.inputs import InputSpec
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.folding import CONVOLUTIONS, TRANSPOSED
+from sbs_fx.plan.boundary import first_line
 from sbs_fx.plan.errors import BackendError
 
 LAYERS = CONVOLUTIONS | TRANSPOSED | {torch.ops.aten.linear.default}
@@ -68,6 +70,7 @@ class Runner:
         name: of the backend. run: takes and gives what the graph does, on the CPU. kernels: None if it cannot tell.
         profile: inputs -> seconds of one call by layer, and by other operators under names of their own.
         inputs: what each call is checked against. lost: what the file could not keep of the graph, by tensor.
+        files: what was written, files or folders.
 
     >>> Runner("eager", result.model)(images).shape
     torch.Size([2, 4])
@@ -79,12 +82,34 @@ class Runner:
     profile: Callable[..., Mapping[str, float]] | None = None
     inputs: InputSpec | None = None
     lost: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Raises InputError for inputs that the graph was not made for."""
         if self.inputs is not None:
             self.inputs.check(inputs)
         return self.run(*inputs)
+
+
+@contextmanager
+def failing_as(doing: str) -> Iterator[None]:
+    """Whatever a tool raises meanwhile becomes a BackendError of one line: what was being done, and what stopped it."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as error:  # whatever the tool and its passes raise
+        raise BackendError(f"{doing}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def of_batch(example_inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
+    """The first example, so many times."""
+    return tuple(x[:1].repeat(batch, *[1] * (x.ndim - 1)) for x in example_inputs)
+
+
+def sorted_codes(codes: Tensor) -> bytes:
+    """Codes in ascending order, by which a weight is known in a file whatever the order of its dimensions."""
+    return codes.flatten().sort().values.numpy().tobytes()
 
 
 def require(*modules: str) -> list[Any]:

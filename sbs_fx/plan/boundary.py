@@ -70,7 +70,7 @@ def boundary(doing: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
 def translated(error: Exception, doing: str) -> SbsError:
     """The error of ours for any other, in one line: what was being done, what stopped it, and what to do."""
-    told = f"{doing} stopped at {type(error).__name__}: {_first_line(error)}"
+    told = f"{doing} stopped at {type(error).__name__}: {first_line(error)}"
     kind = type(error).__module__
     if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
         return SbsError(f"{told}; there is not enough memory: give smaller batches or inputs, or fewer of them")
@@ -82,7 +82,7 @@ def translated(error: Exception, doing: str) -> SbsError:
     if isinstance(error, OSError):
         place = "" if error.filename is None else f"{error.filename!r}: "
         return FileError(
-            f"{doing} stopped at {place}{error.strerror or _first_line(error)}; check that it is there, may be read or "
+            f"{doing} stopped at {place}{error.strerror or first_line(error)}; check that it is there, may be read or "
             "written, and that the disk has room"
         )
     if isinstance(error, ImportError):
@@ -90,7 +90,7 @@ def translated(error: Exception, doing: str) -> SbsError:
     return SbsError(f"{told}; no check foresaw this: please report it with the cause of this error (-v shows it)")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """An error's text without where in a graph it was, in which torch ends many of its own."""
     text = str(error).partition("While executing %")[0]
     line = next((" ".join(line.split()) for line in text.splitlines() if line.strip()), "it says no more")
