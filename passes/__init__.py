@@ -1,5 +1,6 @@
 """Graph passes, each a callable that can be used alone or inside torch's `PassManager` (see `as_pass`)."""
 
+from sbs_fx.passes.attention import explicit_attention
 from sbs_fx.passes.capture.trace import trace
 from sbs_fx.passes.channels.facts import Facts, always, any_of, keeps
 from sbs_fx.passes.channels.groups import ChannelGroup, ChannelGroups, channel_groups
@@ -35,6 +36,7 @@ __all__ = [
     "channel_groups",
     "cost_model",
     "equalise",
+    "explicit_attention",
     "finalize",
     "insert_gates",
     "integer_grid",

@@ -23,7 +23,7 @@ from sbs_fx.data.prepared import Prepare, prepared
 from sbs_fx.export.latency import latency_model
 from sbs_fx.models import create_model, input_config
 from sbs_fx.models import example_inputs as derive_inputs
-from sbs_fx.passes import CostModel, channel_groups, cost_model, equalise, trace
+from sbs_fx.passes import CostModel, channel_groups, cost_model, equalise, explicit_attention, trace
 from sbs_fx.passes.capture.export import Dynamic
 from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.passes.capture.models import unwrapped
@@ -140,7 +140,7 @@ def traced_model(
     with naming_parts(module, called, dynamic, job.part):
         graph = trace(module, called, dynamic=dynamic)
     if job.config.quantise:
-        graph = equalise(graph)
+        graph = explicit_attention(equalise(graph))
     set_task(graph, task)
     card = input_config(module)
     _, inputs = Signature.of(module, called)

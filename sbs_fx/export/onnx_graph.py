@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from sbs_fx.passes.attention import ATTENTION, as_products, has_added_mask
 from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE
 from sbs_fx.passes.graph import attribute, copy_graph
 
@@ -76,29 +77,14 @@ def _patches_as_linear(module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def attention_as_products(graph: fx.Graph) -> None:
-    """Each attention without a mask as two products and a softmax, in place."""
-    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-        _as_products(graph, node)
-
-
-def _as_products(graph: fx.Graph, node: fx.Node) -> None:
-    query, key, value, *rest = node.args
-    others = [*rest, *(v for k, v in node.kwargs.items() if k != "scale")]
-    if any(other is not None and other != 0 for other in others):
-        return
-    scale = node.kwargs["scale"]
-    with graph.inserting_before(node):
-        call = graph.call_function
+    """Each attention whose mask is added, or that has none, as two products and a softmax, in place."""
+    for node in filter(has_added_mask, graph.find_nodes(op="call_function", target=ATTENTION)):
+        query, factor = node.args[0], node.kwargs["scale"]
         if query.target is DEQUANTIZE:
-            query = call(DEQUANTIZE, (query.args[0], query.args[1] * scale, *query.args[2:]))
-        else:
-            query = call(aten.mul.Tensor, (query, scale))
-        scores = call(aten.matmul.default, (query, call(aten.transpose.int, (key, -1, -2))))
-        shares = call(aten.softmax.int, (scores, -1))
-        product = call(aten.matmul.default, (shares, value))
-    product.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(product)
-    graph.erase_node(node)
+            with graph.inserting_before(node):
+                codes, step, *rest = query.args
+                query, factor = graph.call_function(DEQUANTIZE, (codes, step * factor, *rest)), 1.0
+        as_products(node, query, factor)
 
 
 def _flat(graph: fx.Graph, node: fx.Node) -> None:
