@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import ConfigDict, model_validator
 
+from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.errors import ConstraintError, FileError, PolicyMismatch
 from sbs_fx.plan.files import checksum_of, parse_object, read_as, write_atomic
 from sbs_fx.plan.plan import Kind
@@ -105,7 +106,8 @@ class Sensitivities(Value):
             row = rows.get((choice.kind, choice.name))
             if len(choice.values) == 1:
                 continue
-            places = [] if row is None else [i for i, value in enumerate(row.choices) if value in choice.values]
+            free = {*choice.values, *((FLOAT_BITS,) if problem.space.may_stay_float(choice.kind, choice.name) else ())}
+            places = [] if row is None else [i for i, value in enumerate(row.choices) if value in free]
             if row is None or not places:
                 raise ConstraintError(
                     f"{choice.kind} {choice.name!r} may be any of {choice.values}, of which none was measured; "

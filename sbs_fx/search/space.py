@@ -146,6 +146,12 @@ class Space:
     def values(self, kind: Kind, name: str) -> tuple[int, ...]:
         return self.by_name[kind, name].values
 
+    def may_stay_float(self, kind: Kind, name: str) -> bool:
+        """Whether nobody has said which bits an activation may have, so that float is left to one that needs it."""
+        settings = self.settings
+        said = settings.activation_bits is not None or settings.candidates != DEFAULT_CANDIDATES
+        return kind == "activation" and self.values(kind, name) == DEFAULT_CANDIDATES and not said
+
     def at_most(self, kind: Kind, name: str, bits: int) -> int:
         """The most of the values that is not above `bits`, or the least."""
         values = self.values(kind, name)

@@ -41,6 +41,7 @@ _MOVES = (2, 4, 8, 16)  # decisions that change at once
 _NOTHING = 1e-3  # nats an image: so near the float model that there is nothing to gain
 _BATCH, _ELEMENTS = 64, 1 << 20  # images that gradients are taken of at a time, and numbers in them, at most
 _FEWEST_JUDGED = 32
+_UNBEARABLE = 0.1  # nats an image that one tensor's most bits lose alone, more than all of a sound network's together
 
 
 class TwoStage(Settings):
@@ -113,6 +114,7 @@ def two_stage(problem: Problem, run: Run) -> SearchResult:
     floor = measuring(opened)
     passes = int(search.effort / (macs * predictor.images))
     decisions = _measured(decisions, opened, floor, measuring, min(search.measured, passes // 4))
+    decisions = [_with_float(each) if space.may_stay_float(each.kind, each.name) else each for each in decisions]
     table = Sensitivities.of(problem, "two_stage", decisions)
     allocator = Allocator(problem, search.time_limit)
     scored = _scored(allocator.candidates(decisions), measuring)
@@ -131,6 +133,11 @@ def two_stage(problem: Problem, run: Run) -> SearchResult:
     notes = [] if evidence.labelled else ["the data has no labels: the model's own predictions stood in for them"]
     if not best.proven:
         notes.append(f"the solver stopped before its end; the plan is at most {best.gap:.1%} above the bound")
+    notes += [
+        f"the activation {d.name!r} stays in float: {d.choices[-2]} bits alone would lose {d.losses[-2]:.2g} nats"
+        for d in decisions
+        if d.kind == "activation" and d.choices[-1] == FLOAT_BITS == best.plan.activation_bits[d.name]
+    ]
     considered = tuple(Considered(c.name, c.loss, loss, c.gap, c.proven) for loss, c in scored)
     return SearchResult(best.plan, notes=tuple(notes), considered=considered, sensitivities=table)
 
@@ -251,6 +258,13 @@ def _measured(decisions: list[Decision], start: Plan, base: float, measuring: Me
         )
         for i, decision in enumerate(decisions)
     ]
+
+
+def _with_float(decision: Decision) -> Decision:
+    """An activation that its most bits cannot hold may stay as it is, which loses nothing."""
+    if decision.losses[-1] <= _UNBEARABLE:
+        return decision
+    return replace(decision, choices=(*decision.choices, FLOAT_BITS), losses=(*decision.losses, 0.0))
 
 
 def _around(decisions: list[Decision], centre: Candidate, loss: float, measuring: Measuring) -> list[Decision]:

@@ -20,6 +20,7 @@ from sbs_fx.plan.errors import DataError, InfeasibleBudget, SettingsError, Weigh
 from sbs_fx.search import Run, SearchResult, TwoStage, two_stage
 from sbs_fx.search.allocation import Allocator, Decision
 from sbs_fx.search.dynamic_norm import Predictor
+from sbs_fx.search.sensitivities import replan
 from sbs_fx.search.sensitivity import sensitivity
 from sbs_fx.search.two_stage import _levels, evidence_of
 from tests.networks.models import SMALLEST, example
@@ -376,3 +377,36 @@ def test_predicted_loss_is_that_of_moved_statistics(trained: CostModel) -> None:
     assert dynamic == pytest.approx(float(by_hand), rel=1e-3)
     predictor.reset()
     assert predictor(open_, dynamic=False) == pytest.approx(0, abs=1e-6)
+
+
+class Outlier(nn.Module):
+    """One channel of the tensor between two layers is 20,000 times the others, and counts for next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 1), nn.Linear(16, 4)
+        self.factors = nn.Parameter(torch.tensor([2e4, *[1.0] * 15]).view(16, 1, 1))
+        with torch.no_grad():
+            self.middle.weight[:, 0] *= 1e-6
+            self.last.weight *= 30
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x).tanh() * self.factors).relu().mean((2, 3)))
+
+
+def test_what_8_bits_cannot_hold_stays_in_float_unless_bits_were_asked_for() -> None:
+    torch.manual_seed(0)
+    cost = cost_of(Outlier().eval(), IMAGES)
+    data = [x for x, _ in digits(64)]
+    loose, asked = (
+        searched(cost, Budget(bops=0.3), data, FEWEST, prune=False, **space) for space in ({}, {"candidates": (4, 8)})
+    )
+    (between,) = (name for name, bits in loose.plan.activation_bits.items() if bits == 32)
+    assert any(f"the activation {between!r} stays in float: 8 bits alone would lose" in note for note in loose.notes)
+    assert 32 not in asked.plan.activation_bits.values()
+    # and a table that was kept says the same under another budget, or that there is no room for it
+    problem = problem_of(cost, IMAGES, Budget(bops=0.25), prune=False)
+    assert loose.sensitivities is not None
+    assert replan(problem, loose.sensitivities).plan.activation_bits[between] == 32
+    tight = problem_of(cost, IMAGES, Budget(bops=0.05), prune=False)
+    assert replan(tight, loose.sensitivities).plan.activation_bits[between] < 32
