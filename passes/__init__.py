@@ -13,6 +13,7 @@ from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, channel_
 from sbs_fx.passes.graph import on_device
 from sbs_fx.passes.pass_manager import as_pass
 from sbs_fx.passes.static.finalize import finalize
+from sbs_fx.passes.static.fused import fused
 from sbs_fx.passes.static.integer_grid import integer_grid
 from sbs_fx.passes.static.integer_joins import integer_joins
 
@@ -38,6 +39,7 @@ __all__ = [
     "equalise",
     "explicit_attention",
     "finalize",
+    "fused",
     "insert_gates",
     "integer_grid",
     "integer_joins",

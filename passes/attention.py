@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.passes.graph import copy_graph
+from sbs_fx.passes.graph import with_tensors
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -29,7 +29,8 @@ def explicit_attention(graph_module: fx.GraphModule) -> fx.GraphModule:
         graph_module: traced; it stays as it is.
 
     Returns:
-        A copy that gives the same to rounding, or the graph itself where there is no attention to take apart.
+        Another graph of the same tensors, which gives the same to rounding, or the graph itself where there is no
+        attention to take apart.
 
     >>> from torch.nn.functional import scaled_dot_product_attention
     >>> from sbs_fx.passes import explicit_attention, trace
@@ -42,7 +43,7 @@ def explicit_attention(graph_module: fx.GraphModule) -> fx.GraphModule:
     """
     if not any(map(_is_explicable, graph_module.graph.find_nodes(op="call_function", target=ATTENTION))):
         return graph_module
-    result = copy_graph(graph_module)
+    result = with_tensors(graph_module, {})
     for node in result.graph.find_nodes(op="call_function", target=ATTENTION):
         if _is_explicable(node):
             as_products(node, node.args[0], node.kwargs["scale"])

@@ -29,7 +29,8 @@ def equalise(graph_module: fx.GraphModule) -> fx.GraphModule:
         graph_module: traced; it stays as it is.
 
     Returns:
-        A copy that gives the same bits, or the graph itself where there is nothing to move.
+        A copy that gives the same bits and has the tensors that did not change in common with it, or the graph itself
+        where there is nothing to move.
 
     >>> import torch
     >>> from sbs_fx.passes import equalise, trace

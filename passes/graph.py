@@ -31,24 +31,29 @@ def input_count(module: torch.nn.Module) -> int:
     return len(module.graph.find_nodes(op="placeholder")) if isinstance(module, fx.GraphModule) else 1
 
 
+def read_tensors(graph_module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The parameters and buffers that some node reads, by name."""
+    names = dict.fromkeys(str(n.target) for n in graph_module.graph.find_nodes(op="get_attr"))
+    return {name: attribute(graph_module, name) for name in names}
+
+
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy that owns its own tensors; nodes keep their names and metadata."""
-    names = dict.fromkeys(str(n.target) for n in graph_module.graph.find_nodes(op="get_attr"))
-    tensors = {}
-    for name in names:
-        old = attribute(graph_module, name)
-        new = old.detach().clone()
-        tensors[name] = torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
-    return copy_with(graph_module, tensors)
+    tensors = read_tensors(graph_module)
+    return copy_with(graph_module, {name: _like(old, old.detach().clone()) for name, old in tensors.items()})
 
 
+@torch.no_grad()
 def with_tensors(graph_module: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
-    """A copy whose parameters and buffers of these names have these values."""
-    result = copy_graph(graph_module)
-    with torch.no_grad():
-        for name, value in tensors.items():
-            attribute(result, name).copy_(value)
-    return result
+    """A copy of the graph whose parameters and buffers of these names have these values; all others are the same
+    tensors (reason: of a large network another copy of everything may not fit)."""
+    own = read_tensors(graph_module)
+    changed = {n: _like(own[n], own[n].detach().clone().copy_(value)) for n, value in tensors.items()}
+    return copy_with(graph_module, {**own, **changed})
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
 
 
 def copy_with(graph_module: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:

@@ -315,10 +315,12 @@ def _realised(traced: Traced, cost: CostModel, searched: SearchResult, policy: P
     job.stage("slim", 0.4)
     looked_at = job.looked_at(graph, traced.inputs)
     fidelity = Fidelity(graph, looked_at)
-    slimmed = slim(with_tensors(graph, searched.tensors), groups, plan.kept)
-    if plan.nonzeros or any(len(kept) < groups[name].size for name, kept in plan.kept.items()):
-        fidelity.add("pruned", slimmed)
-    gated = insert_gates(slimmed, groups, channels=False, zero_points=config.numerics.zero_points)
+    whole = with_tensors(graph, searched.tensors)
+    pruned = any(len(kept) < groups[name].size for name, kept in plan.kept.items())
+    whole = slim(whole, groups, plan.kept) if pruned else whole
+    if plan.nonzeros or pruned:
+        fidelity.add("pruned", whole)
+    gated = insert_gates(whole, groups, channels=False, zero_points=config.numerics.zero_points)
     apply_bits(gated, slim_bits(groups, plan), plan.activation_bits)
     observed = None
     if _rounds(plan):

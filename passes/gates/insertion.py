@@ -285,13 +285,14 @@ class _Builder:
             bits = self._candidates("weight", name)
             gate = SuperBitQuantizer(channels=channels, channel_dim=dim, signed=True, candidates=bits)
             self.weights[name] = self._add("weight_gates", name, gate)
-            self._quantize(self.weights[name], places)
+            for node in self._quantize(self.weights[name], places):
+                min(node.users).prepend(node)  # reason: a rounded weight lives no longer than what reads it
 
     def _candidates(self, kind: Kind, name: str) -> tuple[int, ...]:
         bits = self.candidates(kind, name)
         return _DEFAULT if bits == (FLOAT_BITS,) else bits
 
-    def _quantize(self, target: str, places: list[tuple[Layer, Path]]) -> None:
+    def _quantize(self, target: str, places: list[tuple[Layer, Path]]) -> list[fx.Node]:
         """One node of the gate after the tensor, read by every layer that multiplies it."""
         made: dict[fx.Node, fx.Node] = {}
         for layer, path in places:
@@ -303,6 +304,7 @@ class _Builder:
                     made[source] = self.graph.call_module(target, (source,))
                 made[source].meta = dict(source.meta)
             _replace_at(consumer, path, made[source])
+        return list(made.values())
 
     # -- modes -----------------------------------------------------------------------------------------------------
 

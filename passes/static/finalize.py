@@ -212,7 +212,7 @@ class _Lowering:
         return self._quantized(node, gate, weight, factor)
 
     def _quantized(self, node: fx.Node, gate: SuperBitQuantizer, weight: Tensor, factor: Tensor | None) -> fx.Node:
-        codes = gate.codes(weight).to(torch.int8)
+        codes = gate.codes(weight, torch.int8)
         axis = gate.channel_dim % weight.ndim
         shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
         scale = gate.scale().float().expand(weight.shape[axis]).view(shape)

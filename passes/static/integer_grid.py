@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from sbs_fx.passes.dialects import DEQUANTIZE, StoredWeight, quantizers, set_dialect, static_of
 from sbs_fx.passes.folding import CONVOLUTIONS
-from sbs_fx.passes.graph import attribute, copy_graph
+from sbs_fx.passes.graph import attribute, read_tensors, with_tensors
 from sbs_fx.quantizer.grid import level
 
 aten = torch.ops.aten
@@ -33,8 +33,8 @@ def integer_grid(static: fx.GraphModule, *, exact: bool = False) -> fx.GraphModu
     >>> integer_grid(finalize(result.gated), exact=True).meta["sbs_fx"].exact
     True
     """
-    result = copy_graph(static)
     dialect = static_of(static)
+    result = with_tensors(static, {n: t for n, t in read_tensors(static).items() if exact or _is_edited(static, n, t)})
     set_dialect(result, replace(dialect, exact=exact))
     for name, stored in dialect.weights.items():
         _mend_empty_channels(*_codes_and_scale(result, name, stored))
@@ -51,6 +51,12 @@ def integer_grid(static: fx.GraphModule, *, exact: bool = False) -> fx.GraphModu
     result.graph.lint()
     result.recompile()
     return result.eval()
+
+
+def _is_edited(static: fx.GraphModule, name: str, tensor: Tensor) -> bool:
+    """Whether anything but exact scales may change a tensor: floats, and the codes of a weight with empty channels."""
+    codes = name in static_of(static).weights
+    return tensor.is_floating_point() if not codes else bool((attribute(static, f"{name}_scale") == 0).any())
 
 
 def _codes_and_scale(module: fx.GraphModule, name: str, stored: StoredWeight) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,9 @@ from sbs_fx.data.batches import in_cache
 from sbs_fx.passes.channels.facts import facts_of, non_negative
 from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, StaticActivation, quantizers, set_dialect, static_of
 from sbs_fx.passes.folding import CONVOLUTIONS
-from sbs_fx.passes.graph import copy_graph
+from sbs_fx.passes.graph import with_tensors
 from sbs_fx.passes.static.finalize import MAX_CODE, MIDDLE
+from sbs_fx.passes.static.fused import fused
 from sbs_fx.quantizer.ranges import SAMPLED, Histogram
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 
@@ -41,7 +42,7 @@ def integer_joins(
     known: Mapping[str, Histogram] | None = None,
     zero_points: bool = True,
 ) -> fx.GraphModule:
-    """A copy of a static graph with integer joins, their ranges taken from what the graph computes on `batches`.
+    """Another graph of the same tensors with integer joins, their ranges from what the graph computes on `batches`.
 
     Args:
         static: from `finalize`.
@@ -56,7 +57,7 @@ def integer_joins(
     >>> static(images).shape
     torch.Size([2, 4])
     """
-    result = copy_graph(static)
+    result = with_tensors(static, {})
     activations = dict(static_of(static).activations)
     _use_all_codes(result)
     sites = _sites(result.graph, {*static_of(static).floats})
@@ -120,16 +121,16 @@ def _alike(node: fx.Node) -> bool:
 
 
 class _Observer(fx.Interpreter):
-    """Keeps a histogram of some nodes' values."""
+    """Keeps a histogram of the values of some nodes, by name."""
 
-    def __init__(self, module: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
+    def __init__(self, module: fx.GraphModule, names: Iterable[str]) -> None:
         super().__init__(module)
-        self.histograms = {node: Histogram(SAMPLED) for node in nodes}
+        self.histograms = {name: Histogram(SAMPLED) for name in names}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self.histograms:
-            self.histograms[n].add(value)
+        if n.name in self.histograms:
+            self.histograms[n.name].add(value)
         return value
 
 
@@ -141,7 +142,7 @@ def _set_ranges(
     percentile: float,
     known: Mapping[str, Histogram],
 ) -> None:
-    observer = _Observer(module, (node for node in gates if node.name not in known))
+    observer = _Observer(fused(module), (node.name for node in gates if node.name not in known))
     seen = 0
     with torch.no_grad():
         for batch in batches if observer.histograms else ():
@@ -152,7 +153,7 @@ def _set_ranges(
                 observer.run(*part)
     for node, gate in gates.items():
         gate.fix(BITS)
-        (known.get(node.name) or observer.histograms[node]).set_range(gate, method, percentile)
+        (known.get(node.name) or observer.histograms[node.name]).set_range(gate, method, percentile)
 
 
 # -- nodes -------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.passes.dialects import StoredWeight, set_dialect, static_of
-from sbs_fx.passes.graph import attribute, copy_with
+from sbs_fx.passes.graph import attribute, copy_with, read_tensors
 from sbs_fx.passes.static.fold import Constants
 from sbs_fx.plan.bits import place_bits
 from sbs_fx.plan.errors import GraphError
@@ -319,9 +319,3 @@ def _register(module: torch.nn.Module, name: str, value: Tensor) -> None:
     """A buffer of a module that exists."""
     owner, _, leaf = name.rpartition(".")
     module.get_submodule(owner).register_buffer(leaf, value)
-
-
-def read_tensors(module: fx.GraphModule) -> dict[str, Tensor]:
-    """The tensors that a graph reads, by name."""
-    names = dict.fromkeys(str(node.target) for node in module.graph.find_nodes(op="get_attr"))
-    return {name: attribute(module, name) for name in names}

@@ -330,11 +330,15 @@ class SuperBitQuantizer(nn.Module):
         return self.range.detach().clamp_min(LEAST_RANGE) / self._bounds(self.range.dtype)[2]
 
     @torch.no_grad()
-    def codes(self, x: Tensor) -> Tensor:
-        """Integer levels of x at the fixed bits, int32, of x's shape."""
+    def codes(self, x: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+        """Integer levels of x at the fixed bits, of x's shape; a few rows at a time, which takes little memory."""
         low, high, divisor = (self._along(bound, x) for bound in self._bounds(_precision(x)))
         value, width = _ranges(x, self._along(self.range, x))
-        return _encode(value, width / divisor, low, high).to(torch.int32)
+        result, rows = torch.empty(x.shape, dtype=dtype, device=x.device), max(1, (1 << 18) // max(1, x[:1].numel()))
+        whole = torch.broadcast_tensors(result, value, width / divisor, *map(torch.as_tensor, (low, high)))
+        for piece, *arguments in zip(*(tensor.split(rows) for tensor in whole), strict=True):
+            piece.copy_(_encode(*arguments))
+        return result
 
     @torch.no_grad()
     def set_ends(self, low: float, high: float) -> None:
@@ -379,15 +383,13 @@ class SuperBitQuantizer(nn.Module):
             table = [level(bits, self.signed) for bits in range(max(BITS) + 1)]
             chosen = torch.tensor(table, dtype=dtype, device=self.range.device)[self.channel_bits]
             return chosen[:, 0], chosen[:, 1], chosen[:, 2]
-        if self._bits is None or self._bits == FLOAT_BITS:
+        if self._bits in (None, FLOAT_BITS):
             state = "searching" if self._bits is None else "open at float precision"
             raise PolicyError(f"a quantiser that is {state} has no scale; call fix with one of {BITS} first")
         return level(self._bits, self.signed, self.below)
 
     def _sides(self) -> Sides:
-        if self.below is not None:
-            return -2 * self.below, 2 - 2 * self.below
-        return (-1.0 if self.signed else 0.0), 1.0
+        return (-1.0 if self.signed else 0.0, 1.0) if self.below is None else (-2 * self.below, 2 - 2 * self.below)
 
     def _along(self, values: Any, x: Tensor) -> Any:
         """Per-channel values in the shape that broadcasts over x; anything else as it is."""

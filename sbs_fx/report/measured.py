@@ -23,7 +23,7 @@ from sbs_fx.passes.graph import channel_rows
 from sbs_fx.plan.errors import InputError
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
 from sbs_fx.report.data import StageRow, TensorRow
-from sbs_fx.training.evaluation import mode
+from sbs_fx.training.evaluation import mode, runs
 from sbs_fx.training.task import task_of
 
 
@@ -49,7 +49,7 @@ class Fidelity:
         if not self.inputs:
             return
         now = time.perf_counter()
-        outputs = _outputs(network, self.inputs)
+        outputs = _outputs(runs(network), self.inputs)
         pairs = list(zip(outputs, self.wanted, strict=True))
         sizes = [len(x[0]) for x in self.inputs]
         with torch.no_grad():

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from sbs_fx.passes.capture.trace import trace
 from sbs_fx.passes.channels.groups import channel_groups
 from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, insert_gates, weight_gates
 from sbs_fx.passes.oracles.static import compare_static, count_levels
 from sbs_fx.passes.static.finalize import finalize
+from sbs_fx.passes.static.fused import fused
 from sbs_fx.plan.bits import BITS
 from sbs_fx.quantizer.ranges import set_range
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
@@ -113,6 +115,9 @@ def check_static(gated: fx.GraphModule, x: Tensor, static: fx.GraphModule | None
         name: g.bits for name, g in activation_gates(gated).items() if g.bits != 32
     }
     assert all(c.is_real for c in levels), [c for c in levels if not c.is_real]
+    with torch.no_grad():
+        for theirs, ours in zip(pytree.tree_leaves(fused(static)(x)), pytree.tree_leaves(static(x)), strict=True):
+            assert torch.equal(theirs, ours)
     return static
 
 
