@@ -17,15 +17,15 @@ class TradeoffPlot {
     this.dots = s("g", {});
     const { width, height, left, right, top, bottom } = FRAME;
     const decades = [];
-    for (let power = Math.ceil(Math.log10(this.bottom)); 10 ** power <= this.top; power++) decades.push(10 ** power);
-    const ends = [this.low * 1.1, this.high / 1.1].filter((price) => Math.abs(Math.log(price)) > 0.2);
+    for (let power = Math.ceil(Math.log10(this.bottom)); 10 ** power <= this.top; power++) decades.push(power);
+    const ends = [this.low * 1.1, this.high / 1.1].filter((price) => Math.abs(this.x(price) - this.x(1)) > 80);
     const label = (price) => s("text", { class: "tick", x: this.x(price), y: height - 24, "text-anchor": price > 1 ? "end" : price < 1 ? "start" : "middle" }, text(price));
     this.element = s(
       "svg",
       { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "estimated loss over price" },
-      decades.flatMap((loss) => [
-        s("line", { class: "rule", x1: left, x2: width - right, y1: this.y(loss), y2: this.y(loss) }),
-        s("text", { class: "tick", x: left - 6, y: this.y(loss) + 4, "text-anchor": "end" }, significant(loss, 1)),
+      decades.flatMap((power) => [
+        s("line", { class: "rule", x1: left, x2: width - right, y1: this.y(10 ** power), y2: this.y(10 ** power) }),
+        s("text", { class: "tick", x: left - 6, y: this.y(10 ** power) + 4, "text-anchor": "end" }, `10${superscript(power)}`),
       ]),
       s("line", { class: "curve dashed", x1: this.x(1), x2: this.x(1), y1: top, y2: height - bottom, stroke: "var(--quiet)" }),
       this.curve,
@@ -90,7 +90,7 @@ function sliderPanel(replanner, report) {
   const text = (price) => (measures.length > 1 ? `${significant(price, 2)} × budget` : `${significant(100 * price * limits[measures[0]], 2)} %`);
   const losses = [replanner.loss(replanner.least), replanner.loss(replanner.most), ...tradeoff.plans.map((plan) => plan.estimated)];
   const plot = new TradeoffPlot([...ends, ...tradeoff.plans.map(used)], losses, text);
-  for (const plan of tradeoff.plans) plot.dot(used(plan), plan.estimated, !plan.reason, `${plan.name}: ${plan.reason || "taken"}`);
+  for (const plan of [...tradeoff.plans].sort((a, b) => Number(!a.reason) - Number(!b.reason))) plot.dot(used(plan), plan.estimated, !plan.reason, `${plan.name}: ${plan.reason || "taken"}`);
 
   // As `sbs-fx replan` reads them: percentages of three digits; at first those that were asked for.
   const asked = (price) => Object.fromEntries(measures.map((measure) => [measure, price === 1 ? limits[measure] : Number((100 * limits[measure] * price).toPrecision(3)) / 100]));
@@ -141,15 +141,15 @@ function sliderPanel(replanner, report) {
   const take = h("button", { type: "button", disabled: true, click: () => download("predicted.csv", csv(columns, replanner.rows.map((_, i) => i))) }, "download CSV");
 
   const names = [["var(--line-1)", "predicted, for any budget"], ["var(--line-2)", "plans of the search, filled: the one taken"]];
-  const key = names.map(([colour, name]) => [h("span", { class: "swatch", style: { background: colour } }), h("span", {}, name)]);
-  const figure = h("figure", { class: "wide" }, h("figcaption", {}, h("b", {}, "estimated loss, nats"), h("span", { class: "legend" }, key.flat(), h("span", {}, "dashed: the budget"))), plot.element);
+  const key = names.map(([colour, name]) => h("span", {}, h("span", { class: "swatch", style: { background: colour } }), ` ${name}`));
+  const figure = h("figure", { class: "wide" }, h("figcaption", {}, h("b", {}, "estimated loss, nats"), h("span", { class: "legend spread" }, key, h("span", {}, "dashed: the budget"))), plot.element);
   const tools = h("div", { class: "tools budget-tools" }, h("label", {}, "budget ", slider), output, take);
   // reason: of a thousand layers it takes a second, which nobody waits for who does not look at it
   const begin = () => replanner.found || (plot.draw(replanner.path), show(1));
   const seen = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && (seen.disconnect(), begin()));
   seen.observe(figure);
   addEventListener("beforeprint", begin);
-  return [figure, tools, answer, h("p", { class: "note" }, "The exact solver makes that plan, from the same table: ", command)];
+  return [figure, tools, answer, h("p", { class: "note spaced" }, "The exact solver makes that plan, from the same table: ", command)];
 }
 
 function rejectedPlans(report) {
