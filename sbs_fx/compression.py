@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -37,11 +37,12 @@ from sbs_fx.plan.files import prepare_directory
 from sbs_fx.report import Report
 from sbs_fx.report.measured import Fidelity, tensors_of, weight_noise
 from sbs_fx.result import Result
-from sbs_fx.search.problem import Problem, SearchResult
+from sbs_fx.search.problem import Considered, Problem, SearchResult
 from sbs_fx.search.registry import Method, Run, chosen, methods
 from sbs_fx.search.replan import replanned
 from sbs_fx.search.sensitivities import Sensitivities
 from sbs_fx.search.space import Space
+from sbs_fx.search.tradeoff import tradeoff
 from sbs_fx.training import Checkpoints, TrainingStage, fine_tune
 from sbs_fx.training.frozen import FrozenMasks
 from sbs_fx.training.processes import Processes
@@ -139,7 +140,7 @@ def compress(
         result = _realised(traced, problem.cost, searched, problem.policy(searched.plan, entry.name), job)
         result.sensitivities, result.problem = searched.sensitivities, problem
         result.settings = config.of(entry)
-        result.report = result.report.under(problem.shares)
+        result.report = result.report.under(problem.shares).with_tradeoff(tradeoff(problem, searched))
         if not budget.is_satisfied_by(result.cost):
             raise GraphError(
                 f"the result costs {budget.shares(result.cost)} of the float model, over {budget}", pass_name="compress"
@@ -284,7 +285,8 @@ def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:
     if saved is not None:
         plan, table = Policy.from_json(saved.state["policy"]).plan, saved.state["sensitivities"]
         measured = None if table is None else Sensitivities.from_json(table)
-        return SearchResult(plan, saved.tensors, tuple(saved.state["notes"]), sensitivities=measured)
+        considered = tuple(Considered(**fields) for fields in saved.state.get("considered", ()))
+        return SearchResult(plan, saved.tensors, tuple(saved.state["notes"]), considered, measured)
     run = Run(
         job.data,
         config.of(method),
@@ -301,6 +303,7 @@ def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:
         state = {
             "policy": problem.policy(result.plan, method.name).to_json(),
             "notes": result.notes,
+            "considered": [asdict(each) for each in result.considered],
             "sensitivities": None if result.sensitivities is None else result.sensitivities.to_json(),
         }
         checkpoints.save("searched", result.tensors, state)

@@ -70,6 +70,7 @@ def finish(made: NamedModel, result: Result, report: Report, directory: str | No
         typer.echo(line)
     if directory is not None:
         typer.echo(f"policy.json, model.pt2 and the report are in {directory}")
+        typer.echo(f"page: {os.path.join(directory, 'report.html')}")
 
 
 def _save(made: NamedModel, result: Result, report: Report, directory: str) -> None:

@@ -121,6 +121,33 @@ class LimitRow(_Row):
     reached: float
 
 
+class PlanRow(_Row):
+    """A plan that a search made: its loss as estimated by the table of sensitivities, and as judged (None: over the
+    budget, so nobody asked), in nats an image; what it costs of what is limited; and why it was not taken, "" of the
+    one that was."""
+
+    name: str
+    estimated: float
+    judged: float | None
+    shares: dict[str, float]
+    reason: str = ""
+
+
+class Tradeoff(_Row):
+    """What loss could be had for other budgets, by the table of sensitivities.
+
+    Attributes:
+        plans: those that the search made. whole: measure -> cost of the float model.
+        terms: measure -> products that add up to its cost, each a coefficient and the places of its factors: of a row
+            of the table, what is chosen in it; beyond all rows, by as much, whether that is below 32 bits (1) or not
+            (0).
+    """
+
+    plans: tuple[PlanRow, ...] = ()
+    whole: dict[str, int | float] = {}
+    terms: dict[str, tuple[tuple[int | float, ...], ...]] = {}
+
+
 class ReportData(_Row):
     """Everything worth knowing about one model under one plan.
 
@@ -135,6 +162,7 @@ class ReportData(_Row):
         model: its class or name. weights, data, command: where they came from, where somebody said.
         policy: checksum of the policy, by which files of one result are known.
         limits: of the budget. steps: the float graph. tensors, stages: measured on a few inputs.
+        tradeoff: the search's other plans, and what other budgets would give, where losses were measured.
         warnings: what to look at. seconds: by stage. versions: of what it was made with.
     """
 
@@ -157,6 +185,7 @@ class ReportData(_Row):
     steps: tuple[StepRow, ...] = ()
     tensors: tuple[TensorRow, ...] = ()
     stages: tuple[StageRow, ...] = ()
+    tradeoff: Tradeoff = Tradeoff()
     warnings: tuple[Warned, ...] = ()
     seconds: dict[str, float] = {}
     versions: dict[str, str] = {}

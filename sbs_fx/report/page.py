@@ -30,6 +30,8 @@ _SCRIPTS: Final = (
     "graph.js",
     "panels.js",
     "training.js",
+    "replan.js",
+    "tradeoff.js",
     "outcomes.js",
     "main.js",
 )

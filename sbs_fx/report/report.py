@@ -18,7 +18,7 @@ from sbs_fx.passes.channels.dims import Axis, Dim
 from sbs_fx.passes.cost.layers import LayerExpression
 from sbs_fx.plan import Cost, Policy, current_versions, write_atomic
 from sbs_fx.plan.errors import FileError
-from sbs_fx.report.data import GroupRow, LayerRow, LimitRow, PinRow, ReportData, StageRow, TensorRow
+from sbs_fx.report.data import GroupRow, LayerRow, LimitRow, PinRow, ReportData, StageRow, TensorRow, Tradeoff
 from sbs_fx.report.lint import warnings_of
 from sbs_fx.report.page import Extras, page
 from sbs_fx.report.steps import steps_of
@@ -84,6 +84,10 @@ class Report(ReportData):
             for name, limit in limits.items()
         ]
         return self.model_copy(update={"limits": tuple(rows)})
+
+    def with_tradeoff(self, tradeoff: Tradeoff) -> Self:
+        """The same report with the search's other plans."""
+        return self.model_copy(update={"tradeoff": tradeoff})
 
     def to_json(self) -> str:
         """The report as JSON."""

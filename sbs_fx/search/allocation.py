@@ -22,7 +22,7 @@ from sbs_fx.passes.cost.polynomial import Array
 from sbs_fx.plan import Plan
 from sbs_fx.plan.errors import InfeasibleBudget
 from sbs_fx.plan.plan import Kind
-from sbs_fx.search.problem import Problem
+from sbs_fx.search.problem import Considered, Problem
 from sbs_fx.search.solvers.knapsack import Allocation, Knapsack, Pair, allocate, greedy
 
 _STEPS = 12  # of the decomposition, at most
@@ -89,10 +89,12 @@ class Candidate:
 
 
 class Allocator:
-    """Candidates of one problem. `start` decides what no decision does; `time_limit` is of the solver, in seconds."""
+    """Candidates of one problem. `start` decides what no decision does; `time_limit` is of the solver, in seconds;
+    `over` gathers the plans that were made and are over a limit."""
 
     def __init__(self, problem: Problem, time_limit: float) -> None:
         self.problem, self.start, self.time_limit = problem, problem.space.most, time_limit
+        self.over: list[Candidate] = []
         self.limits = np.array(list(problem.limits.values()), float)
         self.polynomials = [problem.cost.polynomials[measure] for measure in problem.limits]
 
@@ -117,7 +119,7 @@ class Allocator:
             joint = self._joint(candidates[0].plan if candidates else smallest, bits, channels)
             bound = min(self._bound(joint.plan, decisions), joint.loss)
             candidates.append(replace(joint, name="joint", bound=bound))
-        return [candidate for candidate in candidates if self.problem.fits(candidate.plan)]
+        return [candidate for candidate in candidates if self._fits(candidate)]
 
     def moved(self, decisions: Sequence[Decision], around: Candidate, most: int) -> Candidate | None:
         """The best change of at most so many decisions, from losses measured around a plan; None if there is none."""
@@ -139,9 +141,16 @@ class Allocator:
             try:
                 again = self._bits(plan, bits)
             except InfeasibleBudget:
+                self.over.append(moved)
                 return None
             moved = self._candidate(f"{most} moves", plan, decisions, again, again.bound)
-        return moved if self.problem.fits(moved.plan) else None
+        return moved if self._fits(moved) else None
+
+    def _fits(self, candidate: Candidate) -> bool:
+        """Whether it is within the limits; what is not is gathered."""
+        if not (fits := self.problem.fits(candidate.plan)):
+            self.over.append(candidate)
+        return fits
 
     def _uniform(self, bits: Sequence[Decision], channels: Sequence[Decision], exact: Allocation) -> list[Candidate]:
         uniform: list[tuple[int, int, Candidate]] = []
@@ -153,9 +162,10 @@ class Allocator:
                 asked = w if x.kind == "weight" else a
                 most = max((b for b in x.choices if b <= asked), default=min(x.choices))
                 plan = x.applied(plan, x.choices.index(most))
-            if self.problem.fits(plan):
-                loss = sum(x.losses[x.chosen(plan)] for x in (*bits, *channels))
-                uniform.append((w, a, Candidate(f"uniform {w}/{a}", plan, loss, exact.bound, exact.proven)))
+            loss = sum(x.losses[x.chosen(plan)] for x in (*bits, *channels))
+            candidate = Candidate(f"uniform {w}/{a}", plan, loss, exact.bound, exact.proven)
+            if self._fits(candidate):
+                uniform.append((w, a, candidate))
         return [candidate for _, _, candidate in uniform]
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -259,3 +269,34 @@ def _by_kind(decisions: Sequence[Decision]) -> tuple[list[Decision], list[Decisi
     """Those of bits, and those of channels."""
     channels = [decision for decision in decisions if decision.kind == "channels"]
     return [decision for decision in decisions if decision.kind != "channels"], channels
+
+
+def considered(
+    problem: Problem,
+    decisions: Sequence[Decision],
+    scored: Sequence[tuple[float, Candidate]],
+    over: Sequence[Candidate],
+    best: Candidate,
+) -> tuple[Considered, ...]:
+    """All plans that were made, with why the others were not taken: `scored` ones with their predicted loss, `best` of
+    which was taken, and those `over` a limit, which nobody asked for the loss of."""
+    least = next(loss for loss, candidate in scored if candidate is best)
+
+    def told(candidate: Candidate, loss: float | None) -> Considered:
+        shares, reason = problem.shares_of(candidate.plan), ""
+        if loss is None:
+            limits = [(measure, shares[measure], limit) for measure, limit in problem.shares.items()]
+            beyond = [f"{m} {share:.2%}, at most {limit:.2%}" for m, share, limit in limits if share > limit]
+            reason = f"over the budget: {'; '.join(beyond)}"
+        elif candidate is not best:
+            more = loss - least
+            if candidate.plan == best.plan:
+                reason = f"the same plan as {best.name!r}"
+            elif more > 0:
+                reason = f"predicted to lose {more:.3g} nats more"
+            else:
+                reason = "predicted to gain too little to go on"
+        estimated = sum(decision.losses[decision.chosen(candidate.plan)] for decision in decisions)
+        return Considered(candidate.name, estimated, loss, candidate.gap, candidate.proven, shares, reason)
+
+    return (*(told(candidate, loss) for loss, candidate in scored), *(told(candidate, None) for candidate in over))

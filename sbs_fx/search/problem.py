@@ -24,8 +24,10 @@ _USED_UP = 0.9  # of a budget
 
 @dataclass(frozen=True)
 class Considered:
-    """A plan that was considered: how it came about, its loss as estimated and as predicted, the gap to the bound on
-    the estimated loss, and whether the solver ran to its end.
+    """A plan that was considered: how it came about, its loss as estimated and as predicted (None: it was not asked
+    for), the gap to the bound on the estimated loss, and whether the solver ran to its end.
+
+    `shares` are what it costs of what is limited; `reason` says why it was not taken, "" of the one that was.
 
     >>> Considered("bits", estimated=0.3, predicted=0.31, gap=0.0, proven=True).name
     'bits'
@@ -33,9 +35,11 @@ class Considered:
 
     name: str
     estimated: float
-    predicted: float
+    predicted: float | None
     gap: float
     proven: bool
+    shares: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Problem:
         used = self.used(plan)
         if used >= _USED_UP or not all(self.cost.whole[measure] for measure in self.limits):
             return ()
-        costs = " and ".join(f"{share:.2%} of the float {measure}" for measure, share in self._shares_of(plan).items())
+        costs = " and ".join(f"{share:.2%} of the float {measure}" for measure, share in self.shares_of(plan).items())
         if plan == self.space.most:
             return (f"the budget limits nothing: all channels at their most bits cost {costs}; ask for less",)
         return (f"{used:.0%} of the budget is used ({costs}): bits, multiples of channels and constraints go in steps",)
@@ -138,9 +142,12 @@ class Problem:
         """The limits as shares of the float model."""
         return {m: limit / self.cost.whole[m] if self.cost.whole[m] else 1.0 for m, limit in self.limits.items()}
 
-    def _shares_of(self, plan: Plan) -> dict[str, float]:
+    def shares_of(self, plan: Plan) -> dict[str, float]:
         """What a plan costs of what is limited, as shares of the float model."""
-        return {measure: price / self.cost.whole[measure] for measure, price in self.price(plan).items()}
+        whole = self.cost.whole
+        return {
+            measure: price / whole[measure] if whole[measure] else 0.0 for measure, price in self.price(plan).items()
+        }
 
     def check_feasible(self, method: str) -> None:
         """Raise InfeasibleBudget if the least of everything is over a limit: prices grow with each decision."""
@@ -150,7 +157,7 @@ class Problem:
     def infeasible(self, method: str, least: Plan) -> InfeasibleBudget:
         """The error that says what a method reaches, and which constraints and settings keep it from less."""
         price = self.price(least)
-        reached = self._shares_of(least)
+        reached = self.shares_of(least)
         over = [measure for measure, limit in self.limits.items() if price[measure] > limit] or list(self.limits)
         binding, of_space = [], self.price(self.space.least)
         for name, settings in self.space.relaxations():

@@ -19,8 +19,8 @@ from sbs_fx.plan.errors import ConstraintError, FileError, PolicyMismatch
 from sbs_fx.plan.files import checksum_of, parse_object, read_as, write_atomic
 from sbs_fx.plan.plan import Kind
 from sbs_fx.plan.value import Value
-from sbs_fx.search.allocation import Allocator, Decision
-from sbs_fx.search.problem import Considered, Problem, SearchResult
+from sbs_fx.search.allocation import Allocator, Decision, considered
+from sbs_fx.search.problem import Problem, SearchResult
 
 _FORMAT: Final = 1
 _SECONDS = 20.0  # of one run of the solver
@@ -132,12 +132,13 @@ def replan(problem: Problem, table: Sensitivities) -> SearchResult:
     problem.check_feasible("replan")
     if not decisions:
         return SearchResult(problem.space.most, notes=("nothing is left to decide: constraints fix every choice",))
-    candidates = Allocator(problem, _SECONDS).candidates(decisions)
+    allocator = Allocator(problem, _SECONDS)
+    candidates = allocator.candidates(decisions)
     if not candidates:
         least: Any = problem.space.least
         for decision in decisions:
             least = decision.applied(least, decision.choices.index(min(decision.choices)))
         raise problem.infeasible("replan", least)
     best = min(candidates, key=lambda candidate: candidate.loss)
-    considered = tuple(Considered(c.name, c.loss, c.loss, c.gap, c.proven) for c in candidates)
-    return SearchResult(best.plan, considered=considered, sensitivities=table)
+    made = considered(problem, decisions, [(c.loss, c) for c in candidates], allocator.over, best)
+    return SearchResult(best.plan, considered=made, sensitivities=table)

@@ -27,10 +27,10 @@ from sbs_fx.plan import Plan, Settings
 from sbs_fx.plan.bits import FLOAT_BITS
 from sbs_fx.plan.plan import KINDS_OF_BITS, Kind
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
-from sbs_fx.search.allocation import Allocator, Candidate, Decision
+from sbs_fx.search.allocation import Allocator, Candidate, Decision, considered
 from sbs_fx.search.dynamic_norm import Predictor
 from sbs_fx.search.measuring import Measuring
-from sbs_fx.search.problem import Considered, Problem, SearchResult
+from sbs_fx.search.problem import Problem, SearchResult
 from sbs_fx.search.ranges import gates_by_bits
 from sbs_fx.search.refitted import Reading, readers_of, readings, removal
 from sbs_fx.search.registry import Run, method
@@ -118,6 +118,7 @@ def two_stage(problem: Problem, run: Run) -> SearchResult:
     table = Sensitivities.of(problem, "two_stage", decisions)
     allocator = Allocator(problem, search.time_limit)
     scored = _scored(allocator.candidates(decisions), measuring)
+    worse: list[tuple[float, Candidate]] = []
     for _ in range(search.rounds):
         loss, best = min(scored, key=lambda item: item[0])
         if loss < floor + _NOTHING or len(measuring.asked) + 2 * len(decisions) > passes:
@@ -126,6 +127,7 @@ def two_stage(problem: Problem, run: Run) -> SearchResult:
         moves = [allocator.moved(near, best, most) for most in _MOVES]
         moved = _scored([candidate for candidate in moves if candidate is not None], measuring)
         scored += [item for item in moved if item[0] < loss - _NOTHING]
+        worse += [item for item in moved if item[0] >= loss - _NOTHING]
         if scored[-1][0] >= loss:
             break
     predictor.reset()
@@ -138,8 +140,8 @@ def two_stage(problem: Problem, run: Run) -> SearchResult:
         for d in decisions
         if d.kind == "activation" and d.choices[-1] == FLOAT_BITS == best.plan.activation_bits[d.name]
     ]
-    considered = tuple(Considered(c.name, c.loss, loss, c.gap, c.proven) for loss, c in scored)
-    return SearchResult(best.plan, notes=tuple(notes), considered=considered, sensitivities=table)
+    made = considered(problem, decisions, [*scored, *worse], allocator.over, best)
+    return SearchResult(best.plan, notes=tuple(notes), considered=made, sensitivities=table)
 
 
 def evidence_of(problem: Problem, run: Run, search: TwoStage) -> tuple[Sensitivity, Predictor]:

@@ -21,6 +21,7 @@ const shownPanels = DATA.comparison
       ...targetPanel(),
       ...groupPanel(first, highlight),
       ...curvePanel(),
+      ...tradeoffPanel(first),
       ...sensitivityPanel(),
       ...provenancePanel(MODELS),
     ];

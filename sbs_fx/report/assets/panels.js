@@ -239,6 +239,13 @@ function groupPanel(model, highlight) {
   return parts.length ? [section("groups", "Channel groups and pins", share, ...parts)] : [];
 }
 
+// Values of a file of JSON as text, without brackets around what has none inside.
+function inWords(value) {
+  if (Array.isArray(value)) return value.map(inWords).join(" ");
+  if (value === null || typeof value !== "object") return String(value);
+  return Object.entries(value).filter(([, inner]) => inner !== null && inWords(inner)).map(([name, inner]) => `${name} ${inWords(inner)}`).join(", ");
+}
+
 function provenancePanel(models) {
   const [model] = models;
   const { versions, seconds: spent, command } = model.report;
@@ -251,8 +258,9 @@ function provenancePanel(models) {
     const total = h("tr", { class: "total" }, h("th", { scope: "row" }, "together"), h("td", { class: "number" }, seconds(sum)));
     parts.push(h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "stage"), h("th", { scope: "col", class: "number" }, "seconds"))), h("tbody", {}, stages.map(line), total)));
   }
-  const asked = Object.entries(DATA.run).filter(([name, value]) => name !== "format" && value !== null && value !== false);
-  const lists = [facts(Object.entries(versions)), asked.length ? facts(asked.map(([name, value]) => [name.replaceAll("_", " "), String(value)])) : null];
+  const elsewhere = ["format", "versions", "seconds"];
+  const asked = Object.entries(DATA.run).filter(([name, value]) => !elsewhere.includes(name) && value !== null && value !== false);
+  const lists = [facts(Object.entries(versions)), asked.length ? facts(asked.map(([name, value]) => [name.replaceAll("_", " "), inWords(value)])) : null];
   parts.push(...lists.filter((list) => list && list.children.length));
   const line = command ? h("pre", {}, h("code", {}, command)) : null;
   return parts.length || line ? [section("made", "How it was made", null, line, h("div", { class: "two" }, parts))] : [];
