@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 WORKERS ?= 2
 PYTEST_ARGS ?=
 MUTANTS ?=
-FUZZ ?= tests/test_fuzz_files.py tests/plan/test_files.py tests/test_fuzz.py tests/test_programs.py
+FUZZ ?= tests/test_fuzz_files.py tests/plan/test_files.py tests/test_fuzz.py tests/test_programs.py tests/test_kills.py
 BENCHMARKS ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DELETE_ON_ERROR:

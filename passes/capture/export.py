@@ -28,6 +28,7 @@ from sbs_fx.passes.capture.functional import decompositions, make_functional
 from sbs_fx.passes.capture.inputs import InputSpec, TensorSpec, is_guard
 from sbs_fx.passes.capture.refusals import SIZE, fixed_size, raise_as_input_error, trace_error
 from sbs_fx.passes.capture.signature import Signature
+from sbs_fx.passes.capture.unlift import unlifted
 from sbs_fx.passes.graph import attribute, copy_with
 from sbs_fx.plan.errors import GraphError, InputError, TraceError
 
@@ -210,8 +211,7 @@ class _Call(nn.Module):
 
 
 def _graph(program: ExportedProgram, signature: Signature) -> fx.GraphModule:
-    graph_module = program.module(check_guards=False)
-    assert isinstance(graph_module, fx.GraphModule)
+    graph_module = unlifted(program)
     if signature.plain:
         return graph_module
     tensors = {}

@@ -93,7 +93,7 @@ def _size(path: str) -> int:
 
 def record(model: str, rows: Sequence[TargetRow]) -> None:
     """Keep what was found beside the result that it is of, and show it on its page; nothing where there is none."""
-    from sbs_fx.plan.files import read_text
+    from sbs_fx.plan.files import read_as
     from sbs_fx.report import Report
     from sbs_fx.report.targets import record_targets
     from sbs_fx.saved import REPORT
@@ -104,7 +104,7 @@ def record(model: str, rows: Sequence[TargetRow]) -> None:
         return
     record_targets(directory, rows)
     page = os.path.join(directory, "report.html")
-    Report.from_json(read_text(report, "the report of a saved result")).save(page)
+    read_as(report, "the report of a saved result", Report.from_json).save(page)
 
 
 def format_of(path: str) -> str:

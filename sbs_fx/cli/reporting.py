@@ -66,11 +66,11 @@ def report(
 
 def _load(directory: str) -> Report:
     from sbs_fx.plan import Policy
-    from sbs_fx.plan.files import read_text
+    from sbs_fx.plan.files import read_as
     from sbs_fx.report import Report
     from sbs_fx.saved import POLICY, REPORT, check_one_result
 
-    report = Report.from_json(read_text(os.path.join(directory, REPORT), "the --out directory of `sbs-fx compress`"))
+    report = read_as(os.path.join(directory, REPORT), "the --out directory of `sbs-fx compress`", Report.from_json)
     policy = os.path.join(directory, POLICY)
     if os.path.exists(policy):
         check_one_result(directory, Policy.load(policy), {REPORT: report.policy})

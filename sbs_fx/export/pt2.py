@@ -27,12 +27,15 @@ from torch.utils import _pytree as pytree
 
 from sbs_fx.export.packing import pack, unpack
 from sbs_fx.export.program import exported_program
+from sbs_fx.export.program_members import program_members
 from sbs_fx.export.registry import target
 from sbs_fx.export.runtime import Runner
+from sbs_fx.export.schema import read_graph
 from sbs_fx.export.trusted import Refused, archive_of, check, members_of
 from sbs_fx.passes.capture.canonical import canonicalise
 from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.capture.inputs import InputSpec, guarded, inputs_of, set_inputs
+from sbs_fx.passes.capture.unlift import unlifted
 from sbs_fx.passes.dialects import DEQUANTIZE, Static, StaticActivation, StoredWeight, set_dialect, static_of, verify
 from sbs_fx.plan import Value, write_atomic
 from sbs_fx.plan.boundary import boundary
@@ -43,6 +46,7 @@ INFORMATION = "extra/sbs_fx.json"  # what we know beside the graph, with a diges
 _SAMPLE_INPUTS = "data/sample_inputs/"
 _PICKLED = f"{_SAMPLE_INPUTS}model.pt"
 _WEIGHTS = "data/weights/weight_"
+_ROOT = "archive"  # the folder that all members are in
 _IDENTITY = ".data/serialization_id"  # depends on the example inputs; left out
 
 
@@ -75,10 +79,12 @@ def save_pt2(
             "tensors, numbers and None alone",
             pass_name="save_pt2",
         )
-    program = exported_program(pack(static), example_inputs)
-    archive = io.BytesIO()
+    packed = pack(static)
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     with quiet_torch():
-        torch.export.save(program, archive)
+        members = program_members(packed, inputs)
+    if members is None:
+        members = _captured(packed, inputs)
     information = {
         "format": FORMAT,
         "metadata": dict(metadata or {}),
@@ -87,7 +93,7 @@ def save_pt2(
         "weights": {name: _row(stored) for name, stored in dialect.weights.items()},
         "activations": [[name, a.bits, a.zero_point] for name, a in dialect.activations.items()],
     }
-    write_atomic(path, _sealed(archive, information))
+    write_atomic(path, _sealed(members, information))
 
 
 @boundary("load_pt2")
@@ -114,14 +120,12 @@ def load_pt2(path: str | os.PathLike[str], libraries: Sequence[str] = ()) -> fx.
     information, members = _checked(data, os.fspath(path), libraries)
     try:
         with quiet_torch():
-            program = torch.export.load(archive_of(members))
-            module = program.module(check_guards=False)
+            module = read_graph(members) or unlifted(torch.export.load(archive_of(members)))
     except Exception as error:  # whatever torch raises on an archive that is whole but of another version
         raise FileError(
             f"cannot read {os.fspath(path)!r} with torch {torch.__version__}: {type(error).__name__}: "
             f"{error}; save the model again with this version"
         ) from error
-    assert isinstance(module, fx.GraphModule)
     try:
         result = _told(module, information)
         verify(result, Static)
@@ -219,22 +223,28 @@ def _activations(module: fx.GraphModule, rows: Sequence[Any]) -> dict[str, Stati
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _sealed(archive: io.BytesIO, information: dict[str, Any]) -> bytes:
-    """The archive with its texts compressed, without the pickled example inputs, and with a digest of every member."""
+def _captured(packed: fx.GraphModule, example_inputs: Sequence[Tensor]) -> dict[str, bytes]:
+    """The members that `torch.export.save` writes, without the pickled example inputs."""
+    program = exported_program(packed, example_inputs)
+    archive = io.BytesIO()
+    with quiet_torch():
+        torch.export.save(program, archive)
+    with zipfile.ZipFile(archive) as old:
+        members = {name.partition("/")[2]: old.read(name) for name in old.namelist()}
+    members.pop(_IDENTITY, None)
+    return {name: b"" if name.startswith(_SAMPLE_INPUTS) else data for name, data in members.items()}
+
+
+def _sealed(members: Mapping[str, bytes], information: dict[str, Any]) -> bytes:
+    """The archive with its texts compressed, and with a digest of every member."""
     sealed = io.BytesIO()
-    members = {}
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(sealed, "w") as new:
-        root = old.namelist()[0].partition("/")[0]
-        for member in old.namelist():
-            name = member.removeprefix(f"{root}/")
-            if name == _IDENTITY:
-                continue
-            data = b"" if name.startswith(_SAMPLE_INPUTS) else old.read(member)
-            members[name] = hashlib.sha256(data).digest()
-            _write(new, member, data, compress=not name.startswith(_WEIGHTS))
+    with zipfile.ZipFile(sealed, "w") as archive:
+        for name, data in members.items():
+            _write(archive, f"{_ROOT}/{name}", data, compress=not name.startswith(_WEIGHTS))
         text = json.dumps(information)
-        outer = json.dumps({"sha256": _digest(members, text), "content": text})
-        _write(new, f"{root}/{INFORMATION}", outer.encode(), compress=True)
+        digests = {name: hashlib.sha256(data).digest() for name, data in members.items()}
+        outer = json.dumps({"sha256": _digest(digests, text), "content": text})
+        _write(archive, f"{_ROOT}/{INFORMATION}", outer.encode(), compress=True)
     return sealed.getvalue()
 
 

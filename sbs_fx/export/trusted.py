@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import keyword
 import math
 import operator
 import os
@@ -31,6 +32,8 @@ _MEMBERS = {
 }  # fmt: skip
 _TENSORS = re.compile(r"data/(weights/weight|constants/tensor)_\d{1,9}")
 _CONFIGS = {"data/weights/": "weight_", "data/constants/": "tensor_"}
+_TENSOR_NAMES = {"parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name"}
+_NO_NAME = re.compile(r"[\"\\\x00-\x1f\x7f]")
 _TEXTS = 1 << 28  # bytes of all texts together, at most
 _OPERATOR = re.compile(r"torch\.ops\.(\w+)\.(\w+)\.\w+")
 _READ_FILES = {"from_file"}  # operators of aten that open what they are told to
@@ -119,6 +122,7 @@ def check(members: Mapping[str, bytes], libraries: Collection[str] = ()) -> None
             _check_tensor(tensor, entry["tensor_meta"], len(content))
     allowed = {*LIBRARIES, *libraries}
     for entry in _objects(json.loads(members["models/model.json"])):
+        _check_names(entry)
         if isinstance(entry.get("target"), str) and "inputs" in entry:
             _check_operator(entry["target"], allowed)
         if "expr_str" in entry:
@@ -139,6 +143,17 @@ def _check_tensor(name: str, meta: Mapping[str, Any], length: int) -> None:
     sizes = [size["as_int"] for size in meta["sizes"]]
     if not all(type(size) is int and size >= 0 for size in sizes) or math.prod(sizes) > length:
         raise Refused(f"says that {name!r} has shape {sizes}, of which it holds {length} bytes")
+
+
+def _check_names(entry: Mapping[str, Any]) -> None:
+    """Names of values and of arguments become Python's, in the text of a function; those of tensors strings in it."""
+    names = entry.get("forward_arg_names") or []
+    for name in [*names, *([entry["name"]] if entry.get("name") is not None else [])]:
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            raise Refused(f"has {str(name)[:80]!r} in the place of a name")
+    for key in _TENSOR_NAMES & entry.keys():
+        if not isinstance(entry[key], str) or _NO_NAME.search(entry[key]):
+            raise Refused(f"names a tensor {str(entry[key])[:80]!r}, which no model can")
 
 
 def _check_operator(target: str, libraries: Collection[str]) -> None:

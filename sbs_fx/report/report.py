@@ -6,6 +6,7 @@ is the text of `sbs_fx.report.text`. Invariant: the layers of a report add up to
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
@@ -18,6 +19,7 @@ from sbs_fx.passes.channels.dims import Axis, Dim
 from sbs_fx.passes.cost.layers import LayerExpression
 from sbs_fx.plan import Cost, Policy, current_versions, write_atomic
 from sbs_fx.plan.errors import FileError
+from sbs_fx.plan.files import checksum_of, parse_object
 from sbs_fx.report.data import GroupRow, LayerRow, LimitRow, PinRow, ReportData, StageRow, TensorRow, Tradeoff
 from sbs_fx.report.lint import warnings_of
 from sbs_fx.report.page import Extras, page
@@ -90,18 +92,22 @@ class Report(ReportData):
         return self.model_copy(update={"tradeoff": tradeoff})
 
     def to_json(self) -> str:
-        """The report as JSON."""
-        return self.model_dump_json(indent=1)
+        """The report as JSON, with a checksum of its fields."""
+        fields = json.loads(self.model_dump_json())
+        return json.dumps({**fields, "checksum": checksum_of(fields)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote.
 
         Raises:
-            FileError: the text is no whole report.
+            FileError: the text is no whole report, or its checksum does not fit (altered).
         """
+        fields = parse_object(text, "the report")
+        if fields.pop("checksum", None) != checksum_of(fields):
+            raise FileError("the report was altered: its checksum does not fit; restore the file, or compress again")
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(json.dumps(fields))
         except ValidationError as error:
             raise FileError(
                 f"this is no whole report ({error.error_count()} problems, the first: "
