@@ -66,6 +66,7 @@ def compress(
     data: Data | None = None,
     prepare: Prepare | None = None,
     method: str = "auto",
+    target: str | None = None,
     config: Config | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     validation: Data | None = None,
@@ -102,6 +103,7 @@ def compress(
         prepare: batch -> (arguments of the model, targets or None), for batches of any other form.
         method: the name of a registered method (`sbs_fx.search.registry.methods()` lists them, with what each needs);
             "auto": what suits the data and the epochs of fine-tuning that are asked for.
+        target: the format that the result is for, such as "litert"; in place of `Config(target=)`.
         config: settings; see `Config`.
         output_dir: also save the result there.
         validation: held-out (images, labels), read at each epoch's end of fine-tuning.
@@ -112,7 +114,7 @@ def compress(
     Raises:
         SbsError: any of `sbs_fx.plan.errors`; nothing is written in that case.
     """
-    config = config or Config()
+    config = (config or Config()).for_target(target)
     if output_dir is not None:
         prepare_directory(output_dir)
     if max_drop is not None:

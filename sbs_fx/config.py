@@ -98,6 +98,12 @@ class Config(SpaceSettings):
             raise ValueError(f"a {type(executor).__name__} is no executor; expected one of concurrent.futures")
         return executor
 
+    def for_target(self, target: str | None) -> Config:
+        """The same settings for another target; for its own where that is None. Raises BackendError as `numerics`."""
+        if target is None:
+            return self
+        return Config(**{name: getattr(self, name) for name in self.model_fields_set} | {"target": target})
+
     def space_of(self, method: Method) -> SpaceSettings:
         """What may be decided, with the bitwidths that a method chooses from where none were asked for."""
         update: dict[str, Any] = {}

@@ -22,9 +22,9 @@ from torch._export.serde import schema, serialize
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from sbs_fx.export.packing import read_tensors
 from sbs_fx.export.program import plain_outputs
 from sbs_fx.passes.capture.inputs import inputs_of
+from sbs_fx.passes.graph import read_tensors
 from sbs_fx.passes.static.fold import Constants
 
 VERSION = 8  # of torch's schema that is written here

@@ -179,6 +179,8 @@ def test_every_rule_has_a_test() -> None:
 def test_a_result_for_the_target_loses_nothing(tmp_path: Path) -> None:
     config = sbs_fx.Config(target="tensorrt")
     result = sbs_fx.compress(Residual().eval(), IMAGES, budget=0.09, method="uniform", config=config)
+    named = sbs_fx.compress(Residual().eval(), IMAGES, budget=0.09, method="uniform", target="tensorrt")
+    assert named.policy.activation_bits == result.policy.activation_bits
     assert set(result.policy.activation_bits.values()) == {8}
     found = result.export("tensorrt", tmp_path / "model.onnx")
     assert found.lost == ()
