@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 import sbs_fx
 from sbs_fx import Budget, Config
+from sbs_fx.calibration.reconstruction import Reconstruction
 from sbs_fx.models import input_config
 from sbs_fx.passes import channel_groups, cost_model, trace
 from sbs_fx.search.space import Space, SpaceSettings
@@ -87,8 +88,10 @@ def _row(options: argparse.Namespace) -> dict[str, Any]:
         settings["candidates"] = tuple(sorted({*row.bits, 8}))
     budget = Budget(macs=row.macs) if row.bits is None else _price(net, inputs, row.bits, settings)
     data = list(pictures.split(32)) if row.data else None
+    # reason: by default it reads no more than 256 pictures of this size
+    config = Config(**settings, reconstruction=Reconstruction(images=options.images))
     since = time.process_time()
-    result = sbs_fx.compress(net, inputs, budget=budget, method=row.method, data=data, config=Config(**settings))
+    result = sbs_fx.compress(net, inputs, budget=budget, method=row.method, data=data, config=config)
     spent = time.process_time() - since
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes, on Linux
     return {
