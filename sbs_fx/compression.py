@@ -7,7 +7,7 @@ result that is returned meets the budget; what is saved is whole.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -22,7 +22,7 @@ from sbs_fx.calibration.reconstruction import reconstruct
 from sbs_fx.calibration.synthetic import bounds_of
 from sbs_fx.config import Config
 from sbs_fx.data.prepared import Prepare
-from sbs_fx.job import Data, Job, Model, Progress, Traced, listed, priced, traced_model
+from sbs_fx.job import Data, Job, Model, Progress, Traced, listed, priced, told, traced_model
 from sbs_fx.passes import CostModel, apply_bits, finalize, insert_gates, integer_grid, integer_joins, slim
 from sbs_fx.passes.capture.export import Dynamic, own_context
 from sbs_fx.passes.capture.inputs import guarded
@@ -134,7 +134,7 @@ def compress(
     problem = Problem.of(priced(traced, job, budget), budget, traced.inputs, config.space_of(entry), config.seed)
     identity = {"model": problem.groups.fingerprint, "method": entry.name, "budget": budget.asked}
     if output_dir is not None:
-        identity |= {"weights and operators": digest(traced.graph.state_dict(), traced.graph.code), "data": _told(data)}
+        identity |= {"weights and operators": digest(traced.graph.state_dict(), traced.graph.code), "data": told(data)}
     with _checkpoints(output_dir, entry, identity, config, restart) as job.checkpoints:
         job.stage("search", 0.35)
         searched = _searched(problem, entry, job)
@@ -269,15 +269,6 @@ def refresh(result: Result, data: Data | None = None, *, config: Config | None =
     spent, noise = {**result.seconds, **job.seconds}, weight_noise(result.gated, looked_at)
     report = result.report.with_measures(tensors, stages, spent, result.report.model, noise)
     return replace(result, model=guarded(static), report=report)
-
-
-def _told(data: Data | None) -> str:
-    """What can be told of data without reading them: what they say of themselves, or their kind and length."""
-    own = getattr(data, "identity", None)
-    if isinstance(own, str):
-        return own
-    length = f" of {len(data)} batches" if isinstance(data, Sized) else ""
-    return "none" if data is None else type(data).__qualname__ + length
 
 
 def _searched(problem: Problem, method: Method, job: Job) -> SearchResult:

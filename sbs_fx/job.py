@@ -7,7 +7,7 @@ keeps their times. Holds: the model is not changed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -166,6 +166,15 @@ def priced(traced: Traced, job: Job, budget: Budget | None) -> CostModel:
         job.stage("latency", 0.32)
         cost = cost_model(graph, groups, latency_model(graph, groups, cost, traced.inputs, job.config.latency))
     return cost
+
+
+def told(data: Data | None) -> str:
+    """What can be told of data without reading them: what they say of themselves, or their kind and length."""
+    own = getattr(data, "identity", None)
+    if isinstance(own, str):
+        return own
+    length = f" of {len(data)} batches" if isinstance(data, Sized) else ""
+    return "none" if data is None else type(data).__qualname__ + length
 
 
 def listed(operators: Mapping[str, str]) -> str:
