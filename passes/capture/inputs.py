@@ -151,6 +151,13 @@ def evaluated(guard: str, sizes: Mapping[str, int]) -> bool:
     return bool(eval(guard, {"__builtins__": {}}, values))  # reason: nothing but arithmetic is left in it
 
 
+def random_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers in place of floats, any bytes in place of bytes; other tensors are themselves."""
+    if x.dtype == torch.uint8:
+        return torch.randint(256, x.shape, dtype=torch.uint8, generator=generator)
+    return torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x
+
+
 # -- on graphs ---------------------------------------------------------------------------------------------------------
 
 

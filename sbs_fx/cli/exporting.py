@@ -38,6 +38,10 @@ def export(
         ),
     ] = None,
     low_bits: Annotated[bool, typer.Option("--low-bits", help="onnx: weights of 2 to 4 bits as int4")] = False,
+    preprocess: Annotated[
+        str | None,
+        typer.Option(metavar="LAYOUT", help="take uint8 pictures, NHWC or NCHW: scaled, mean and std applied inside"),
+    ] = None,
     script: Annotated[
         bool, typer.Option("--script", help="also leave run.py and cases.npz beside it, to compare on the device")
     ] = False,
@@ -45,6 +49,7 @@ def export(
     """Write a saved result as a file of another tool, run it there and compare."""
     from sbs_fx.export import TARGETS, load_saved, write_script
     from sbs_fx.export import export as run
+    from sbs_fx.export.preprocessing import with_preprocessing
     from sbs_fx.passes.dialects import static_of
     from sbs_fx.plan.errors import BackendError
     from sbs_fx.report.targets import TargetRow, compared
@@ -53,12 +58,15 @@ def export(
     with show_progress() as progress:
         progress("read", 0.0)
         static, inputs = load_saved(saved_file(model))
-        options: dict[str, Any] = {"metadata": static_of(static).metadata, "low_bits": low_bits, "progress": progress}
+        options: dict[str, Any] = {"metadata": static_of(static).metadata, "progress": progress}
+        options |= {"low_bits": low_bits, "preprocess": preprocess}
         try:
             written = run(static, inputs, format, out, **options)
         except BackendError as error:
             record(model, [TargetRow(tool=format, reason=" ".join(str(error).split()))])
             raise
+        if preprocess:  # what the file was made of
+            static, inputs, _ = with_preprocessing(static, inputs, preprocess, static_of(static).metadata)
         if script:
             write_script(static, inputs, format, out)
         told: dict[str, Any] = {"reason": TARGETS[format].help}

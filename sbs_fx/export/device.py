@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from sbs_fx.export.registry import TARGETS
 from sbs_fx.export.runtime import TOLERANCE, flat
+from sbs_fx.passes.capture.inputs import random_like
 from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import BackendError, InputError
 
@@ -59,7 +60,8 @@ def write_script(
 
     Args:
         example_inputs: of the graph, which takes one tensor and gives one.
-        path: of the file. pictures: (cases, ...) as the graph takes them; None: standard normal ones, of a fixed seed.
+        path: of the file. pictures: (cases, ...) as the graph takes them; None: standard normal ones, or any bytes, of
+            a fixed seed.
 
     Raises:
         BackendError: the format has no script. InputError: the graph takes or gives several tensors.
@@ -73,11 +75,13 @@ def write_script(
     if not (script := TARGETS[format].script):
         have = [name for name, entry in TARGETS.entries().items() if entry.script]
         raise BackendError(f"format {format!r} has no script for the device; expected one of {have}")
-    if len(example_inputs) != 1 or not example_inputs[0].is_floating_point():
-        raise InputError("a script for the device needs a graph that takes one floating tensor")
+    if len(example_inputs) != 1 or not (
+        example_inputs[0].is_floating_point() or example_inputs[0].dtype == torch.uint8
+    ):
+        raise InputError("a script for the device needs a graph that takes one tensor, of floats or of bytes")
     if pictures is None:
         generator = torch.Generator().manual_seed(0)
-        pictures = torch.randn(CASES, *example_inputs[0].shape[1:], generator=generator)
+        pictures = random_like(example_inputs[0].new_empty(CASES, *example_inputs[0].shape[1:]), generator)
     with torch.no_grad():
         expected = flat(static(pictures))
     if len(expected) != 1:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.export.preprocessing import with_preprocessing
 from sbs_fx.export.registry import BACKENDS, TARGETS, backend
 from sbs_fx.export.runtime import Runner, check
 from sbs_fx.passes.capture.inputs import inputs_of
@@ -55,14 +56,16 @@ def export(
         metadata: kept in "pt2" and "onnx" files. progress: called with (step, share done).
         options: of the format; "onnx" takes `low_bits`: weights of 2 to 4 bits as int4, a smaller file, slower in ONNX
             Runtime; it and "tensorrt" take `opset`; "litert" and "coreml" take `batch`: images that one
-            call takes, in place of any number.
+            call takes, in place of any number; `preprocess`: "NHWC" or "NCHW", the file takes uint8 pictures of that
+            layout and of the graph's size, scaled and normalised inside by `metadata`'s mean and std.
 
     Returns:
         The file as it was loaded again; `kernels` says which layers have an int8 kernel, `lost` what was not kept.
 
     Raises:
         BackendError: an unknown format or option, a tool that is not installed, or one that cannot compute this graph
-            as torch does. FileError: the path cannot be written. GraphError: `torch.export` cannot capture the graph.
+            as torch does. InputError: pictures, of a graph that takes something else. FileError: the path cannot be
+            written. GraphError: `torch.export` cannot capture the graph.
 
     >>> written = export(result.model, (images,), "pt2", "copy.pt2")
     >>> torch.equal(written(images), result.model(images))
@@ -75,6 +78,8 @@ def export(
     if not path.endswith(suffix):
         raise FileError(f"{path!r} does not end in {suffix!r}, as a file of format {format!r} does")
     inputs = tuple(example_inputs)
+    if layout := options.pop("preprocess", None):
+        static, inputs, metadata = with_preprocessing(static, inputs, layout, metadata)
     tell = progress or (lambda step, share: None)
     try:
         place = os.path.dirname(path) or "."

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.export.onnx_graph import for_integer_products
-from sbs_fx.export.program import exported_program
+from sbs_fx.export.program import exported_program, output_names
 from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import PROFILED, Kernels, Runner, failing_as, layer_names, require
 from sbs_fx.passes.capture.export import quiet_torch
@@ -76,7 +76,7 @@ def onnx_model(
         exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     assert exported is not None
     model = exported.model_proto
-    _name_layers(model.graph, names, codes)
+    _name_layers(model.graph, names, codes, output_names(program))
     _own_zero_points(model.graph)
     if products:
         _integer_biases(model.graph)
@@ -111,10 +111,11 @@ def write_model(
 ) -> None:
     """Write a model to a file, whole or not at all; each property of it is JSON: "version", "bits" of weights and
     activations by name, "size" of images where it is fixed, and `metadata`."""
-    form, sizes = static_of(static), example_inputs[0].shape[2:]
+    form, shape = static_of(static), example_inputs[0].shape
+    last = (metadata or {}).get("preprocess", {}).get("layout") == "NHWC"
     bits = {"weights": {name: stored.bits for name, stored in form.weights.items()}}
     bits |= {"activations": {name: a.bits for name, a in form.activations.items()}}
-    facts = {"version": current_versions()["sbs_fx"], "bits": bits, "size": list(sizes)}
+    facts = {"version": current_versions()["sbs_fx"], "bits": bits, "size": list(shape[1:-1] if last else shape[2:])}
     for key, value in {**facts, **(metadata or {})}.items():
         model.metadata_props.add(key=key, value=json.dumps(value))
     write_atomic(path, model.SerializeToString())
@@ -196,12 +197,15 @@ def _quantizer_names(graph_module: fx.GraphModule) -> list[str]:
     return [node.name for node in graph_module.graph.nodes if node.target in (QUANTIZE, DEQUANTIZE)]
 
 
-def _name_layers(graph: Any, layers: Mapping[str, str], codes: Mapping[str, str]) -> None:
-    """Call what multiplies by a weight or quantises, and its result, as our graph does (exporter's name -> ours), and
-    drop the exporter's notes on where nodes came from, which are half of a small file."""
+def _name_layers(graph: Any, layers: Mapping[str, str], codes: Mapping[str, str], outputs: Sequence[str]) -> None:
+    """Call outputs by these names, where they are free, and what multiplies by a weight or quantises, and its result,
+    as our graph does (exporter's name -> ours); drop the exporter's notes on where nodes came from, which are half of a
+    small file."""
     results = {**codes, **layers}
-    if len(graph.output) == 1:
-        results = {**results, graph.output[0].name: "logits"}
+    own = [value.name for value in graph.output]
+    taken = {*results.values(), "input", *(name for node in graph.node for name in node.output if name not in own)}
+    if len(outputs) == len({*own}) == len({*outputs} - taken) == len(own):
+        results |= dict(zip(own, outputs, strict=True))
     inputs = {graph.input[0].name: "input"} if len(graph.input) == 1 else {}
     for node in graph.node:
         notes = {note.key: note.value for note in node.metadata_props}
@@ -317,7 +321,7 @@ def _most_bits(bits: int | Sequence[int]) -> int:
     "onnx",
     suffix=".onnx",
     help="ONNX, opset 21, weights int8, int4 on wish; runs in ONNX Runtime, OpenVINO and others",
-    options=("low_bits", "opset"),
+    options=("low_bits", "opset", "preprocess"),
     script=SCRIPT,
 )
 def onnx(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:

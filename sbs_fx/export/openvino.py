@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from sbs_fx.export.onnx import LayerMatcher, onnx_model
+from sbs_fx.export.preprocessing import LARGEST
 from sbs_fx.export.registry import backend, target
 from sbs_fx.export.runtime import PROFILED, Runner, least, require
 from sbs_fx.passes.dialects import quantizers, static_of
@@ -59,10 +60,41 @@ def openvino_model(static: fx.GraphModule, example_inputs: Sequence[Tensor]) -> 
     return _core().read_model(onnx.SerializeToString())
 
 
-def save_openvino(static: fx.GraphModule, example_inputs: Sequence[Tensor], path: str | os.PathLike[str]) -> None:
-    """Write the model to `path` (.xml) and its weights beside it (.bin). Raises BackendError as `openvino_model`."""
+def save_openvino(
+    static: fx.GraphModule,
+    example_inputs: Sequence[Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the model to `path` (.xml), with `model_info` of what is known of its pictures and classes, and its weights
+    beside it (.bin). Raises BackendError as `openvino_model`."""
     (openvino,) = require("openvino")
-    openvino.save_model(openvino_model(static, example_inputs), os.fspath(path), compress_to_fp16=False)
+    model = openvino_model(static, example_inputs)
+    classifies = [output.any_name for output in model.outputs] == ["logits"]
+    for key, value in model_info(metadata or {}, classifies=classifies).items():
+        model.set_rt_info(value, ["model_info", key])
+    openvino.save_model(model, os.fspath(path), compress_to_fp16=False)
+
+
+def model_info(metadata: Mapping[str, Any], *, classifies: bool) -> dict[str, str]:
+    """What OpenVINO's Model API reads of a file, by its names (github.com/open-edge-platform/model_api, "Model
+    configuration"): lists by spaces, mean and scale of pixels of 0 to 255.
+
+    >>> model_info({"mean": [0.5], "std": [0.25], "classes": ["hot dog", "other"]}, classifies=True)
+    {'model_type': 'Classification', 'labels': 'hot_dog other', 'mean_values': '127.5', 'scale_values': '63.75'}
+    """
+    facts = {"model_type": "Classification"} if classifies else {}
+    if classes := metadata.get("classes"):
+        facts["labels"] = " ".join("_".join(str(name).split()) for name in classes)
+    inside = metadata.get("preprocess")
+    if inside:
+        facts["layout"] = f"input:{inside['layout']}"
+    for key, ours in (("mean_values", "mean"), ("scale_values", "std")):
+        if ours in metadata and not inside:
+            facts[key] = " ".join(f"{LARGEST * value:.7g}" for value in metadata[ours])
+    if metadata.get("crop_mode") == "center" or "crop_pct" in metadata:
+        facts["resize_type"] = "crop"
+    return facts
 
 
 def read_openvino(path: str | os.PathLike[str]) -> Any:
@@ -142,10 +174,16 @@ def _explicit(static: fx.GraphModule) -> fx.GraphModule:
     return result.eval()
 
 
-@target("openvino", suffix=".xml", help=".xml and .bin, weights int8; runs in OpenVINO", script=SCRIPT)
+@target(
+    "openvino",
+    suffix=".xml",
+    help=".xml and .bin, weights int8; runs in OpenVINO",
+    options=("preprocess",),
+    script=SCRIPT,
+)
 def openvino(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
     """`save_openvino`, and the files as they were loaded again."""
-    save_openvino(static, inputs, path)
+    save_openvino(static, inputs, path, options.get("metadata"))
     return run_openvino(read_openvino(path), static, inputs)
 
 

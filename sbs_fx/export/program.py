@@ -62,6 +62,23 @@ def exported_program(
     return program
 
 
+def output_names(program: torch.export.ExportedProgram) -> list[str]:
+    """A name for each tensor that a program gives, in order: "logits" for one (batch, classes) alone, "output" for any
+    other one, of several the keys that lead to each, such as "boxes" or "features_0"; "output_0" where it is a place
+    alone."""
+    signature = program.module_call_graph[0].signature
+    assert signature is not None
+    places = pytree.tree_unflatten([*range(signature.out_spec.num_leaves)], signature.out_spec)
+    keys = [path for path, _ in pytree.tree_flatten_with_path(places)[0]]
+    (last,) = program.graph.find_nodes(op="output")
+    values = [value.meta.get("val") if isinstance(value, fx.Node) else None for value in last.args[0]][-len(keys) :]
+    tensors = [(path, value) for path, value in zip(keys, values, strict=True) if isinstance(value, Tensor)]
+    if len(tensors) == 1:
+        return ["logits" if tensors[0][1].ndim == 2 else "output"]
+    names = ["_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path) for path, _ in tensors]
+    return [f"output_{name}" if name[:1].isdigit() else name for name in names]
+
+
 def plain_outputs(spec: pytree.TreeSpec) -> pytree.TreeSpec:
     """The structure of an output in containers that every torch knows, or a file could be read only where the library
     is imported that the model comes from: what has names becomes a dict, a named tuple and anything else a tuple."""

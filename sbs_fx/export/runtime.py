@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sbs_fx.passes.capture.inputs import InputSpec
+from sbs_fx.passes.capture.inputs import InputSpec, random_like
 from sbs_fx.passes.dialects import static_of
 from sbs_fx.passes.folding import CONVOLUTIONS, TRANSPOSED
 from sbs_fx.plan.boundary import first_line
@@ -151,7 +151,7 @@ def check(runner: Runner, static: fx.GraphModule, example_inputs: Sequence[Tenso
         BackendError: the results differ; in a graph of `integer_grid(exact=True)`, in any bit.
     """
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else x for x in example_inputs]
+    inputs = [random_like(x, generator) for x in example_inputs]
     with torch.no_grad():
         expected, results = flat(static(*inputs)), flat(runner(*inputs))
     exact = static_of(static).exact

@@ -84,7 +84,7 @@ def tensorrt_model(
     "tensorrt",
     suffix=".onnx",
     help="ONNX, int8 symmetric, as TensorRT reads it; computed by ONNX Runtime here",
-    options=("opset",),
+    options=("opset", "preprocess"),
     numerics=Numerics(zero_points=False, activation_bits=(8,)),
 )
 def tensorrt(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:

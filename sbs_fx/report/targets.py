@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from sbs_fx.passes.capture.inputs import random_like
 from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import FileError
 from sbs_fx.plan.files import parse_object, read_text
@@ -57,7 +58,7 @@ def compared(
     examples, equal, largest = 0, 0, 0.0
     is_logits = True
     while examples < EXAMPLES:
-        batch = [torch.randn(x.shape, generator=draw).to(x.dtype) if x.is_floating_point() else x for x in inputs]
+        batch = [random_like(x, draw) for x in inputs]
         with torch.no_grad():
             pairs = [torch.utils._pytree.tree_leaves(call(*batch)) for call in (run, static)]
         tensors = [(a, b) for a, b in zip(*pairs, strict=True) if isinstance(b, Tensor)]

@@ -23,6 +23,7 @@ from sbs_fx.passes import finalize, integer_grid, integer_joins
 from sbs_fx.passes.dialects import QUANTIZE
 from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, weight_gates
 from sbs_fx.plan.errors import BackendError
+from tests.networks.odd_models import Made
 from tests.networks.small import Residual
 from tests.oracles.gated import gate
 
@@ -190,6 +191,23 @@ def test_a_result_for_the_target_loses_nothing(tmp_path: Path) -> None:
         sbs_fx.Config(target="tensorrt", activation_bits=4)
     with pytest.raises(BackendError, match="tensort"):
         sbs_fx.Config(target="tensort")
+
+
+OUTPUTS: dict[str, tuple[Any, list[str]]] = {
+    "scores": (lambda y, x: y, ["logits"]),
+    "map": (lambda y, x: y[..., None], ["output"]),
+    "dict": (lambda y, x: {"boxes": y, "features": {"mean": y.mean(1)}}, ["boxes", "features_mean"]),
+    "places": (lambda y, x: [y, (y + 1, None), {"a": y.sum(1)}], ["output_0", "output_1_0", "output_2_a"]),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_are_called_by_what_they_are(kind: str) -> None:
+    function, names = OUTPUTS[kind]
+    rows = torch.randn(2, 4)
+    found = onnx_model(finalize(gate(Made(function).eval(), rows)), (rows,))
+    assert [value.name for value in found.graph.output] == names
+    onnx.checker.check_model(found, full_check=True)
 
 
 @pytest.mark.parametrize("opset", [21, 23])
