@@ -6,7 +6,8 @@ up to `BATCH` or that of the examples, if larger. XNNPACK asks for a form of its
     activations are signed codes, the same ones shifted by 128
     a bitwidth below 8 is a clip of the values before they are quantised, as quantising itself always has 256 levels
     every reader has a dequantiser of its own, and a mean keeps the dimensions it was taken over
-    a layer whose result is not quantised, as the last one's, has no integer kernel: its weights are stored in float
+    a layer whose result is not quantised, as the last one's, has no integer kernel, and its weights are stored in
+    float: with images at hand to measure ranges on, its result is quantised (`integer_results`)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ from torch import Tensor, fx
 from sbs_fx.export.onnx import LayerMatcher
 from sbs_fx.export.program import exported_program
 from sbs_fx.export.registry import backend, target
+from sbs_fx.export.results import calibrated, causes, is_quantized
 from sbs_fx.export.runtime import LAYERS, Kernels, Runner, failing_as, require, weight_name
 from sbs_fx.export.signed import clip_values, shift_codes
 from sbs_fx.passes.capture.export import quiet_torch
-from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE
+from sbs_fx.passes.dialects import DEQUANTIZE
 from sbs_fx.passes.graph import attribute, copy_graph
 from sbs_fx.plan import write_atomic
 from sbs_fx.plan.errors import BackendError
@@ -34,7 +37,6 @@ from sbs_fx.plan.errors import BackendError
 aten = torch.ops.aten
 BATCH = 8  # images at once, at most: the program's memory is planned for them
 _WEIGHTS = torch.ops.quantized_decomposed.dequantize_per_channel.default
-_FUSED = {aten.relu.default, aten.hardtanh.default}
 
 
 def executorch_program(static: fx.GraphModule, example_inputs: Sequence[Tensor]) -> tuple[bytes, Kernels]:
@@ -102,7 +104,7 @@ def _signed(static: fx.GraphModule) -> fx.GraphModule:
             with graph.inserting_before(user):
                 user.replace_input_with(node, graph.call_function(DEQUANTIZE, node.args))
     for node in list(graph.nodes):
-        if node.target in LAYERS and node.args[1].target is _WEIGHTS and not _is_quantized(node):
+        if node.target in LAYERS and node.args[1].target is _WEIGHTS and not is_quantized(node):
             weight = node.args[1]
             values = [attribute(result, str(a.target)) if isinstance(a, fx.Node) else a for a in weight.args]
             result.register_buffer(f"{node.name}_weight", _WEIGHTS(*values))
@@ -112,14 +114,6 @@ def _signed(static: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     result.recompile()
     return result.eval()
-
-
-def _is_quantized(layer: fx.Node) -> bool:
-    """Whether the layer's one reader is a quantiser, maybe behind an activation function that is fused."""
-    users = list(layer.users)
-    if len(users) == 1 and users[0].target in _FUSED:
-        users = list(users[0].users)
-    return len(users) == 1 and users[0].target is QUANTIZE
 
 
 def _integer_weights(lowered: fx.GraphModule) -> Iterator[str]:
@@ -147,12 +141,19 @@ def _silent() -> Iterator[None]:
         logging.disable(level)
 
 
-@target("executorch", suffix=".pte", help="ExecuTorch program, weights int8; runs in ExecuTorch with XNNPACK")
+@target(
+    "executorch",
+    suffix=".pte",
+    help="ExecuTorch program, weights int8; runs in ExecuTorch with XNNPACK",
+    options=("calibration",),
+)
 def executorch(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
     """The program as a file, and as it was loaded again."""
-    program, kernels = executorch_program(static, inputs)
+    graph, lost = calibrated(static, options.get("calibration"))
+    program, kernels = executorch_program(graph, inputs)
     write_atomic(path, program)
-    return run_executorch(Path(path).read_bytes(), kernels)
+    runner = run_executorch(Path(path).read_bytes(), kernels)
+    return replace(runner, lost=(*lost, *causes(kernels.floating, graph)))
 
 
 @backend("executorch", profiles=False)

@@ -48,16 +48,18 @@ def export(
     | "executorch" | ExecuTorch program  | ExecuTorch with XNNPACK                | int8               |
     | "coreml"     | Core ML (.mlpackage) | Core ML; not run here                 | int8               |
     | "tensorrt"   | ONNX, symmetric     | TensorRT; ONNX Runtime compares it     | int8               |
-    | "litert"     | LiteRT (.tflite)    | LiteRT with XNNPACK                    | int8               |
+    | "litert"     | LiteRT (.tflite)    | LiteRT with XNNPACK                    | int8, int4 on wish |
 
     Args:
         example_inputs: as the graph takes them; dynamic dimensions stay so.
         format: the name of a registered target: these, and those of other packages.
         metadata: kept in "pt2" and "onnx" files. progress: called with (step, share done).
         options: of the format; "onnx" takes `low_bits`: weights of 2 to 4 bits as int4, a smaller file, slower in ONNX
-            Runtime; it and "tensorrt" take `opset`; "litert" and "coreml" take `batch`: images that one
-            call takes, in place of any number; `preprocess`: "NHWC" or "NCHW", the file takes uint8 pictures of that
-            layout and of the graph's size, scaled and normalised inside by `metadata`'s mean and std.
+            Runtime; "litert" takes it too; "onnx" and "tensorrt" take `opset`; "litert" and "coreml" `batch`: images
+            that one call takes, in place of any number; "litert" and "executorch" take `calibration`: images (n, ...)
+            on which the ranges of results are measured that the graph leaves in float, so that their layers are in
+            integers too; "onnx", "openvino" and "tensorrt" take `preprocess`: "NHWC" or "NCHW", for a file of uint8
+            pictures of that layout and of the graph's size, scaled and normalised inside by `metadata`'s mean and std.
 
     Returns:
         The file as it was loaded again; `kernels` says which layers have an int8 kernel, `lost` what was not kept.
@@ -73,7 +75,8 @@ def export(
     """
     target = TARGETS[format]
     path, suffix = os.fspath(path), target.suffix
-    if unknown := sorted(name for name, value in options.items() if value and name not in target.options):
+    asked = (name for name, value in options.items() if value is not None and value is not False)
+    if unknown := sorted(name for name in asked if name not in target.options):
         raise BackendError(f"format {format!r} has no option {unknown[0]!r}; it takes {target.options or 'none'}")
     if not path.endswith(suffix):
         raise FileError(f"{path!r} does not end in {suffix!r}, as a file of format {format!r} does")

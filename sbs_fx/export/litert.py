@@ -7,7 +7,8 @@ where the converter has no dynamic form of an operator, such as a reshape. It as
     activations are signed codes, the same ones shifted by 128
     weights are floats on their grid, quantised and dequantised: it stores their codes
     a bitwidth below 8 is a clip of the values between two quantisers
-    a layer whose result is not quantised, as the last one's, has no integer kernel: its weights are stored in float
+    a layer whose result is not quantised, as the last one's, has no integer kernel, and its weights would be stored in
+    float: with images at hand to measure ranges on, its result is quantised (`integer_results`)
 
 Where the first operator quantises the input, the file takes its codes, as `input_codes` makes them.
 """
@@ -16,14 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from sbs_fx.export.litert_weights import four_bit_weights
 from sbs_fx.export.program import dynamic_shapes
 from sbs_fx.export.registry import Numerics, backend, target
+from sbs_fx.export.results import calibrated, causes
 from sbs_fx.export.runtime import LAYERS, Kernels, Runner, failing_as, require, sorted_codes, weight_name
 from sbs_fx.export.signed import clip_values, shift_codes
 from sbs_fx.passes.capture.export import quiet_torch
@@ -255,14 +259,18 @@ def _silent(litert: Any) -> Iterator[None]:
     "litert",
     suffix=".tflite",
     help="LiteRT, int8 throughout; runs in LiteRT (formerly TensorFlow Lite)",
-    options=("batch",),
+    options=("batch", "calibration", "low_bits"),
     numerics=Numerics(activation_bits=(8,)),
     script=SCRIPT,
 )
 def litert(static: fx.GraphModule, inputs: Sequence[Tensor], path: str, options: Mapping[str, Any]) -> Runner:
     """The file, and as it was loaded again."""
-    write_atomic(path, litert_model(static, inputs, batch=options.get("batch")))
-    return run_litert(Path(path).read_bytes(), static)
+    graph, lost = calibrated(static, options.get("calibration"))
+    model = litert_model(graph, inputs, batch=options.get("batch"))
+    write_atomic(path, four_bit_weights(model) if options.get("low_bits") else model)
+    runner = run_litert(Path(path).read_bytes(), static)
+    floating = runner.kernels.floating if runner.kernels is not None else ()
+    return replace(runner, lost=(*lost, *causes(floating, graph)))
 
 
 @backend("litert", profiles=False)
