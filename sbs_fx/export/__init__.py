@@ -1,6 +1,15 @@
 """Static graphs as files of other tools, one target a file. Importing it registers those that are built in."""
 
-from sbs_fx.export import coreml, executorch, inductor, litert, onnx, openvino, tensorrt  # noqa: F401  reason: they register themselves
+from sbs_fx.export import (  # noqa: F401  reason: they register themselves
+    coreml,
+    executorch,
+    inductor,
+    litert,
+    onnx,
+    openvino,
+    qnn,
+    tensorrt,
+)
 from sbs_fx.export.device import write_script
 from sbs_fx.export.formats import export, runner
 from sbs_fx.export.pt2 import load_pt2, load_saved, save_pt2

@@ -48,6 +48,7 @@ def export(
     | "executorch" | ExecuTorch program  | ExecuTorch with XNNPACK                | int8               |
     | "coreml"     | Core ML (.mlpackage) | Core ML; not run here                 | int8               |
     | "tensorrt"   | ONNX, symmetric     | TensorRT; ONNX Runtime compares it     | int8               |
+    | "qnn"        | ONNX, fixed shapes  | Qualcomm's NPUs; ONNX Runtime compares | int8               |
     | "litert"     | LiteRT (.tflite)    | LiteRT with XNNPACK                    | int8, int4 on wish |
 
     Args:
@@ -55,11 +56,12 @@ def export(
         format: the name of a registered target: these, and those of other packages.
         metadata: kept in "pt2" and "onnx" files. progress: called with (step, share done).
         options: of the format; "onnx" takes `low_bits`: weights of 2 to 4 bits as int4, a smaller file, slower in ONNX
-            Runtime; "litert" takes it too; "onnx" and "tensorrt" take `opset`; "litert" and "coreml" `batch`: images
-            that one call takes, in place of any number; "litert" and "executorch" take `calibration`: images (n, ...)
-            on which the ranges of results are measured that the graph leaves in float, so that their layers are in
-            integers too; "onnx", "openvino" and "tensorrt" take `preprocess`: "NHWC" or "NCHW", for a file of uint8
-            pictures of that layout and of the graph's size, scaled and normalised inside by `metadata`'s mean and std.
+            Runtime; "litert" takes it too; "onnx", "tensorrt" and "qnn" take `opset`; "litert", "coreml" and "qnn"
+            `batch`: images that one call takes, in place of any number; "litert" and "executorch" take `calibration`:
+            images (n, ...) on which the ranges of results are measured that the graph leaves in float, so that their
+            layers are in integers too; "onnx", "openvino", "qnn" and "tensorrt" take `preprocess`: "NHWC" or "NCHW",
+            for a file of uint8 pictures of that layout and of the graph's size, scaled and normalised inside by
+            `metadata`'s mean and std.
 
     Returns:
         The file as it was loaded again; `kernels` says which layers have an int8 kernel, `lost` what was not kept.

@@ -28,7 +28,7 @@ from sbs_fx.export.litert_weights import four_bit_weights
 from sbs_fx.export.program import dynamic_shapes
 from sbs_fx.export.registry import Numerics, backend, target
 from sbs_fx.export.results import calibrated, causes
-from sbs_fx.export.runtime import LAYERS, Kernels, Runner, failing_as, require, sorted_codes, weight_name
+from sbs_fx.export.runtime import LAYERS, Kernels, Runner, failing_as, in_batches, require, sorted_codes, weight_name
 from sbs_fx.export.signed import clip_values, shift_codes
 from sbs_fx.passes.capture.export import quiet_torch
 from sbs_fx.passes.channels.facts import facts_of
@@ -142,14 +142,7 @@ def run_litert(model: bytes, static: fx.GraphModule, *, threads: int = 0, refere
         return [_values(torch.from_numpy(results[d["name"]].copy()), d) for d in gives]
 
     def run(*inputs: Tensor) -> list[Tensor]:
-        count = len(inputs[0])
-        if batch in (-1, count):
-            return once(inputs)
-        parts = [
-            [y[: count - i] for y in once([_of_batch(x[i : i + batch], batch) for x in inputs])]
-            for i in range(0, count, batch)
-        ]
-        return [torch.cat(list(part)) for part in zip(*parts, strict=True)]
+        return once(inputs) if batch in (-1, len(inputs[0])) else in_batches(once, inputs, batch)
 
     name = "litert reference kernels" if reference else "litert"
     return Runner(name, run, litert_kernels(model, static))

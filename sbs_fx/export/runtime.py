@@ -107,6 +107,18 @@ def of_batch(example_inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]
     return tuple(x[:1].repeat(batch, *[1] * (x.ndim - 1)) for x in example_inputs)
 
 
+def in_batches(run: Callable[[Sequence[Tensor]], list[Tensor]], inputs: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """The results of a file that takes so many images a call, for any number: some after others, and the last ones
+    filled up with copies of one."""
+    count = len(inputs[0])
+    parts = []
+    for start in range(0, count, batch):
+        part = [x[start : start + batch] for x in inputs]
+        filled = [torch.cat([x, x[:1].expand(batch - len(x), *x.shape[1:])]) for x in part]
+        parts.append([y[: len(part[0])] for y in run(filled)])
+    return [torch.cat(list(results)) for results in zip(*parts, strict=True)]
+
+
 def sorted_codes(codes: Tensor) -> bytes:
     """Codes in ascending order, by which a weight is known in a file whatever the order of its dimensions."""
     return codes.flatten().sort().values.numpy().tobytes()

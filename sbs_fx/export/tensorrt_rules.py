@@ -16,54 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from sbs_fx.export.runtime import require
+from sbs_fx.export.onnx_reading import Model
 
 OPSETS = range(9, 26)
 _UNSUPPORTED = {
     "ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul", "BitShift",
 }  # fmt: skip
 _LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-_PASSES = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"}  # what TensorRT moves quantisers through
 
 
-class _Model:
-    """A model's nodes, constants by name, and who makes and reads each tensor."""
-
-    def __init__(self, model: Any) -> None:
-        onnx = require("onnx")[0]
-        self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-        self.nodes = list(model.graph.node)
-        self.constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-        for node in self.nodes:
-            if node.op_type == "Constant":
-                values = [a.t for a in node.attribute if a.name == "value"]
-                self.constants[node.output[0]] = onnx.numpy_helper.to_array(values[0]) if values else None
-        self.makers = {name: node for node in self.nodes for name in node.output}
-        self.readers: dict[str, list[Any]] = {}
-        for node in self.nodes:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
-
-    def of(self, *kinds: str) -> Iterator[Any]:
-        return (node for node in self.nodes if node.op_type in kinds)
-
-    def maker(self, name: str) -> str:
-        """The kind of node that makes a tensor; "" for inputs and constants."""
-        while name in self.makers and self.makers[name].op_type in _PASSES:
-            name = self.makers[name].input[0]
-        return self.makers[name].op_type if name in self.makers else ""
-
-    def is_constant(self, name: str) -> bool:
-        """Whether it is, or is made of, a constant alone."""
-        while name in self.makers and self.makers[name].op_type in {*_PASSES, "DequantizeLinear", "QuantizeLinear"}:
-            name = self.makers[name].input[0]
-        return name in self.constants
-
-    def is_weight(self, dequantizer: Any) -> bool:
-        return dequantizer.op_type == "DequantizeLinear" and dequantizer.input[0] in self.constants
-
-
-Rule = Callable[[_Model], Iterator[tuple[str, str]]]
+Rule = Callable[[Model], Iterator[tuple[str, str]]]
 _RULES: list[Rule] = []
 
 
@@ -73,7 +35,7 @@ def tensorrt_problems(model: Any) -> list[str]:
     Args:
         model: an `onnx.ModelProto`.
     """
-    known = _Model(model)
+    known = Model(model)
     return [f"{rule.__name__}: {name} {problem}" for rule in _RULES for name, problem in rule(known)]
 
 
@@ -83,21 +45,21 @@ def _rule(function: Rule) -> Rule:
 
 
 @_rule
-def opset(model: _Model) -> Iterator[tuple[str, str]]:
+def opset(model: Model) -> Iterator[tuple[str, str]]:
     """OG, "Supported ONNX and Opset Versions": 9 to 25."""
     if model.opset not in OPSETS:
         yield "model", f"has opset {model.opset}, not one of {OPSETS.start} to {OPSETS.stop - 1}"
 
 
 @_rule
-def supported_operators(model: _Model) -> Iterator[tuple[str, str]]:
+def supported_operators(model: Model) -> Iterator[tuple[str, str]]:
     """OPS: operators on integers are not read; quantisation is said by Q/DQ pairs alone."""
     for node in model.of(*_UNSUPPORTED):
         yield node.name, f"is a {node.op_type}, which the parser does not read"
 
 
 @_rule
-def zero_points(model: _Model) -> Iterator[tuple[str, str]]:
+def zero_points(model: Model) -> Iterator[tuple[str, str]]:
     """OPS, QuantizeLinear and DequantizeLinear: the zero point must be 0. QT: the scheme is symmetric."""
     for node in model.of("QuantizeLinear", "DequantizeLinear"):
         zero = model.constants.get(node.input[2]) if len(node.input) > 2 else np.zeros(1)
@@ -106,18 +68,15 @@ def zero_points(model: _Model) -> Iterator[tuple[str, str]]:
 
 
 @_rule
-def signed_codes(model: _Model) -> Iterator[tuple[str, str]]:
+def signed_codes(model: Model) -> Iterator[tuple[str, str]]:
     """QT, "Supported Data Types": INT8 and INT4 are signed, so neither uint8 activations nor int32 biases are read."""
     for node in model.of("QuantizeLinear", "DequantizeLinear"):
-        # reason: without a zero point, codes are uint8 by the standard
-        codes = model.constants.get(node.input[2 if len(node.input) > 2 else 0])
-        kind = "uint8" if codes is None else str(codes.dtype)
-        if kind not in ("int8", "int4"):
+        if (kind := model.code_type(node)) not in ("int8", "int4"):
             yield node.name, f"has codes of {kind}"
 
 
 @_rule
-def constant_scales(model: _Model) -> Iterator[tuple[str, str]]:
+def constant_scales(model: Model) -> Iterator[tuple[str, str]]:
     """QT, "Explicit quantization": scales are build-time constants; they are positive."""
     for node in model.of("QuantizeLinear", "DequantizeLinear"):
         scale = model.constants.get(node.input[1])
@@ -126,7 +85,7 @@ def constant_scales(model: _Model) -> Iterator[tuple[str, str]]:
 
 
 @_rule
-def scales_per_channel(model: _Model) -> Iterator[tuple[str, str]]:
+def scales_per_channel(model: Model) -> Iterator[tuple[str, str]]:
     """QT, "Quantization Scheme": activations have one scale a tensor; weights one, or one per output channel."""
     for node in model.of("QuantizeLinear", "DequantizeLinear"):
         scale = model.constants.get(node.input[1])
@@ -143,7 +102,7 @@ def scales_per_channel(model: _Model) -> Iterator[tuple[str, str]]:
 
 
 @_rule
-def convolutions(model: _Model) -> Iterator[tuple[str, str]]:
+def convolutions(model: Model) -> Iterator[tuple[str, str]]:
     """OPS, Conv and ConvTranspose: 2D or 3D alone, weights constants (behind a DequantizeLinear)."""
     for node in model.of("Conv", "ConvTranspose"):
         maker = model.makers.get(node.input[1])
@@ -155,7 +114,7 @@ def convolutions(model: _Model) -> Iterator[tuple[str, str]]:
 
 
 @_rule
-def all_operands(model: _Model) -> Iterator[tuple[str, str]]:
+def all_operands(model: Model) -> Iterator[tuple[str, str]]:
     """QT, "Q/DQ Layer-Placement Recommendations": quantise all inputs of weighted operations, or none. A product of two
     tensors that are no weights, as in attention, is none: it is in float where one of them is."""
     for node in model.of(*_LAYERS):
@@ -167,7 +126,7 @@ def all_operands(model: _Model) -> Iterator[tuple[str, str]]:
 
 
 @_rule
-def residual_adds(model: _Model) -> Iterator[tuple[str, str]]:
+def residual_adds(model: Model) -> Iterator[tuple[str, str]]:
     """QT, "Q/DQ Layer-Placement Recommendations": quantise the residual input in skip connections."""
     for node in model.of("Add"):
         tensors = [name for name in node.input if name not in model.constants]
@@ -177,7 +136,7 @@ def residual_adds(model: _Model) -> Iterator[tuple[str, str]]:
 
 
 @_rule
-def inside_fusions(model: _Model) -> Iterator[tuple[str, str]]:
+def inside_fusions(model: Model) -> Iterator[tuple[str, str]]:
     """QT, "Q/DQ Layer-Placement Recommendations": no quantiser between a layer and the batch norm or relu that is fused
     into it; no batch norm left where it could be folded."""
     for node in model.of("Relu", "Clip", "BatchNormalization"):
