@@ -18,9 +18,12 @@ from sbs_fx.export.registry import Numerics, target
 from sbs_fx.export.runtime import LAYERS, Kernels, Runner, failing_as, of_batch, require, sorted_codes, weight_name
 from sbs_fx.export.signed import clip_values, shift_codes
 from sbs_fx.passes.capture.export import quiet_torch
-from sbs_fx.passes.dialects import static_of
+from sbs_fx.passes.dialects import DEQUANTIZE, static_of
 from sbs_fx.passes.graph import attribute, copy_graph
+from sbs_fx.passes.static.fold import Constants
 from sbs_fx.plan.errors import BackendError
+
+_DEQUANTIZERS = {DEQUANTIZE, torch.ops.quantized_decomposed.dequantize_per_channel.default}
 
 
 def coreml_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, batch: int = 1) -> tuple[Any, Kernels]:
@@ -34,6 +37,7 @@ def coreml_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, ba
     signed = copy_graph(static)
     clip_values(signed.graph, fused=True)
     shift_codes(signed.graph)
+    _fold_tables(signed)
     signed.recompile()
     inputs = of_batch(example_inputs, batch)
     level = logging.root.manager.disable
@@ -52,6 +56,27 @@ def coreml_model(static: fx.GraphModule, example_inputs: Sequence[Tensor], *, ba
     stored = static_of(static).weights
     integer = tuple(n for n, weight in names.items() if weight in stored and weights[n] in codes)
     return model, Kernels(integer, tuple(n for n in names if n not in integer))
+
+
+def _fold_tables(graph_module: fx.GraphModule) -> None:
+    """What is computed of float parameters alone, such as a resized table of positions, becomes a table: the converter
+    has not all of these operators."""
+    constants, graph = Constants(graph_module), graph_module.graph
+    tables: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        of_floats = all(n in tables or n.op == "get_attr" for n in sources)  # reason: weights stay codes
+        if node.op == "call_function" and node in constants and of_floats and node.target not in _DEQUANTIZERS:
+            tables.add(node)
+    for node in [node for node in graph.nodes if node in tables and not all(user in tables for user in node.users)]:
+        value = constants.value(node)
+        if isinstance(value, Tensor):
+            graph_module.register_buffer(f"{node.name}_table", value.clone())
+            with graph.inserting_before(node):
+                table = graph.get_attr(f"{node.name}_table")
+            table.meta = dict(node.meta)
+            node.replace_all_uses_with(table)
+    graph.eliminate_dead_code()
 
 
 def _quantised_weights(model: Any) -> set[bytes]:

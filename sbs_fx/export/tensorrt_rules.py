@@ -22,6 +22,7 @@ OPSETS = range(9, 26)
 _UNSUPPORTED = {
     "ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul", "BitShift",
 }  # fmt: skip
+_CONVOLUTIONS = {"Conv", "ConvTranspose"}
 _LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
@@ -146,7 +147,7 @@ def inside_fusions(model: Model) -> Iterator[tuple[str, str]]:
             alone = all(reader is node for reader in model.readers[source.output[0]])
             if alone and quantizer is not None and model.maker(quantizer.input[0]) in _LAYERS:
                 yield node.name, "reads a quantised result of a layer, into which it would be fused"
-        elif (
-            node.op_type == "BatchNormalization" and source is not None and source.op_type in ("Conv", "ConvTranspose")
-        ):
+        elif node.op_type == "BatchNormalization" and source is not None and source.op_type in _CONVOLUTIONS:
+            if len(model.readers[node.input[0]]) > 1:  # reason: somebody else reads what is before the batch norm
+                continue
             yield node.name, f"is not folded into {source.name}"

@@ -150,6 +150,10 @@ def before_relu(model: Any) -> None:
     relu.input[0] = "values"
 
 
+def not_folded(model: Any) -> None:
+    node_of(model, "Relu").op_type = "BatchNormalization"
+
+
 RULES = {
     opset: "opset",
     operator: "supported_operators",
@@ -162,6 +166,7 @@ RULES = {
     one_operand: "all_operands",
     one_of_two_added: "residual_adds",
     before_relu: "inside_fusions",
+    not_folded: "inside_fusions",
 }
 
 
@@ -171,6 +176,14 @@ def test_each_rule_finds_what_breaks_it(model: Any, change: Callable[[Any], None
     broken = copy.deepcopy(model)
     change(broken)
     assert RULES[change] in {line.partition(":")[0] for line in tensorrt_problems(broken)}
+
+
+def test_a_norm_beside_another_reader_of_a_layer_cannot_be_folded(model: Any) -> None:
+    shared = copy.deepcopy(model)
+    not_folded(shared)
+    conv = node_of(shared, "Conv")
+    shared.graph.node.append(onnx.helper.make_node("Sigmoid", [conv.output[0]], ["beside"], name="beside"))
+    assert tensorrt_problems(shared) == []
 
 
 def test_every_rule_has_a_test() -> None:
