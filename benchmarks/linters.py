@@ -1,10 +1,10 @@
 """Do files for TensorRT and Core ML of every timm family keep the rules?
 
-`python benchmarks/linters.py --models FILE --out FILE` takes the models of a table of `benchmarks/coverage.py`, those
+`python benchmarks/linters.py --out FILE` takes the models of a table of `benchmarks/coverage.py`, those
 of least MACs first: each is quantised at 8 bits on random images, with random weights, written for TensorRT and checked
 by the linter of its rules, and, where coremltools is installed, converted for Core ML, whose program must hold all
-codes. Rows are appended to OUT as they come (JSON lines); models that are in it are left out. Nothing is run on either
-tool's device.
+codes. Rows are appended to FILE's side file (.jsonl) as they come, and good ones are not made again; FILE itself is a
+JSON list. Nothing is run on either tool's device.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from sbs_fx.export.onnx import onnx_model
 from sbs_fx.export.tensorrt import symmetric_codes
 from sbs_fx.export.tensorrt_rules import tensorrt_problems
 from sbs_fx.models import create_model, example_inputs
+
 
 MISSING = "not run: coremltools is not installed"
 
@@ -61,31 +62,29 @@ def check(task: Task) -> dict[str, Any]:
 
 
 def main() -> int:
+    table = pathlib.Path(__file__).parent / "results" / "coverage.json"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=pathlib.Path, required=True, help="a JSON list of rows of the coverage")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON lines")
+    parser.add_argument("--models", type=pathlib.Path, default=table, help="JSON list of rows of the coverage")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON list of rows")
     parser.add_argument("--most", type=int, default=98, help="models at most")
     parser.add_argument("--timeout", type=float, default=600, help="seconds a model may take")
     options = parser.parse_args()
-    rows = json.loads(options.models.read_text())
-    rows.sort(key=lambda row: row.get("macs", 0))
-    done = {row["model"] for row in read_rows(options.out)} if options.out.exists() else set()
+    side = options.out.with_suffix(".jsonl")
+    done = {row["model"]: row for row in (read_rows(side) if side.exists() else []) if _is_good(row)}
+    rows = sorted(json.loads(options.models.read_text()), key=lambda row: row.get("macs", 0))
     tasks = [Task(row["family"], row["model"]) for row in rows if row["model"] not in done][: options.most]
-    bad = 0
     for task, result in run_tasks(check, tasks, jobs=1, timeout=options.timeout):
-        row = (
-            {"family": task.family, "model": task.model, "tensorrt": str(result)}
-            if isinstance(result, Failed)
-            else result
-        )
-        bad += row.get("tensorrt") != "ok" or row.get("coreml", "ok") not in (
-            "ok",
-            "not run: coremltools is not installed",
-        )
-        with options.out.open("a") as file:
+        row = {**task._asdict(), "tensorrt": str(result)} if isinstance(result, Failed) else result
+        done[task.model] = row
+        with side.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{task.model:32s} TensorRT: {row.get('tensorrt')}; Core ML: {row.get('coreml')}", flush=True)
-    return 1 if bad else 0
+    options.out.write_text(json.dumps([*done.values()], indent=1) + "\n")
+    return 0 if all(map(_is_good, done.values())) else 1
+
+
+def _is_good(row: dict[str, Any]) -> bool:
+    return all(row.get(tool, MISSING) in ("ok", MISSING) for tool in ("tensorrt", "coreml"))
 
 
 if __name__ == "__main__":
