@@ -31,7 +31,6 @@ from sbs_fx.export.tensorrt import symmetric_codes
 from sbs_fx.export.tensorrt_rules import tensorrt_problems
 from sbs_fx.models import create_model, example_inputs
 
-
 MISSING = "not run: coremltools is not installed"
 
 
