@@ -222,7 +222,7 @@ class Refits:
             if (
                 not isinstance(other, fx.Node)
                 or other.name not in self.alike
-                or position[other] > position[node]
+                or position[other] >= position[node]
                 or other.meta["val"].shape != last.meta["val"].shape
             ):
                 continue

@@ -168,3 +168,24 @@ def test_a_bias_that_is_computed_is_left_to_what_computes_it() -> None:
         before = float((gated(x) - graph(x)).square().mean())
         reconstruct(gated, graph, [x], inputs=(x[:2],), groups=groups, settings=Reconstruction(tolerance=0))
         assert float((gated(x) - graph(x)).square().mean()) < before
+
+
+def test_a_result_that_is_added_to_itself_is_no_other_way() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return y + y
+
+    x = torch.randn(64, 3, 8, 8)
+    graph = trace(Twice().eval(), x[:2])
+    groups = channel_groups(graph)
+    gated = insert_gates(graph, groups, channels=False)
+    apply_bits(gated, {"layer": 4}, dict.fromkeys(activation_gates(gated), 8))
+    calibrate(gated, [x], inputs=(x[:2],))
+    reconstruct(gated, graph, [x], inputs=(x[:2],), groups=groups, settings=Reconstruction(tolerance=0))
+    with torch.no_grad():
+        assert float((gated(x) - graph(x)).square().mean()) < 1e-2 * float(graph(x).square().mean())
