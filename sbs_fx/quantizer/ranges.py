@@ -147,7 +147,7 @@ class Histogram:
         is a NaN or Inf among them."""
         if not x.numel():
             return True
-        low, high = (float(bound) for bound in x.detach().aminmax())
+        low, high = float(x.detach().amin()), float(x.detach().amax())  # reason: both at once are five times as slow
         if not math.isfinite(low) or not math.isfinite(high):
             return False
         self.low, self.high = min(self.low, low), max(self.high, high)
