@@ -1,6 +1,6 @@
 """A report as text: what failed first, then totals, layers, groups and pins, in aligned columns.
 
-In: a report's data. Out: lines of at most about 110 characters, the same for the same report.
+In: a report's data. Out: lines of about 80 characters where names are short, the same for the same report.
 """
 
 from __future__ import annotations
@@ -37,21 +37,19 @@ def _sections(report: ReportData) -> Iterator[list[str]]:
         yield [
             "Layers by BOPs",
             *columns(
-                ["layer", "kind", "MACs", "BOPs", "share", "bits w/a", "channels", "of"],
+                ["layer", "MACs", "BOPs", "share", "w/a bits", "channels"],
                 [
                     [
                         row.name,
-                        row.kind,
-                        f"{row.macs:,}",
-                        f"{row.bops:,}",
+                        _short(row.macs),
+                        _short(row.bops),
                         f"{100 * row.bops / max(1, report.cost.bops):.1f} %",
                         f"{row.weight_bits:g}/{row.activation_bits:g}",
-                        _number(row.channels),
-                        _number(row.channels_before),
+                        "" if row.channels is None else f"{row.channels}/{row.channels_before}",
                     ]
                     for row in report.layers
                 ],
-                left=2,
+                left=1,
             ),
         ]
     if report.groups:
@@ -155,8 +153,12 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) 
     return lines
 
 
-def _number(value: int | None) -> str:
-    return "" if value is None else str(value)
+def _short(value: float) -> str:
+    """With a unit of thousands, to three digits or more."""
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= unit:
+            return f"{value / unit:.{2 if value < 10 * unit else 1}f}{name}"
+    return f"{value:g}"
 
 
 def _listed(names: Sequence[str]) -> str:
