@@ -20,6 +20,8 @@ from sbs_fx.cli.results import saved_file
 if TYPE_CHECKING:
     from sbs_fx.report.targets import TargetRow
 
+_PICTURES = 64  # that ranges of results are taken from
+
 Saved = Annotated[
     str, typer.Argument(metavar="SAVED", help="what `sbs-fx compress` has saved: a directory or model.pt2")
 ]
@@ -37,16 +39,24 @@ def export(
             help="where the suffix is not enough: tensorrt for an .onnx, aoti for a .pt2", autocompletion=format_names
         ),
     ] = None,
-    low_bits: Annotated[bool, typer.Option("--low-bits", help="onnx: weights of 2 to 4 bits as int4")] = False,
+    low_bits: Annotated[bool, typer.Option("--low-bits", help="onnx, litert: weights of 2 to 4 bits as int4")] = False,
     preprocess: Annotated[
         str | None,
         typer.Option(metavar="LAYOUT", help="take uint8 pictures, NHWC or NCHW: scaled, mean and std applied inside"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA", help="litert, executorch: pictures by which layers get results of 8 bits; as for compress"
+        ),
     ] = None,
     script: Annotated[
         bool, typer.Option("--script", help="also leave run.py and cases.npz beside it, to compare on the device")
     ] = False,
 ) -> None:
     """Write a saved result as a file of another tool, run it there and compare."""
+    from sbs_fx.cli.models import load_saved as load_named
+    from sbs_fx.cli.models import open_split
     from sbs_fx.export import TARGETS, load_saved, write_script
     from sbs_fx.export import export as run
     from sbs_fx.export.preprocessing import with_preprocessing
@@ -60,6 +70,9 @@ def export(
         static, inputs = load_saved(saved_file(model))
         options: dict[str, Any] = {"metadata": static_of(static).metadata, "progress": progress}
         options |= {"low_bits": low_bits, "preprocess": preprocess}
+        if data is not None:
+            batches = open_split(load_named(saved_file(model)), data, None, "train", _PICTURES, 0)
+            options["calibration"] = next(iter(batches))[0]
         try:
             written = run(static, inputs, format, out, **options)
         except BackendError as error:

@@ -77,7 +77,7 @@ def _cause(layer: fx.Node, static: fx.GraphModule) -> str:
     if not is_integer(layer, static):
         return "its weight or its input is"
     if not is_quantized(layer):
-        return "its result is not quantised, which calibration=IMAGES does"
+        return "its result is not quantised, which calibration=IMAGES or --data does"
     return "the tool has no integer kernel for it"
 
 

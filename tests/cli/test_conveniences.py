@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from PIL import Image
 from sbs_fx.cli.completion import by_comma, format_names, method_names, model_names, setting_names
 from sbs_fx.cli.exporting import format_of
 from sbs_fx.cli.results import saved_file
-from sbs_fx.export.registry import TARGETS
+from sbs_fx.export import load_saved
+from sbs_fx.export.registry import TARGETS, Target
+from sbs_fx.export.runtime import Runner
 from sbs_fx.search.registry import METHODS
 from tests.oracles.commands import MODEL, run_command
 
@@ -77,6 +80,25 @@ def test_a_folder_stands_for_the_file_in_it(saved: Path, pictures: Path, tmp_pat
     assert out.exists()
     assert steps.splitlines() == ["read ...", "write pt2 ...", "run and compare ...", "compare outputs ..."]
     assert run_command(["evaluate", str(tmp_path), "--data", str(pictures)]) == 2, "nothing of ours is in it"
+
+
+def test_pictures_are_an_option_of_formats_that_need_them(
+    saved: Path, pictures: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def write(static: Any, inputs: Any, path: str, options: Any) -> Runner:
+        given.append(options["calibration"])
+        Path(path).touch()
+        return Runner("mirror", static)
+
+    mirror = Target("mirror", write, ".mirror", "itself", options=("calibration",))
+    monkeypatch.setitem(TARGETS._entries, "mirror", (mirror, __name__))
+    for name, code in (("a.mirror", 0), ("a.pt2", 2)):
+        out = ["-o", str(tmp_path / name), "--data", str(pictures)]
+        assert run_command(["export", str(saved), *out, "-q"]) == code
+    assert given[0].shape == (20, *load_saved(saved / "model.pt2")[1][0].shape[1:])
+    assert "format 'pt2' has no option 'calibration'" in capsys.readouterr().err
 
 
 def test_the_suffix_says_the_format() -> None:

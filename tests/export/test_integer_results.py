@@ -112,7 +112,7 @@ def test_every_layer_is_in_integers_and_says_what_that_took(make: Callable[[], n
     plain = export(graph, (IMAGES,), "litert", tmp_path / "plain.tflite")
     assert plain.kernels is not None
     assert [line.partition(":")[0] for line in plain.lost] == list(plain.kernels.floating)
-    assert "its result is not quantised, which calibration=IMAGES does" in plain.lost[-1]
+    assert "its result is not quantised, which calibration=IMAGES or --data does" in plain.lost[-1]
     whole = export(graph, (IMAGES,), "litert", tmp_path / "model.tflite", calibration=IMAGES)
     four = export(graph, (IMAGES,), "litert", tmp_path / "four.tflite", calibration=IMAGES, low_bits=True)
     for found, most in ((plain, 0.01), (whole, 0.03), (four, 0.03)):
