@@ -49,6 +49,7 @@ def canonicalise(graph_module: fx.GraphModule) -> None:
             _plain_batch_norm(node)
             _plain_max_pool(node)
             _count_from_the_start(node)
+            _states_as_given(node)
             _name_sizes(node)
             _explicit_scale(node)
 
@@ -127,6 +128,19 @@ def _count_from_the_start(node: fx.Node) -> None:
                 node.update_arg(position, max(bound + size, 0))
 
 
+def _states_as_given(node: fx.Node) -> None:
+    """The last states of a recurrent layer have the shapes of the first ones (reason: torch 2.11 notes another)."""
+    if node.target not in _RECURRENT:
+        return
+    given: Any = node.args[1]
+    states = [state.meta["val"] for state in (given if isinstance(given, (list, tuple)) else [given])]
+    node.meta["val"] = (node.meta["val"][0], *states)
+    for user in node.users:
+        if user.target is operator.getitem:
+            user.meta["val"] = node.meta["val"][user.args[1]]  # type: ignore[index]
+
+
+_RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 _SPLITS = {
     aten.chunk.default,
     aten.unsafe_chunk.default,

@@ -10,8 +10,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from sbs_fx.passes import channel_groups, cost_model, slim, trace
+from sbs_fx.passes.capture.canonical import canonicalise
 from sbs_fx.plan.errors import InputError, TraceError
 from tests.networks.models import Recipe, step
+
+aten = torch.ops.aten
 
 
 class Apply(nn.Module):
@@ -333,3 +336,16 @@ def test_a_linear_whose_weight_is_a_vector_is_a_product() -> None:
     half = slim(graph, groups, {name: range(8) for name in groups})
     assert half(torch.randn(2, 3, 8, 8)).shape == (2, 3, 8)
     assert list(groups.values())[0].size == 16
+
+
+def test_states_have_the_shapes_of_those_given() -> None:
+    """Even where torch has noted another, as 2.11 does for layers that run both ways."""
+    x = torch.randn(2, 3, 4)
+    graph = trace(nn.LSTM(4, 5, bidirectional=True, batch_first=True).eval(), x)
+    (node,) = graph.graph.find_nodes(op="call_function", target=aten.lstm.input)
+    y, *states = node.meta["val"]
+    node.meta["val"] = (y, *(state.unsqueeze(1) for state in states))
+    canonicalise(graph)
+    assert [tuple(value.shape[2:]) for value in node.meta["val"]] == [(10,), (5,), (5,)]
+    read = {user.args[1]: user.meta["val"] for user in node.users}
+    assert all(read[i] is value for i, value in enumerate(node.meta["val"]) if i in read)
