@@ -27,7 +27,8 @@ def rounded(x: Tensor, scale: float, low: int, high: int) -> Tensor:
     >>> rounded(torch.tensor([0.3, 9.0]), 0.5, -2, 2)
     tensor([0.5000, 1.0000])
     """
-    return (x * (1 / scale)).round_().clamp_(low, high).mul_(scale)
+    # reason: a new tensor from `round`, as in quantisation, or the strides of one example differ, and sums behind them
+    return (x * (1 / scale)).round().clamp_(low, high).mul_(scale)
 
 
 @torch.no_grad()
