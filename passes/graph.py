@@ -60,16 +60,7 @@ def copy_with(graph_module: fx.GraphModule, tensors: Mapping[str, torch.Tensor])
     """A copy of the graph that owns `tensors` and shares nothing with the original."""
     root = torch.nn.Module()
     for name, tensor in tensors.items():
-        owner: torch.nn.Module = root
-        *path, leaf = name.split(".")
-        for step in path:
-            if step not in owner._modules:
-                owner.add_module(step, torch.nn.Module())
-            owner = owner.get_submodule(step)
-        if isinstance(tensor, torch.nn.Parameter):
-            owner.register_parameter(leaf, tensor)
-        else:
-            owner.register_buffer(leaf, tensor)
+        hold(root, name, tensor)
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(graph_module.graph, mapping))
@@ -80,6 +71,20 @@ def copy_with(graph_module: fx.GraphModule, tensors: Mapping[str, torch.Tensor])
     result.graph._codegen = copy.deepcopy(graph_module.graph._codegen)
     result.meta = dict(graph_module.meta)
     return result
+
+
+def hold(root: torch.nn.Module, name: str, value: torch.Tensor, *, persistent: bool = True) -> None:
+    """Give a module a parameter or buffer of that dotted name; modules on the way are made."""
+    *path, leaf = name.split(".")
+    owner = root
+    for step in path:
+        if step not in owner._modules:
+            owner.add_module(step, torch.nn.Module())
+        owner = owner._modules[step]  # type: ignore[assignment]
+    if isinstance(value, torch.nn.Parameter):
+        owner.register_parameter(leaf, value)
+    else:
+        owner.register_buffer(leaf, value, persistent=persistent)
 
 
 def on_device(graph_module: fx.GraphModule, device: torch.device | str) -> fx.GraphModule:

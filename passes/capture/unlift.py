@@ -7,10 +7,12 @@ its square, as torch's does for modules that lie side by side.
 
 from __future__ import annotations
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+
+from sbs_fx.passes.graph import hold
 
 _LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -47,17 +49,3 @@ def unlifted(program: ExportedProgram) -> fx.GraphModule:
     info = _PyTreeInfo(list(arguments.forward_arg_names or []), program.call_spec.in_spec, program.call_spec.out_spec)
     graph._codegen = _PyTreeCodeGen(info)
     return fx.GraphModule(root, graph)
-
-
-def hold(root: nn.Module, name: str, value: Tensor, *, persistent: bool = True) -> None:
-    """Give a module a parameter or buffer of that dotted name; modules on the way are made."""
-    *path, leaf = name.split(".")
-    owner = root
-    for step in path:
-        if step not in owner._modules:
-            owner.add_module(step, nn.Module())
-        owner = owner._modules[step]  # type: ignore[assignment]
-    if isinstance(value, nn.Parameter):
-        owner.register_parameter(leaf, value)
-    else:
-        owner.register_buffer(leaf, value, persistent=persistent)

@@ -55,8 +55,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a saved result as a file of another tool, run it there and compare."""
-    from sbs_fx.cli.models import load_saved as load_named
-    from sbs_fx.cli.models import open_split
+    from sbs_fx.cli.models import of_saved, open_split
     from sbs_fx.export import TARGETS, load_saved, write_script
     from sbs_fx.export import export as run
     from sbs_fx.export.preprocessing import with_preprocessing
@@ -71,7 +70,7 @@ def export(
         options: dict[str, Any] = {"metadata": static_of(static).metadata, "progress": progress}
         options |= {"low_bits": low_bits, "preprocess": preprocess}
         if data is not None:
-            batches = open_split(load_named(saved_file(model)), data, None, "train", _PICTURES, 0)
+            batches = open_split(of_saved(model, static, inputs), data, None, "train", _PICTURES, 0)
             options["calibration"] = next(iter(batches))[0]
         try:
             written = run(static, inputs, format, out, **options)

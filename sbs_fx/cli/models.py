@@ -10,7 +10,7 @@ import os
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sbs_fx.cli.progress import say
 from sbs_fx.data.datasets import Batches, open_data
@@ -144,7 +144,11 @@ def _parse_size(text: str | None) -> tuple[int, int, int] | None:
 
 def load_saved(path: str) -> NamedModel:
     """A saved result; its file says which images it takes."""
-    module, inputs = load_static(path)
+    return of_saved(path, *load_static(path))
+
+
+def of_saved(path: str, module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> NamedModel:
+    """The same of what was read from the path. Raises InputError for a part."""
     metadata = static_of(module).metadata
     if "part" in metadata:
         raise InputError(

@@ -1,11 +1,12 @@
-"""`Model`: an ONNX model as linters read it.
+"""`Model`: an ONNX model as linters read it; `Rules`: what a linter looks for.
 
-In: an `onnx.ModelProto`. Out: its nodes, its constants, and who makes and reads each tensor. Holds: nothing is changed.
+In: an `onnx.ModelProto`. Out: its nodes, its constants, and who makes and reads each tensor; what breaks a rule. Holds:
+nothing is changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sbs_fx.export.runtime import require
@@ -59,3 +60,20 @@ class Model:
 
     def is_weight(self, dequantizer: Any) -> bool:
         return dequantizer.op_type == "DequantizeLinear" and dequantizer.input[0] in self.constants
+
+
+Rule = Callable[[Model], Iterator[tuple[str, str]]]
+
+
+class Rules(list[Rule]):
+    """The rules of one tool: each gives the names of nodes that break it, with what is wrong."""
+
+    def rule(self, function: Rule) -> Rule:
+        """Register a function as the next rule."""
+        self.append(function)
+        return function
+
+    def problems(self, model: Any) -> list[str]:
+        """Lines "RULE: NODE WHAT" of an `onnx.ModelProto`, in the order of the rules."""
+        known = Model(model)
+        return [f"{rule.__name__}: {name} {problem}" for rule in self for name, problem in rule(known)]

@@ -23,6 +23,7 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from sbs_fx.export.program import plain_outputs
+from sbs_fx.export.schema import Seldom
 from sbs_fx.passes.capture.inputs import inputs_of
 from sbs_fx.passes.graph import read_tensors
 from sbs_fx.passes.static.fold import Constants
@@ -36,10 +37,6 @@ _POSITIONAL, _KEYWORD = int(schema.ArgumentKind.POSITIONAL), int(schema.Argument
 _SIZES = (int, torch.SymInt)
 
 
-class _Seldom(Exception):
-    """What is left to torch."""
-
-
 def program_members(packed: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, bytes] | None:
     """Members by name; None if torch is to write the graph, as for inputs of another size than it was traced for."""
     spec = inputs_of(packed)
@@ -50,7 +47,7 @@ def program_members(packed: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[st
         return None
     try:
         return _Writer(packed).members()
-    except _Seldom:
+    except Seldom:
         return None
 
 
@@ -122,7 +119,7 @@ class _Writer:
             value = node.meta["val"]
             expressions = [size.node.expr for size in value.shape if isinstance(size, torch.SymInt)]
             if not all(expression.is_Symbol for expression in expressions):
-                raise _Seldom
+                raise Seldom
             self.symbols.update(expressions)
             self.values[node.name] = self._meta(value)
             argument = {"as_tensor": {"name": node.name}}
@@ -132,7 +129,7 @@ class _Writer:
     def _call(self) -> dict[str, Any]:
         codegen = self.graph._codegen
         if not isinstance(codegen, _PyTreeCodeGen) or codegen.pytree_info.out_spec is None:
-            raise _Seldom
+            raise Seldom
         names = [node.name for node in self.graph.find_nodes(op="placeholder")]
         return {
             "inputs": [], "outputs": [],
@@ -155,7 +152,7 @@ class _Writer:
             inputs = [self._named(n, arg, _POSITIONAL) for n, arg in zip(names, node.args, strict=False)]
             return [_row(node, target, inputs, [{"as_sym_int": {"as_name": node.name}}])]
         if not isinstance(node.target, torch._ops.OpOverload):
-            raise _Seldom
+            raise Seldom
         arguments = node.target._schema.arguments
         inputs = [self._named(a.name, arg, _POSITIONAL) for a, arg in zip(arguments, node.args, strict=False)]
         inputs += [self._named(a.name, node.kwargs[a.name], _KEYWORD) for a in arguments if a.name in node.kwargs]
@@ -165,7 +162,7 @@ class _Writer:
         if isinstance(node.target, torch._ops.OpOverload):
             return f"torch.ops.{node.target}", [a.name for a in node.target._schema.arguments]
         if getattr(node.target, "__module__", "") != "_operator" or node.kwargs:
-            raise _Seldom
+            raise Seldom
         return f"_operator.{node.target.__name__}", list(inspect.signature(node.target).parameters)  # type: ignore
 
     def _results(self, node: fx.Node, value: Any) -> list[dict[str, Any]]:
@@ -173,7 +170,7 @@ class _Writer:
             self.values[node.name] = self._meta(value)
             return [{"as_tensor": {"name": node.name}}]
         if not isinstance(value, (tuple, list)) or not all(isinstance(part, Tensor) for part in value):
-            raise _Seldom
+            raise Seldom
         readers = {user.args[1]: user.name for user in reversed(node.users) if user.target is operator.getitem}
         names = []
         for i, part in enumerate(value):
@@ -186,7 +183,7 @@ class _Writer:
 
     def _output(self, leaf: Any) -> dict[str, Any]:
         if isinstance(leaf, fx.Node) and leaf.op != "call_function":
-            raise _Seldom
+            raise Seldom
         return self._argument(leaf)
 
     def _named(self, name: str, value: Any, kind: int) -> dict[str, Any]:
@@ -214,7 +211,7 @@ class _Writer:
         ):
             if isinstance(value, kind):
                 return {name: int(table[value])}
-        raise _Seldom
+        raise Seldom
 
     def _list(self, values: Any) -> dict[str, Any]:
         for kind, name in ((bool, "as_bools"), (int, "as_ints")):
@@ -223,7 +220,7 @@ class _Writer:
         if values and all(type(value) is float and math.isfinite(value) for value in values):
             return {"as_floats": list(values)}
         if not values or not all(value is None or type(value) is int or isinstance(value, fx.Node) for value in values):
-            raise _Seldom
+            raise Seldom
         if any(isinstance(value, fx.Node) and isinstance(value.meta.get("val"), _SIZES) for value in values):
             return {"as_sym_ints": [self._size(value) for value in values]}
         if all(isinstance(value, fx.Node) for value in values):
@@ -253,7 +250,7 @@ class _Writer:
     def _check_symbols(self, sizes: list[Any]) -> None:
         for size in sizes:
             if isinstance(size, torch.SymInt) and not size.node.expr.free_symbols <= self.symbols:
-                raise _Seldom  # reason: a size that depends on values
+                raise Seldom  # reason: a size that depends on values
 
     def _weight(self, number: int, name: str) -> tuple[dict[str, Any], bytes]:
         """What the file says of a tensor, and its bytes, in the order that it has in memory."""

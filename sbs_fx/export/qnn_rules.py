@@ -10,10 +10,10 @@ that is published, cited beside it; nothing here was run on such a device. Sourc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from sbs_fx.export.onnx_reading import Model
+from sbs_fx.export.onnx_reading import Model, Rules
 
 SUPPORTED = {
     "Abs", "Add", "And", "ArgMax", "ArgMin", "Asin", "Atan", "AveragePool", "BatchNormalization", "Cast", "Clip",
@@ -29,8 +29,7 @@ _FREE = {"Constant", "Identity"}  # of which nothing is computed on the device
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _AXES = {"Conv": 0, "ConvTranspose": 1}
 
-Rule = Callable[[Model], Iterator[tuple[str, str]]]
-_RULES: list[Rule] = []
+_RULES = Rules()
 
 
 def qnn_problems(model: Any) -> list[str]:
@@ -39,16 +38,10 @@ def qnn_problems(model: Any) -> list[str]:
     Args:
         model: an `onnx.ModelProto`.
     """
-    known = Model(model)
-    return [f"{rule.__name__}: {name} {problem}" for rule in _RULES for name, problem in rule(known)]
+    return _RULES.problems(model)
 
 
-def _rule(function: Rule) -> Rule:
-    _RULES.append(function)
-    return function
-
-
-@_rule
+@_RULES.rule
 def fixed_shapes(model: Model) -> Iterator[tuple[str, str]]:
     """EP, "Model requirements": no dynamic shapes, such as a dynamic batch."""
     for value in (*model.graph.input, *model.graph.output):
@@ -57,7 +50,7 @@ def fixed_shapes(model: Model) -> Iterator[tuple[str, str]]:
             yield value.name, f"has shape {sizes}"
 
 
-@_rule
+@_RULES.rule
 def supported_operators(model: Model) -> Iterator[tuple[str, str]]:
     """EP, "Supported ONNX operators"; others are left to the CPU."""
     for node in model.nodes:
@@ -65,7 +58,7 @@ def supported_operators(model: Model) -> Iterator[tuple[str, str]]:
             yield node.name, f"is a {node.op_type}, which runs on the CPU"
 
 
-@_rule
+@_RULES.rule
 def quantized(model: Model) -> Iterator[tuple[str, str]]:
     """EP, "Running a model with QNN EP's HTP backend": it takes quantised models alone."""
     for node in model.of(*_LAYERS):
@@ -73,7 +66,7 @@ def quantized(model: Model) -> Iterator[tuple[str, str]]:
             yield node.name, "has an operand that is not quantised"
 
 
-@_rule
+@_RULES.rule
 def unsigned_codes(model: Model) -> Iterator[tuple[str, str]]:
     """EP, "Generating a quantized model": QNN's operators typically support uint8 and uint16."""
     for node in model.of("QuantizeLinear"):
@@ -81,7 +74,7 @@ def unsigned_codes(model: Model) -> Iterator[tuple[str, str]]:
             yield node.name, f"gives codes of {kind}"
 
 
-@_rule
+@_RULES.rule
 def products(model: Model) -> Iterator[tuple[str, str]]:
     """EP, "Supported ONNX operators", MatMul: (uint8, uint8), (uint8, uint16) or (uint16, uint8) on the NPU."""
     for node in model.of("MatMul"):
@@ -91,7 +84,7 @@ def products(model: Model) -> Iterator[tuple[str, str]]:
             yield node.name, f"multiplies codes of {kinds[0]} by {kinds[1]}"
 
 
-@_rule
+@_RULES.rule
 def scales_per_channel(model: Model) -> Iterator[tuple[str, str]]:
     """QC, `per_channel`: of Conv along axis 0, of ConvTranspose along axis 1; QNN has none for MatMul. Activations have
     one scale a tensor."""

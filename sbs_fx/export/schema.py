@@ -24,7 +24,7 @@ from torch.utils._sympy import functions
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from sbs_fx.passes.capture.unlift import hold
+from sbs_fx.passes.graph import hold
 
 _DTYPES = serialize._SERIALIZE_TO_TORCH_DTYPE
 _KINDS = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
@@ -32,7 +32,7 @@ _PLAIN = ("as_int", "as_ints", "as_bool", "as_bools", "as_string", "as_strings",
 _POSITIONAL = int(schema.ArgumentKind.POSITIONAL)
 
 
-class _Seldom(Exception):
+class Seldom(Exception):
     """What is left to torch."""
 
 
@@ -43,7 +43,7 @@ def read_graph(members: Mapping[str, bytes]) -> fx.GraphModule | None:
         return None
     try:
         return _Reader(program, members).module()
-    except _Seldom:
+    except Seldom:
         return None
 
 
@@ -65,13 +65,13 @@ class _Reader:
         for row in graph["nodes"]:
             self._node(row)
         if any(only(spec)[0] != "user_output" for spec in signature["output_specs"]):
-            raise _Seldom
+            raise Seldom
         self.graph.output(tuple(self._argument(argument) for argument in graph["outputs"]))
         call = self.module_json["module_call_graph"][0]["signature"]
         names = [str(node.target) for node in self.graph.find_nodes(op="placeholder")]
         inputs = pytree.tree_structure((tuple(names), {}))
         if pytree.treespec_loads(call["in_spec"]) != inputs:
-            raise _Seldom
+            raise Seldom
         info = _PyTreeInfo(names, inputs, pytree.treespec_loads(call["out_spec"]))
         self.graph._codegen = _PyTreeCodeGen(info)
         return fx.GraphModule(self.root, self.graph)
@@ -80,7 +80,7 @@ class _Reader:
         kind, content = only(spec)
         how, value = only(argument)
         if how != "as_tensor" or kind not in (*_KINDS, "user_input"):
-            raise _Seldom
+            raise Seldom
         name = value["name"]
         if kind == "user_input":
             node = self.graph.placeholder(name)
@@ -111,7 +111,7 @@ class _Reader:
         if len(outputs) == 1 and only(outputs[0])[0] == "as_tensors":
             outputs = [{"as_tensor": part} for part in outputs[0]["as_tensors"]]
         if not outputs or any(only(part)[0] != "as_tensor" for part in outputs):
-            raise _Seldom
+            raise Seldom
         node = self.graph.create_node("call_function", target, tuple(args), kwargs, row.get("name"))
         names = [part["as_tensor"]["name"] for part in outputs]
         for i, name in enumerate(names):
@@ -143,7 +143,7 @@ class _Reader:
             return serialize._SERIALIZE_TO_TORCH_LAYOUT[value]
         if how == "as_device":
             return torch.device(value["type"], value["index"])
-        raise _Seldom
+        raise Seldom
 
     def _size(self, value: Mapping[str, Any]) -> Any:
         return value["as_int"] if "as_int" in value else self.nodes[value["as_name"]]

@@ -11,12 +11,12 @@ that TensorRT publishes, cited beside it; nothing here says how fast a model is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from sbs_fx.export.onnx_reading import Model
+from sbs_fx.export.onnx_reading import Model, Rules
 
 OPSETS = range(9, 26)
 _UNSUPPORTED = {
@@ -25,9 +25,7 @@ _UNSUPPORTED = {
 _CONVOLUTIONS = {"Conv", "ConvTranspose"}
 _LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
-
-Rule = Callable[[Model], Iterator[tuple[str, str]]]
-_RULES: list[Rule] = []
+_RULES = Rules()
 
 
 def tensorrt_problems(model: Any) -> list[str]:
@@ -36,30 +34,24 @@ def tensorrt_problems(model: Any) -> list[str]:
     Args:
         model: an `onnx.ModelProto`.
     """
-    known = Model(model)
-    return [f"{rule.__name__}: {name} {problem}" for rule in _RULES for name, problem in rule(known)]
+    return _RULES.problems(model)
 
 
-def _rule(function: Rule) -> Rule:
-    _RULES.append(function)
-    return function
-
-
-@_rule
+@_RULES.rule
 def opset(model: Model) -> Iterator[tuple[str, str]]:
     """OG, "Supported ONNX and Opset Versions": 9 to 25."""
     if model.opset not in OPSETS:
         yield "model", f"has opset {model.opset}, not one of {OPSETS.start} to {OPSETS.stop - 1}"
 
 
-@_rule
+@_RULES.rule
 def supported_operators(model: Model) -> Iterator[tuple[str, str]]:
     """OPS: operators on integers are not read; quantisation is said by Q/DQ pairs alone."""
     for node in model.of(*_UNSUPPORTED):
         yield node.name, f"is a {node.op_type}, which the parser does not read"
 
 
-@_rule
+@_RULES.rule
 def zero_points(model: Model) -> Iterator[tuple[str, str]]:
     """OPS, QuantizeLinear and DequantizeLinear: the zero point must be 0. QT: the scheme is symmetric."""
     for node in model.of("QuantizeLinear", "DequantizeLinear"):
@@ -68,7 +60,7 @@ def zero_points(model: Model) -> Iterator[tuple[str, str]]:
             yield node.name, "has a zero point that is not 0"
 
 
-@_rule
+@_RULES.rule
 def signed_codes(model: Model) -> Iterator[tuple[str, str]]:
     """QT, "Supported Data Types": INT8 and INT4 are signed, so neither uint8 activations nor int32 biases are read."""
     for node in model.of("QuantizeLinear", "DequantizeLinear"):
@@ -76,7 +68,7 @@ def signed_codes(model: Model) -> Iterator[tuple[str, str]]:
             yield node.name, f"has codes of {kind}"
 
 
-@_rule
+@_RULES.rule
 def constant_scales(model: Model) -> Iterator[tuple[str, str]]:
     """QT, "Explicit quantization": scales are build-time constants; they are positive."""
     for node in model.of("QuantizeLinear", "DequantizeLinear"):
@@ -85,7 +77,7 @@ def constant_scales(model: Model) -> Iterator[tuple[str, str]]:
             yield node.name, "has a scale that is not a positive constant"
 
 
-@_rule
+@_RULES.rule
 def scales_per_channel(model: Model) -> Iterator[tuple[str, str]]:
     """QT, "Quantization Scheme": activations have one scale a tensor; weights one, or one per output channel."""
     for node in model.of("QuantizeLinear", "DequantizeLinear"):
@@ -102,7 +94,7 @@ def scales_per_channel(model: Model) -> Iterator[tuple[str, str]]:
                 yield node.name, f"has scales along axis {axis}, which is not that of {layer.name}'s output channels"
 
 
-@_rule
+@_RULES.rule
 def convolutions(model: Model) -> Iterator[tuple[str, str]]:
     """OPS, Conv and ConvTranspose: 2D or 3D alone, weights constants (behind a DequantizeLinear)."""
     for node in model.of("Conv", "ConvTranspose"):
@@ -114,7 +106,7 @@ def convolutions(model: Model) -> Iterator[tuple[str, str]]:
             yield node.name, f"is a convolution over {weight.ndim - 2} dimensions"
 
 
-@_rule
+@_RULES.rule
 def all_operands(model: Model) -> Iterator[tuple[str, str]]:
     """QT, "Q/DQ Layer-Placement Recommendations": quantise all inputs of weighted operations, or none. A product of two
     tensors that are no weights, as in attention, is none: it is in float where one of them is."""
@@ -126,7 +118,7 @@ def all_operands(model: Model) -> Iterator[tuple[str, str]]:
             yield node.name, f"has a quantised {'weight' if kinds[1] else 'input'} alone"
 
 
-@_rule
+@_RULES.rule
 def residual_adds(model: Model) -> Iterator[tuple[str, str]]:
     """QT, "Q/DQ Layer-Placement Recommendations": quantise the residual input in skip connections."""
     for node in model.of("Add"):
@@ -136,7 +128,7 @@ def residual_adds(model: Model) -> Iterator[tuple[str, str]]:
             yield node.name, "adds a quantised tensor to one that is not"
 
 
-@_rule
+@_RULES.rule
 def inside_fusions(model: Model) -> Iterator[tuple[str, str]]:
     """QT, "Q/DQ Layer-Placement Recommendations": no quantiser between a layer and the batch norm or relu that is fused
     into it; no batch norm left where it could be folded."""

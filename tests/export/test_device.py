@@ -12,11 +12,9 @@ import torch
 from torch import fx
 
 from sbs_fx.export import export, write_script
-from sbs_fx.passes import finalize, integer_grid, integer_joins
-from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, weight_gates
 from sbs_fx.plan.errors import BackendError
 from tests.networks.small import Residual
-from tests.oracles.gated import gate
+from tests.oracles.gated import integer_graph
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 MODULES = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "litert_torch"}
@@ -24,10 +22,7 @@ MODULES = {"onnx": "onnxruntime", "openvino": "openvino", "litert": "litert_torc
 
 @pytest.fixture(scope="module")
 def static() -> fx.GraphModule:
-    torch.manual_seed(0)
-    gated = gate(Residual().eval(), IMAGES)
-    apply_bits(gated, dict.fromkeys(weight_gates(gated), 8), dict.fromkeys(activation_gates(gated), 8))
-    return integer_grid(integer_joins(finalize(gated), [(IMAGES,)]))
+    return integer_graph(Residual, IMAGES)
 
 
 def run(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -15,10 +15,8 @@ from sbs_fx.export.litert import litert_model, run_litert
 from sbs_fx.export.litert_weights import four_bit_weights
 from sbs_fx.export.results import integer_results
 from sbs_fx.export.runtime import flat, layer_names
-from sbs_fx.passes import finalize, integer_grid, integer_joins
 from sbs_fx.passes.dialects import DEQUANTIZE, QUANTIZE, static_of
-from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, weight_gates
-from tests.oracles.gated import gate
+from tests.oracles.gated import integer_graph
 
 IMAGES = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -79,11 +77,7 @@ class Permuted(nn.Module):
 
 
 def static(make: Callable[[], nn.Module], weight_bits: int = 8) -> fx.GraphModule:
-    torch.manual_seed(0)
-    gated = gate(make().eval(), IMAGES)
-    bits = dict.fromkeys(weight_gates(gated), weight_bits)
-    apply_bits(gated, bits, dict.fromkeys(activation_gates(gated), 8))
-    return integer_grid(integer_joins(finalize(gated), [(IMAGES,)]))
+    return integer_graph(make, IMAGES, weight_bits)
 
 
 def off(have: Tensor, want: Tensor) -> float:

@@ -12,10 +12,8 @@ from torch import fx
 
 from sbs_fx.export import export
 from sbs_fx.export.openvino import model_info
-from sbs_fx.passes import finalize, integer_grid, integer_joins
-from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, weight_gates
 from tests.networks.small import Residual
-from tests.oracles.gated import gate
+from tests.oracles.gated import integer_graph
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'sbs-fx[openvino]'")
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -27,10 +25,7 @@ FACTS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def static() -> fx.GraphModule:
-    torch.manual_seed(0)
-    gated = gate(Residual().eval(), IMAGES)
-    apply_bits(gated, dict.fromkeys(weight_gates(gated), 8), dict.fromkeys(activation_gates(gated), 8))
-    return integer_grid(integer_joins(finalize(gated), [(IMAGES,)]))
+    return integer_graph(Residual, IMAGES)
 
 
 def test_what_is_known_is_said_and_nothing_else() -> None:

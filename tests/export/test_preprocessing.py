@@ -15,13 +15,11 @@ from torch import Tensor, fx
 from sbs_fx.export import export, save_pt2
 from sbs_fx.export.preprocessing import with_preprocessing
 from sbs_fx.export.runtime import flat
-from sbs_fx.passes import finalize, integer_grid, integer_joins
 from sbs_fx.passes.dialects import Static, verify
-from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, weight_gates
 from sbs_fx.plan.errors import BackendError, InputError
 from tests.networks.small import Residual
 from tests.oracles.commands import run_command
-from tests.oracles.gated import gate
+from tests.oracles.gated import integer_graph
 
 IMAGES = torch.randn(2, 3, 16, 12, generator=torch.Generator().manual_seed(0))
 FACTS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -35,10 +33,7 @@ def normalised(pictures: Tensor) -> Tensor:
 
 
 def made(*, exact: bool) -> fx.GraphModule:
-    torch.manual_seed(0)
-    gated = gate(Residual().eval(), IMAGES)
-    apply_bits(gated, dict.fromkeys(weight_gates(gated), 8), dict.fromkeys(activation_gates(gated), 8))
-    return integer_grid(integer_joins(finalize(gated), [(IMAGES,)]), exact=exact)
+    return integer_graph(Residual, IMAGES, exact=exact)
 
 
 @pytest.fixture(scope="module")

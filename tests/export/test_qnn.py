@@ -16,10 +16,8 @@ from sbs_fx.export import export
 from sbs_fx.export.qnn import qnn_model
 from sbs_fx.export.qnn_rules import _RULES, qnn_problems
 from sbs_fx.export.runtime import flat, in_batches
-from sbs_fx.passes import finalize, integer_grid, integer_joins
-from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, weight_gates
 from tests.networks.small import Residual
-from tests.oracles.gated import gate
+from tests.oracles.gated import integer_graph
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -28,10 +26,7 @@ IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def static() -> fx.GraphModule:
-    torch.manual_seed(0)
-    gated = gate(Residual().eval(), IMAGES)
-    apply_bits(gated, dict.fromkeys(weight_gates(gated), 8), dict.fromkeys(activation_gates(gated), 8))
-    return integer_grid(integer_joins(finalize(gated), [(IMAGES,)]), exact=True)
+    return integer_graph(Residual, IMAGES, exact=True)
 
 
 @pytest.fixture(scope="module")

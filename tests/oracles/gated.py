@@ -4,7 +4,7 @@ quantisers; and what must hold between a gated network and its static form."""
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -18,6 +18,8 @@ from sbs_fx.passes.gates.insertion import activation_gates, apply_bits, insert_g
 from sbs_fx.passes.oracles.static import compare_static, count_levels
 from sbs_fx.passes.static.finalize import finalize
 from sbs_fx.passes.static.fused import fused
+from sbs_fx.passes.static.integer_grid import integer_grid
+from sbs_fx.passes.static.integer_joins import integer_joins
 from sbs_fx.plan.bits import BITS
 from sbs_fx.quantizer.ranges import set_range
 from sbs_fx.quantizer.superbit import SuperBitQuantizer
@@ -99,6 +101,12 @@ def fixed(gated: fx.GraphModule, bits: Any) -> fx.GraphModule:
     """Weights at these bits (a number, or one a channel), activations at 8."""
     apply_bits(gated, dict.fromkeys(weight_gates(gated), bits), dict.fromkeys(activation_gates(gated), 8))
     return gated
+
+
+def integer_graph(make: Callable[[], nn.Module], x: Tensor, weight_bits: int = 8, **grid: Any) -> fx.GraphModule:
+    """A network with weights of seed 0, activations at 8 bits and integer joins, on the grid of its products."""
+    torch.manual_seed(0)
+    return integer_grid(integer_joins(finalize(fixed(gate(make().eval(), x), weight_bits)), [(x,)]), **grid)
 
 
 def check_static(gated: fx.GraphModule, x: Tensor, static: fx.GraphModule | None = None) -> fx.GraphModule:
